@@ -1,0 +1,82 @@
+"""Makes stock mergekit know the FIM methods, without a changed command.
+
+mergekit 0.1.5 discovers no plug-ins, so `mergekit_fim.pth` (or, from Python 3.15 on, `mergekit_fim.start`, PEP 829)
+in site-packages imports this module at interpreter start-up. All it does then is to put one finder on
+`sys.meta_path`. When, much later, mergekit's own modules named in `_TARGETS` have been imported, the finder hands
+them to `mergekit_fim.integration`. Interpreters that never import mergekit pay for this file only, so it imports
+nothing that Python has not loaded already.
+
+Set the environment variable MERGEKIT_FIM_DISABLE to a non-empty value to switch the hook off.
+"""
+
+import os
+import sys
+
+# mergekit's module -> the function of mergekit_fim.integration that is called with it once it has been imported.
+_TARGETS = {
+    "mergekit.merge_methods.registry": "register_methods",
+    "mergekit.plan": "hook_planner",
+}
+_warned = False
+
+
+class _AfterImport:
+    """A loader that runs mergekit's own loader, then our hook. It leaves the module as the original loader made it."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        _run_hook(module)
+
+
+class _Finder:
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname not in _TARGETS:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _AfterImport(spec.loader)
+                return spec
+        return None
+
+
+def _run_hook(module):
+    """Hand a freshly imported mergekit module to the integration; never let a failure of ours break mergekit."""
+    try:
+        from mergekit_fim import integration
+
+        getattr(integration, _TARGETS[module.__name__])(module)
+    except Exception as error:
+        global _warned
+        if not _warned:
+            _warned = True
+            import logging
+
+            logging.getLogger("mergekit_fim").warning(
+                "fim_ties and fim_ta are not available: this mergekit is not one that mergekit-fim supports "
+                "(>=0.1.5,<0.2); install such a version, or uninstall mergekit-fim (%s: %s)",
+                type(error).__name__,
+                error,
+            )
+
+
+def install():
+    """Hook mergekit's modules, now if they are imported already, otherwise when they are. Calling it again does nothing."""
+    if os.environ.get("MERGEKIT_FIM_DISABLE"):
+        return
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())
+    for name in _TARGETS:
+        if name in sys.modules:
+            _run_hook(sys.modules[name])
