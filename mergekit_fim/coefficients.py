@@ -1,0 +1,116 @@
+"""Fisher information and task-vector norms -> importance scores -> merge coefficients. Pure functions of numbers."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """How a layer's score becomes its merge coefficient; see `merge_coefficients`.
+
+    Attributes:
+        sharpness: slope of the sigmoid. Positive (the paper's direction): a high score takes a low coefficient.
+            Zero: the same coefficient everywhere. Negative: a high score takes a high coefficient.
+        alpha_min: lower end of the coefficients.
+        alpha_max: upper end of the coefficients.
+        alpha_mean: what the coefficients are to average to, strictly between `alpha_min` and `alpha_max`; without it
+            the sigmoid is centred at the mean log-score.
+    """
+
+    sharpness: float = 1.0
+    alpha_min: float = 0.0
+    alpha_max: float = 1.0
+    alpha_mean: float | None = None
+
+    def __post_init__(self) -> None:
+        numbers = [self.sharpness, self.alpha_min, self.alpha_max]
+        if not all(math.isfinite(number) for number in numbers):
+            raise ValueError(f"sharpness, alpha_min and alpha_max must be finite, got {numbers}")
+        if self.alpha_min > self.alpha_max:
+            raise ValueError(f"alpha_min ({self.alpha_min:g}) must not exceed alpha_max ({self.alpha_max:g})")
+        if self.alpha_mean is not None and not self.alpha_min < self.alpha_mean < self.alpha_max:
+            raise ValueError(
+                f"alpha_mean ({self.alpha_mean:g}) must lie strictly between alpha_min ({self.alpha_min:g}) "
+                f"and alpha_max ({self.alpha_max:g})"
+            )
+
+
+def importance_scores(fisher: Sequence[float], task_vector_sq_norms: Sequence[float]) -> list[float]:
+    """s^l = F^l · ‖δ^l‖², the layer's importance (arXiv 2603.21705, as summarised).
+
+    Args:
+        fisher: [layer], mean diagonal Fisher information of each decoder layer.
+        task_vector_sq_norms: [layer], squared Frobenius norm of each layer's task vector.
+
+    Returns:
+        [layer] scores.
+
+    Raises:
+        ValueError: the lengths differ, or a value is negative or not finite.
+    """
+    if len(fisher) != len(task_vector_sq_norms):
+        raise ValueError(f"{len(fisher)} Fisher values for {len(task_vector_sq_norms)} task-vector norms")
+    for name, values in (("Fisher information", fisher), ("squared task-vector norm", task_vector_sq_norms)):
+        for layer, value in enumerate(values):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"the {name} of layer {layer} must be finite and not negative, got {value}")
+    return [f * d for f, d in zip(fisher, task_vector_sq_norms, strict=True)]
+
+
+def merge_coefficients(scores: Sequence[float], mapping: Mapping) -> list[float]:
+    """Turn importance scores into merge coefficients.
+
+    z^l = (ln s^l − mean ln s) / max(1, std ln s), std the population's (divided by the number of layers);
+    α^l = alpha_min + (alpha_max − alpha_min) · sigmoid(b − sharpness · z^l), with b = 0, or such that the mean of α^l
+    over the scored layers is `alpha_mean`. The log-normalisation, the sigmoid and its direction are the paper's (arXiv
+    2603.21705, as summarised); this exact form, the max(1, ·) and `alpha_mean` are this project's.
+
+    Layers with a score of 0 (no task vector, or no Fisher information) take no part in the mean and the standard
+    deviation and get `alpha_max`.
+
+    Args:
+        scores: [layer], not negative.
+        mapping: the parameters of the map.
+
+    Returns:
+        [layer] merge coefficients in [alpha_min, alpha_max].
+    """
+    scored = [layer for layer, score in enumerate(scores) if score > 0]
+    alphas = [mapping.alpha_max] * len(scores)
+    if not scored:
+        return alphas
+    logs = [math.log(scores[layer]) for layer in scored]
+    mean = math.fsum(logs) / len(logs)
+    std = math.sqrt(math.fsum((log - mean) ** 2 for log in logs) / len(logs))
+    # Below one nat of spread the scores say little: they are not stretched to the full range.
+    exponents = [-mapping.sharpness * (log - mean) / max(1.0, std) for log in logs]
+    span = mapping.alpha_max - mapping.alpha_min
+    offset = 0.0
+    if mapping.alpha_mean is not None:
+        offset = _centre(exponents, (mapping.alpha_mean - mapping.alpha_min) / span)
+    for layer, exponent in zip(scored, exponents, strict=True):
+        alphas[layer] = mapping.alpha_min + span * _sigmoid(exponent + offset)
+    return alphas
+
+
+def _sigmoid(x: float) -> float:
+    if x >= 0:
+        return 1.0 / (1.0 + math.exp(-x))
+    e = math.exp(x)
+    return e / (1.0 + e)
+
+
+def _centre(exponents: Sequence[float], target: float) -> float:
+    """The b at which the mean of sigmoid(exponent + b) is `target` in (0, 1): bisection of a monotone function."""
+    logit = math.log(target) - math.log1p(-target)
+    # At the lower end every sigmoid is at most the target, at the upper end at least.
+    low, high = logit - max(exponents), logit - min(exponents)
+    while True:
+        middle = (low + high) / 2
+        if not low < middle < high:
+            return middle
+        if math.fsum(_sigmoid(x + middle) for x in exponents) / len(exponents) < target:
+            low = middle
+        else:
+            high = middle

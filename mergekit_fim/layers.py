@@ -1,0 +1,84 @@
+"""Which tensor belongs to which decoder layer, which lie outside, and which are MLP gate projections."""
+
+import re
+from dataclasses import dataclass
+
+from mergekit.architecture import ConfiguredModelArchitecture, ModelArchitecture, WeightInfo
+from transformers import PretrainedConfig
+
+from mergekit_fim.errors import FimError
+
+# MLP gate projections that stand as a tensor of their own, by the names that mergekit's architectures use. The router of
+# a mixture of experts (`mlp.gate`) is not one. Fused gate/up tensors (`gate_up_proj`) have no separate gate.
+_GATE_PROJECTION = re.compile(
+    r"\.gate_proj\."  # Llama and most others, experts included
+    r"|\.feed_forward\.w1\."  # LFM2, InternLM2
+    r"|\.mlp\.c_fc_0\."  # EXAONE
+    r"|\.mlp\.c_fc2\."  # Jais
+    r"|^transformer\.h\.\d+\.mlp\.w2\."  # Qwen (1)
+)
+
+
+def is_gate_projection(tensor_name: str) -> bool:
+    """Whether a tensor is a separate MLP gate projection, to which gate protection applies (arXiv 2603.21705)."""
+    return _GATE_PROJECTION.search(tensor_name) is not None
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """One decoder layer of a model.
+
+    Attributes:
+        index: from 0.
+        prefix: what the names of exactly this layer's tensors begin with, dot included: `model.layers.3.`.
+        tensors: the layer's tensors, in mergekit's order.
+    """
+
+    index: int
+    prefix: str
+    tensors: tuple[WeightInfo, ...]
+
+
+@dataclass(frozen=True)
+class ModelLayout:
+    """All the tensors of a model that mergekit merges: those of the decoder layers, and the others."""
+
+    layers: tuple[DecoderLayer, ...]
+    other: tuple[WeightInfo, ...]
+
+    def all_tensors(self) -> tuple[WeightInfo, ...]:
+        """Every tensor once."""
+        return tuple(tensor for layer in self.layers for tensor in layer.tensors) + self.other
+
+
+def model_layout(architecture: ModelArchitecture, config: PretrainedConfig, model_name: str) -> ModelLayout:
+    """Assign every tensor of a model to its decoder layer, by mergekit's definition of the architecture.
+
+    Raises:
+        FimError: the architecture has several modules, no decoder layers, or layers that can't be told apart by name.
+    """
+    if len(architecture.modules) != 1:
+        raise FimError(
+            f"{model_name}: expected one stack of decoder layers, found the modules "
+            f"{', '.join(architecture.modules)}; fim_ties and fim_ta merge text-only causal language models"
+        )
+    module = ConfiguredModelArchitecture(info=architecture, config=config).get_module(next(iter(architecture.modules)))
+    layers = []
+    for index in range(module.num_layers()):
+        tensors = tuple(module.layer_weights(index))
+        prefixes = {_layer_prefix(tensor.name, index) for tensor in tensors}
+        prefix = prefixes.pop() if len(prefixes) == 1 else None
+        if prefix is None:
+            raise FimError(
+                f"{model_name}: the tensors of decoder layer {index} don't share one name prefix with the layer's "
+                f"number in it (found e.g. {tensors[0].name if tensors else 'none'}); this architecture isn't supported"
+            )
+        layers.append(DecoderLayer(index, prefix, tensors))
+    if not layers:
+        raise FimError(f"{model_name}: expected at least one decoder layer, found none; there is nothing to measure")
+    return ModelLayout(tuple(layers), (*module.pre_weights(), *module.post_weights()))
+
+
+def _layer_prefix(tensor_name: str, index: int) -> str | None:
+    match = re.match(rf"(?:.*?\.)?{index}\.", tensor_name)
+    return match.group() if match else None
