@@ -1,0 +1,230 @@
+"""The models that go into a merge, and everything about them that can be checked without reading their weights."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors
+import torch
+from mergekit.architecture import ModelArchitecture, WeightInfo
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
+from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache, LoadTensor
+from transformers import PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from mergekit_fim.errors import FimError
+from mergekit_fim.layers import ModelLayout, model_layout
+
+_FLOAT_DTYPES = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
+
+# Config keys that say what the weights mean, so that models which differ in one can't be merged: the shapes of the
+# tensors alone don't show, for instance, 8 heads of 64 against 16 of 32.
+_STRUCTURE = (
+    "model_type",
+    "architectures",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "num_local_experts",
+    "num_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+)
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a checkpoint file says of a tensor without reading its values."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class InputModel:
+    """One model of the merge.
+
+    Attributes:
+        reference: mergekit's reference, as in the merge config.
+        config: the model's transformers config.
+        layout: its tensors, by decoder layer.
+        headers: the tensors that its checkpoint holds, by their names there.
+    """
+
+    reference: ModelReference
+    config: PretrainedConfig
+    layout: ModelLayout
+    headers: Mapping[str, TensorHeader]
+
+    def __str__(self) -> str:
+        return str(self.reference)
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """The config of the language model, which for text-only models is the whole config."""
+        return self.config.get_text_config()
+
+    def stored_name(self, tensor: WeightInfo, *, tied: bool = True) -> str | None:
+        """The name under which the checkpoint holds `tensor`: its own, an alias, or (if `tied`) what it is tied to."""
+        names = (tensor.name, *(tensor.aliases or ()), *((tensor.tied_names or ()) if tied else ()))
+        return next((name for name in names if name in self.headers), None)
+
+    def has(self, tensor: WeightInfo) -> bool:
+        """Whether mergekit can load `tensor` from this checkpoint, converting it (fused experts) where it must."""
+        if self.stored_name(tensor) is not None:
+            return True
+        targets = (tensor.name, *(tensor.aliases or ()))
+        return any(can_convert_checkpoint_keys(self.config.model_type, set(self.headers), name) for name in targets)
+
+    def load(self, tensor: WeightInfo, dtype: str | None) -> torch.Tensor | None:
+        """Read a tensor exactly as the merge will, by mergekit's own task, or None where it is optional and absent."""
+        loaded: torch.Tensor | None = LoadTensor(
+            model=self.reference,
+            tensor=tensor.name,
+            dtype=tensor.force_dtype or dtype,
+            optional=tensor.optional,
+            aliases=tensor.aliases,
+            tied_names=tensor.tied_names,
+        ).execute()
+        return loaded
+
+
+def open_model(reference: ModelReference, architecture: ModelArchitecture, trust_remote_code: bool) -> InputModel:
+    """Read a model's config and the headers of its checkpoint, and check that it is a causal language model in floats.
+
+    mergekit's `LoaderCache` must have been set up with the merge's options, as `run_merge` does.
+
+    Raises:
+        FimError: the model can't take part in a FIM merge.
+    """
+    config = reference.config(trust_remote_code=trust_remote_code)
+    _check_causal_lm(reference, config, trust_remote_code)
+    layout = model_layout(architecture, config, str(reference))
+    model = InputModel(reference, config, layout, _read_headers(reference))
+    for tensor in layout.all_tensors():
+        name = model.stored_name(tensor)
+        if name is not None and model.headers[name].dtype not in _FLOAT_DTYPES:
+            raise FimError(
+                f"{reference}: tensor {name} is stored as {model.headers[name].dtype}, expected floating-point weights "
+                "(float16, bfloat16, float32 or float64); use the model's unquantised checkpoint"
+            )
+        if name is None and not tensor.optional and not model.has(tensor):
+            raise FimError(f"{reference}: the checkpoint lacks the tensor {tensor.name}; download or save it again")
+    return model
+
+
+def _check_causal_lm(reference: ModelReference, config: PretrainedConfig, trust_remote_code: bool) -> None:
+    names = config.architectures or ["none"]
+    if config.is_encoder_decoder:
+        raise FimError(f"{reference}: expected a causal language model, found the encoder-decoder {names[0]}")
+    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if not remote and names[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        raise FimError(
+            f"{reference}: expected a causal language model that transformers can load, found {names[0]}; "
+            "for a model with code of its own, pass --trust-remote-code"
+        )
+    quantization: Any = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise FimError(
+            f"{reference}: the checkpoint is quantised ({kind or 'unknown method'}), expected floating-point weights; "
+            "use the model's unquantised checkpoint"
+        )
+
+
+def _read_headers(reference: ModelReference) -> dict[str, TensorHeader]:
+    index = LoaderCache().get(reference).index
+    headers: dict[str, TensorHeader] = {}
+    for shard in index.shards:
+        path = os.path.join(index.base_path, shard.filename)
+        if not os.path.exists(path):
+            raise FimError(f"{reference}: the checkpoint's file {path} is missing; download or save the model again")
+        try:
+            if path.endswith(".safetensors"):
+                headers.update(_safetensors_headers(path, shard.contained_keys))
+            else:
+                tensors = torch.load(path, map_location="meta", weights_only=True)
+                headers.update(
+                    (name, TensorHeader(tuple(t.shape), str(t.dtype).removeprefix("torch.")))
+                    for name, t in tensors.items()
+                    if isinstance(t, torch.Tensor)
+                )
+        except Exception as error:  # each format has its own exceptions for a damaged file
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise FimError(f"{reference}: can't read {path} ({reason}); download or save the model again") from error
+    return headers
+
+
+def _safetensors_headers(path: str, names: Iterable[str]) -> dict[str, TensorHeader]:
+    with safetensors.safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in names}
+        return {name: TensorHeader(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+
+
+def check_compatible(base: InputModel, model: InputModel, *, vocabulary_aligned: bool) -> list[str]:
+    """Check that `model` is a fine-tune of `base`'s architecture, tensor by tensor.
+
+    Args:
+        base: the base model.
+        model: the fine-tuned model.
+        vocabulary_aligned: whether mergekit was told how to align different vocabularies.
+
+    Returns:
+        Warnings: tensors that only the base has.
+
+    Raises:
+        FimError: the two can't be merged.
+    """
+    if len(base.layout.layers) != len(model.layout.layers):
+        raise FimError(
+            f"{model}: expected {len(base.layout.layers)} decoder layers as in the base {base}, "
+            f"found {len(model.layout.layers)}; the models must share one architecture"
+        )
+    for key in _STRUCTURE:
+        expected, found = _structure(base, key), _structure(model, key)
+        if expected != found:
+            raise FimError(
+                f"{model}: expected {key} {expected} as in the base {base}, found {found}; "
+                "the models must share one architecture"
+            )
+    warnings = []
+    vocabulary = {t.name: t.vocabulary_axis for t in base.layout.other if t.vocabulary_axis is not None}
+    for tensor in model.layout.all_tensors():
+        in_base, in_model = base.has(tensor), model.has(tensor)
+        if in_model and not in_base:
+            raise FimError(f"{model}: the base {base} has no tensor {tensor.name}; the models must share their tensors")
+        if in_base and not in_model:
+            warnings.append(f"{model} has no tensor {tensor.name}: the base's is kept")
+        names = base.stored_name(tensor), model.stored_name(tensor)
+        if names[0] is None or names[1] is None:
+            continue
+        expected, found = base.headers[names[0]].shape, model.headers[names[1]].shape
+        axis = vocabulary.get(tensor.name)
+        if expected == found or (axis is not None and vocabulary_aligned and _same_except(expected, found, axis)):
+            continue
+        remedy = "the models must share one architecture"
+        if axis is not None and _same_except(expected, found, axis):
+            remedy = "align the vocabularies in the config, for example with `tokenizer: {source: base}`"
+        raise FimError(
+            f"{model}: expected the shape {list(expected)} of {tensor.name} as in the base {base}, "
+            f"found {list(found)}; {remedy}"
+        )
+    return warnings
+
+
+def _structure(model: InputModel, key: str) -> Any:
+    config = model.config if key in ("model_type", "architectures") else model.text_config
+    value = getattr(config, key, None)
+    if key == "head_dim" and value is None and getattr(config, "num_attention_heads", None):
+        return config.hidden_size // config.num_attention_heads
+    if key == "num_key_value_heads" and value is None:
+        return getattr(config, "num_attention_heads", None)
+    return value
+
+
+def _same_except(a: Sequence[int], b: Sequence[int], axis: int) -> bool:
+    return len(a) == len(b) and all(i == axis or x == y for i, (x, y) in enumerate(zip(a, b, strict=True)))

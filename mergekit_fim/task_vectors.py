@@ -1,0 +1,154 @@
+"""Checkpoints -> squared task-vector norms, streamed tensor by tensor."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import tqdm
+from mergekit.architecture import WeightInfo
+
+from mergekit_fim.errors import FimError
+from mergekit_fim.inputs import InputModel
+
+# Elements that are converted to float32 and summed at a time: small enough to stay in the caches, and a single float32
+# sum of this length keeps seven digits (torch sums pairwise), while the sum of the chunks is kept in float64.
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class LayerPair:
+    """A decoder layer of a fine-tuned model and the base's layer that it is merged into. The same, but for slices."""
+
+    base_layer: int
+    source_layer: int
+
+
+@dataclass(frozen=True)
+class TaskVectorNorms:
+    """Squared Frobenius norms of a fine-tuned model's task vector δ = θ_model − θ_base.
+
+    Attributes:
+        layers: per pair of layers, over all the layer's tensors.
+        other: over the tensors outside the decoder layers; None where vocabularies of different sizes leave it undefined.
+    """
+
+    layers: Mapping[LayerPair, float]
+    other: float | None
+
+
+def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
+    """‖t‖² as a float64 scalar on the tensor's device, from float32 sums over chunks."""
+    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
+    for chunk in tensor.detach().reshape(-1).split(_CHUNK):
+        total += chunk.float().square().sum()
+    return total
+
+
+def squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖a − b‖² from float32 differences and sums, without a float32 copy of either."""
+    total = 0.0
+    for x, y in zip(a.reshape(-1).split(_CHUNK), b.reshape(-1).split(_CHUNK), strict=True):
+        total += float((x.float() - y.float()).square().sum())
+    return total
+
+
+def task_vector_norms(
+    base: InputModel,
+    models: Mapping[InputModel, Sequence[LayerPair]],
+    dtype: str | None,
+    *,
+    quiet: bool = False,
+) -> dict[InputModel, TaskVectorNorms]:
+    """Measure the task vectors of all fine-tuned models of one base, reading every tensor once.
+
+    Args:
+        base: the base model.
+        models: the fine-tuned models, each with the pairs of layers that its merge needs.
+        dtype: what the merge casts every tensor to when it reads it, or None for the checkpoints' own.
+        quiet: no progress bar.
+
+    Returns:
+        The squared norms per model.
+
+    Raises:
+        FimError: a task vector that isn't finite, or layers of a pair that don't have the same tensors.
+    """
+    sums = {model: dict.fromkeys(pairs, 0.0) for model, pairs in models.items()}
+    other: dict[InputModel, float | None] = dict.fromkeys(models, 0.0)
+    work = list(_layer_work(base, models))
+    total = len(work) + len(base.layout.other)
+    with tqdm.tqdm(total=total, desc="Measuring task vectors", unit="tensor", disable=quiet) as progress:
+        for base_tensor, users in work:
+            reference = base.load(base_tensor, dtype)
+            for model, pair, tensor in users:
+                where = f"decoder layer {pair.source_layer}"
+                distance = _distance(base, reference, model, tensor, dtype, where)
+                sums[model][pair] += distance or 0.0
+            progress.update()
+        for base_tensor in base.layout.other:
+            reference = base.load(base_tensor, dtype)
+            for model in models:
+                distance = _distance(base, reference, model, base_tensor, dtype, "the tensors outside the layers")
+                so_far = other[model]
+                other[model] = None if distance is None or so_far is None else so_far + distance
+            progress.update()
+    return {model: TaskVectorNorms(sums[model], other[model]) for model in models}
+
+
+def _layer_work(
+    base: InputModel, models: Mapping[InputModel, Sequence[LayerPair]]
+) -> Iterator[tuple[WeightInfo, list[tuple[InputModel, LayerPair, WeightInfo]]]]:
+    """Every tensor of the base's layers, with the fine-tuned tensors that it is compared with."""
+    for layer in base.layout.layers:
+        users = [(m, pair) for m, pairs in models.items() for pair in pairs if pair.base_layer == layer.index]
+        for model, pair in users:
+            source = model.layout.layers[pair.source_layer]
+            if [t.name.removeprefix(source.prefix) for t in source.tensors] != [
+                t.name.removeprefix(layer.prefix) for t in layer.tensors
+            ]:
+                raise FimError(
+                    f"{model}: decoder layer {source.index} has other tensors than the base's layer {layer.index} "
+                    "that the slices pair it with; pair layers of the same kind"
+                )
+        for k, tensor in enumerate(layer.tensors):
+            yield tensor, [(m, pair, m.layout.layers[pair.source_layer].tensors[k]) for m, pair in users]
+
+
+def _distance(
+    base: InputModel,
+    reference: torch.Tensor | None,
+    model: InputModel,
+    tensor: WeightInfo,
+    dtype: str | None,
+    where: str,
+) -> float | None:
+    """‖θ_model − θ_base‖² of one tensor; 0 where a model lacks an optional one, None where vocabularies differ."""
+    tuned = model.load(tensor, dtype)
+    if reference is None or tuned is None:
+        return 0.0
+    if reference.shape != tuned.shape:
+        if tensor.vocabulary_axis is None:
+            raise FimError(
+                f"{model}: expected the shape {list(reference.shape)} of {tensor.name} as in the base {base}, "
+                f"found {list(tuned.shape)}; the models must share one architecture"
+            )
+        _check_finite(base, reference, tensor, where)
+        _check_finite(model, tuned, tensor, where)
+        return None
+    distance = squared_distance(tuned, reference)
+    if not distance < float("inf"):
+        _check_finite(base, reference, tensor, where)
+        _check_finite(model, tuned, tensor, where)
+        raise FimError(
+            f"{model}: the task vector of {tensor.name} ({where}) overflows float32; the weights are not usable"
+        )
+    return distance
+
+
+def _check_finite(model: InputModel, values: torch.Tensor, tensor: WeightInfo, where: str) -> None:
+    if not torch.isfinite(values).all():
+        found = "NaN" if torch.isnan(values).any() else "an infinite value"
+        raise FimError(
+            f"{model}: tensor {tensor.name} ({where}) contains {found}, expected finite weights; "
+            "use an intact checkpoint, or a wider dtype if the config's `dtype` made it overflow"
+        )
