@@ -12,6 +12,11 @@ Set the environment variable MERGEKIT_FIM_DISABLE to a non-empty value to switch
 import os
 import sys
 
+TYPE_CHECKING = False  # as typing.TYPE_CHECKING, without importing typing
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+
 # mergekit's module -> the function of mergekit_fim.integration that is called with it once it has been imported.
 _TARGETS = {
     "mergekit.merge_methods.registry": "register_methods",
@@ -23,26 +28,26 @@ _warned = False
 class _AfterImport:
     """A loader that runs mergekit's own loader, then our hook. It leaves the module as the original loader made it."""
 
-    def __init__(self, loader):
+    def __init__(self, loader: "Any") -> None:
         self.loader = loader
 
-    def create_module(self, spec):
+    def create_module(self, spec: "Any") -> "Any":
         return self.loader.create_module(spec)
 
-    def exec_module(self, module):
+    def exec_module(self, module: "Any") -> None:
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         _run_hook(module)
 
 
 class _Finder:
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname: str, path: "Any" = None, target: "Any" = None) -> "Any":
         if fullname not in _TARGETS:
             return None
         for finder in sys.meta_path:
             if finder is self or not hasattr(finder, "find_spec"):
                 continue
-            spec = finder.find_spec(fullname, path, target)
+            spec: Any = finder.find_spec(fullname, path, target)
             if spec is not None:
                 if hasattr(spec.loader, "exec_module"):
                     spec.loader = _AfterImport(spec.loader)
@@ -50,7 +55,7 @@ class _Finder:
         return None
 
 
-def _run_hook(module):
+def _run_hook(module: "ModuleType") -> None:
     """Hand a freshly imported mergekit module to the integration; never let a failure of ours break mergekit."""
     try:
         from mergekit_fim import integration
@@ -70,8 +75,8 @@ def _run_hook(module):
             )
 
 
-def install():
-    """Hook mergekit's modules, now if they are imported already, otherwise when they are. Calling it again does nothing."""
+def install() -> None:
+    """Hook mergekit's modules, now if they are imported already, else when they are. Calling it again does nothing."""
     if os.environ.get("MERGEKIT_FIM_DISABLE"):
         return
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):

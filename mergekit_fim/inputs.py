@@ -15,7 +15,7 @@ from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.layers import ModelLayout, model_layout
+from mergekit_fim.layers import DecoderLayer, ModelLayout, model_layout
 
 _FLOAT_DTYPES = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
 
@@ -44,21 +44,24 @@ class TensorHeader:
     dtype: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InputModel:
-    """One model of the merge.
+    """One model of the merge. Compared and hashed by identity.
 
     Attributes:
         reference: mergekit's reference, as in the merge config.
         config: the model's transformers config.
         layout: its tensors, by decoder layer.
         headers: the tensors that its checkpoint holds, by their names there.
+        absent: the names of the layout's tensors that mergekit can't load from the checkpoint, not even by converting
+            others (fused experts).
     """
 
     reference: ModelReference
     config: PretrainedConfig
     layout: ModelLayout
     headers: Mapping[str, TensorHeader]
+    absent: frozenset[str]
 
     def __str__(self) -> str:
         return str(self.reference)
@@ -70,15 +73,7 @@ class InputModel:
 
     def stored_name(self, tensor: WeightInfo, *, tied: bool = True) -> str | None:
         """The name under which the checkpoint holds `tensor`: its own, an alias, or (if `tied`) what it is tied to."""
-        names = (tensor.name, *(tensor.aliases or ()), *((tensor.tied_names or ()) if tied else ()))
-        return next((name for name in names if name in self.headers), None)
-
-    def has(self, tensor: WeightInfo) -> bool:
-        """Whether mergekit can load `tensor` from this checkpoint, converting it (fused experts) where it must."""
-        if self.stored_name(tensor) is not None:
-            return True
-        targets = (tensor.name, *(tensor.aliases or ()))
-        return any(can_convert_checkpoint_keys(self.config.model_type, set(self.headers), name) for name in targets)
+        return _stored_name(self.headers, tensor, tied)
 
     def load(self, tensor: WeightInfo, dtype: str | None) -> torch.Tensor | None:
         """Read a tensor exactly as the merge will, by mergekit's own task, or None where it is optional and absent."""
@@ -104,17 +99,40 @@ def open_model(reference: ModelReference, architecture: ModelArchitecture, trust
     config = reference.config(trust_remote_code=trust_remote_code)
     _check_causal_lm(reference, config, trust_remote_code)
     layout = model_layout(architecture, config, str(reference))
-    model = InputModel(reference, config, layout, _read_headers(reference))
-    for tensor in layout.all_tensors():
-        name = model.stored_name(tensor)
-        if name is not None and model.headers[name].dtype not in _FLOAT_DTYPES:
-            raise FimError(
-                f"{reference}: tensor {name} is stored as {model.headers[name].dtype}, expected floating-point weights "
-                "(float16, bfloat16, float32 or float64); use the model's unquantised checkpoint"
-            )
-        if name is None and not tensor.optional and not model.has(tensor):
-            raise FimError(f"{reference}: the checkpoint lacks the tensor {tensor.name}; download or save it again")
-    return model
+    headers = _read_headers(reference)
+    absent = []
+    for layer in (*layout.layers, None):
+        for tensor in layer.tensors if layer else layout.other:
+            name = _stored_name(headers, tensor, tied=True)
+            if name is not None:
+                if headers[name].dtype not in _FLOAT_DTYPES:
+                    raise FimError(
+                        f"{reference}: tensor {name} is stored as {headers[name].dtype}, expected float16, bfloat16, "
+                        "float32 or float64; use the model's unquantised checkpoint"
+                    )
+            elif not _is_convertible(config.model_type, headers, tensor, layer):
+                if not tensor.optional:
+                    raise FimError(
+                        f"{reference}: the checkpoint lacks the tensor {tensor.name}; download or save the model again"
+                    )
+                absent.append(tensor.name)
+    return InputModel(reference, config, layout, headers, frozenset(absent))
+
+
+def _stored_name(headers: Mapping[str, TensorHeader], tensor: WeightInfo, tied: bool) -> str | None:
+    names = (tensor.name, *(tensor.aliases or ()), *((tensor.tied_names or ()) if tied else ()))
+    return next((name for name in names if name in headers), None)
+
+
+def _is_convertible(
+    model_type: str, headers: Mapping[str, TensorHeader], tensor: WeightInfo, layer: DecoderLayer | None
+) -> bool:
+    """Whether mergekit can make `tensor` from differently laid out ones of the checkpoint, such as single experts."""
+    candidates = [set(headers)]
+    if layer is not None:  # a conversion stays within its layer, and searching all of a large MoE takes minutes
+        candidates.insert(0, {name for name in headers if f".{layer.index}." in name})
+    targets = (tensor.name, *(tensor.aliases or ()))
+    return any(can_convert_checkpoint_keys(model_type, keys, name) for keys in candidates for name in targets)
 
 
 def _check_causal_lm(reference: ModelReference, config: PretrainedConfig, trust_remote_code: bool) -> None:
@@ -194,7 +212,7 @@ def check_compatible(base: InputModel, model: InputModel, *, vocabulary_aligned:
     warnings = []
     vocabulary = {t.name: t.vocabulary_axis for t in base.layout.other if t.vocabulary_axis is not None}
     for tensor in model.layout.all_tensors():
-        in_base, in_model = base.has(tensor), model.has(tensor)
+        in_base, in_model = tensor.name not in base.absent, tensor.name not in model.absent
         if in_model and not in_base:
             raise FimError(f"{model}: the base {base} has no tensor {tensor.name}; the models must share their tensors")
         if in_base and not in_model:

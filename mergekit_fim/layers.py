@@ -1,4 +1,4 @@
-"""Which tensor belongs to which decoder layer, which lie outside, and which are MLP gate projections."""
+"""Which tensor belongs to which decoder layer, and which lie outside."""
 
 import re
 from dataclasses import dataclass
@@ -7,21 +7,6 @@ from mergekit.architecture import ConfiguredModelArchitecture, ModelArchitecture
 from transformers import PretrainedConfig
 
 from mergekit_fim.errors import FimError
-
-# MLP gate projections that stand as a tensor of their own, by the names that mergekit's architectures use. The router of
-# a mixture of experts (`mlp.gate`) is not one. Fused gate/up tensors (`gate_up_proj`) have no separate gate.
-_GATE_PROJECTION = re.compile(
-    r"\.gate_proj\."  # Llama and most others, experts included
-    r"|\.feed_forward\.w1\."  # LFM2, InternLM2
-    r"|\.mlp\.c_fc_0\."  # EXAONE
-    r"|\.mlp\.c_fc2\."  # Jais
-    r"|^transformer\.h\.\d+\.mlp\.w2\."  # Qwen (1)
-)
-
-
-def is_gate_projection(tensor_name: str) -> bool:
-    """Whether a tensor is a separate MLP gate projection, to which gate protection applies (arXiv 2603.21705)."""
-    return _GATE_PROJECTION.search(tensor_name) is not None
 
 
 @dataclass(frozen=True)

@@ -1,132 +1,19 @@
-"""Every parameter of the two methods, and the check of a whole merge config before anything expensive begins.
+"""The check of a whole merge config before anything expensive begins, and the pre-pass settings read from it.
 
 mergekit ignores parameter names that it doesn't know, so that a typo would merge with a default unseen. Here every name
 and every value in the config is checked, in the shape in which the user wrote it.
 """
 
 import difflib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 from mergekit.config import ConditionalParameter, MergeConfiguration
 
 from mergekit_fim import coefficients
 from mergekit_fim.errors import FimError
-
-METHODS = ("fim_ties", "fim_ta")
-LABELS = ("inputs", "sampled")
-
-
-class Scope(Enum):
-    """Where in a merge config a parameter has a meaning."""
-
-    MERGE = "once, in the top-level `parameters:`"
-    TENSOR = "in the `parameters:` of the config, a module or a slice"
-    MODEL = "per model, or in any `parameters:` above it"
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One parameter: its name, type, legal values, scope, defaults, and whose choice the default is."""
-
-    name: str
-    type: type
-    expected: str
-    accepts: Callable[[Any], bool]
-    scope: Scope
-    default: Any
-    source: str
-    meaning: str
-    default_ta: Any = None  # the default in fim_ta, where it is another one
-
-    def default_for(self, method: str) -> Any:
-        """The default in one of `METHODS`."""
-        return self.default_ta if method == "fim_ta" and self.default_ta is not None else self.default
-
-    def parse(self, value: Any) -> Any:
-        """The checked value.
-
-        Raises:
-            ValueError: `value` is of the wrong type or out of range.
-        """
-        try:
-            parsed = _convert(value, self.type)
-        except (TypeError, ValueError):
-            raise ValueError(self.expected) from None
-        if not self.accepts(parsed):
-            raise ValueError(self.expected)
-        return parsed
-
-
-def _convert(value: Any, kind: type) -> Any:
-    if kind is bool or kind is str:
-        if not isinstance(value, kind):
-            raise TypeError
-        return value
-    # YAML reads 1e-3 as a string; mergekit takes such strings for numbers, so they are taken here too.
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        raise TypeError
-    number = float(value)
-    if kind is int:
-        if not number.is_integer():
-            raise ValueError
-        return int(value) if isinstance(value, int) else int(number)
-    return number
-
-
-def _any(value: Any) -> bool:
-    return True
-
-
-def _parameters() -> dict[str, Parameter]:
-    merge, tensor, model = Scope.MERGE, Scope.TENSOR, Scope.MODEL
-    # fmt: off
-    table = [
-        Parameter("fisher_samples", int, "a whole number of at least 1", lambda v: v >= 1, merge, 8, "paper",
-                  "number N of random-token sequences"),
-        Parameter("fisher_seq_len", int, "a whole number of at least 2", lambda v: v >= 2, merge, 64, "paper",
-                  "tokens T per sequence"),
-        Parameter("fisher_seed", int, "a whole number from 0 to 2^63 − 1", lambda v: 0 <= v < 2**63, merge, 0, "ours",
-                  "seed of the random tokens (mergekit's --random-seed doesn't change them)"),
-        Parameter("fisher_labels", str, "`inputs` or `sampled`", lambda v: v in LABELS, merge, "inputs", "ours",
-                  "what is predicted: the next random token (empirical Fisher), or a token drawn from the model's "
-                  "own distribution (a one-sample estimate of the true Fisher)"),
-        Parameter("sharpness", float, "a finite number", math.isfinite, merge, 1.0, "ours",
-                  "slope of the sigmoid; 0 is the uniform merge, a negative one turns the mapping round"),
-        Parameter("alpha_mean", float, "a number in (0, 1)", lambda v: 0 < v < 1, merge, None, "ours",
-                  "moves the sigmoid's centre so that the layers' α average to this"),
-        Parameter("alpha_min", float, "a finite number", math.isfinite, merge, 0.0, "ours", "lower end of α"),
-        Parameter("alpha_max", float, "a finite number", math.isfinite, merge, 1.0, "ours", "upper end of α"),
-        Parameter("alpha_other", float, "a finite number", math.isfinite, merge, None, "ours",
-                  "α of the tensors outside the decoder layers (default: the mean of the layers' α)"),
-        Parameter("gate_scale", float, "a finite number of at least 0", lambda v: math.isfinite(v) and v >= 0, tensor,
-                  0.7, "paper", "gate protection: α of the MLP gate projection is multiplied by this", default_ta=1.0),
-        Parameter("norm_tolerance", float, "a finite number of at least 0 (0 switches it off)",
-                  lambda v: math.isfinite(v) and v >= 0, tensor, 0.05, "paper",
-                  "norm calibration: a merged tensor whose norm is off by more than this is rescaled", default_ta=0.0),
-        Parameter("lambda", float, "a finite number", math.isfinite, tensor, 1.0, "mergekit",
-                  "factor of the whole merged task vector"),
-        Parameter("normalize", bool, "true or false", _any, tensor, True, "mergekit",
-                  "divide by the sum of the models' weights", default_ta=False),
-        Parameter("int8_mask", bool, "true or false", _any, tensor, False, "mergekit",
-                  "accepted for stock configs; it has no effect here"),
-        Parameter("rescale", bool, "false (for fim_ties, norm_tolerance takes its place)", lambda v: v is False, tensor,
-                  False, "mergekit", "accepted for stock configs when false"),
-        Parameter("weight", float, "a finite number", math.isfinite, model, 1.0, "mergekit",
-                  "the model's weight beside the other fine-tuned models"),
-        Parameter("density", float, "a number in (0, 1]", lambda v: 0 < v <= 1, model, None, "paper",
-                  "fraction of each task vector's entries that is kept (0.2 below 3 billion base parameters, else 0.4)"),
-        Parameter("alpha", float, "a finite number", math.isfinite, model, None, "ours",
-                  "sets α by hand; with it on every model there is no pre-pass"),
-    ]
-    # fmt: on
-    return {parameter.name: parameter for parameter in table}
-
-
-PARAMETERS = _parameters()
+from mergekit_fim.parameters import PARAMETERS, Scope
 
 
 @dataclass(frozen=True)

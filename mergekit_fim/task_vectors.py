@@ -9,10 +9,7 @@ from mergekit.architecture import WeightInfo
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.inputs import InputModel
-
-# Elements that are converted to float32 and summed at a time: small enough to stay in the caches, and a single float32
-# sum of this length keeps seven digits (torch sums pairwise), while the sum of the chunks is kept in float64.
-_CHUNK = 1 << 20
+from mergekit_fim.norms import squared_distance
 
 
 @dataclass(frozen=True)
@@ -29,27 +26,11 @@ class TaskVectorNorms:
 
     Attributes:
         layers: per pair of layers, over all the layer's tensors.
-        other: over the tensors outside the decoder layers; None where vocabularies of different sizes leave it undefined.
+        other: over the tensors outside the decoder layers; None where the vocabularies' sizes differ.
     """
 
     layers: Mapping[LayerPair, float]
     other: float | None
-
-
-def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
-    """‖t‖² as a float64 scalar on the tensor's device, from float32 sums over chunks."""
-    total = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    for chunk in tensor.detach().reshape(-1).split(_CHUNK):
-        total += chunk.float().square().sum()
-    return total
-
-
-def squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """‖a − b‖² from float32 differences and sums, without a float32 copy of either."""
-    total = 0.0
-    for x, y in zip(a.reshape(-1).split(_CHUNK), b.reshape(-1).split(_CHUNK), strict=True):
-        total += float((x.float() - y.float()).square().sum())
-    return total
 
 
 def task_vector_norms(

@@ -1,0 +1,82 @@
+"""The one touch point with mergekit that isn't its public surface: the planner learns to run the pre-pass.
+
+`_autoload` calls `register_methods` and `hook_planner` when mergekit's modules have been imported. Two methods of
+`MergePlanner` are wrapped, and act for `fim_ties` and `fim_ta` only:
+
+- `normalize_config`: afterwards everything in the config is modules -> slices -> sources, with the options, the
+  architecture and the output's config at hand, and no output folder made yet. The pre-pass runs there.
+- `plan_to_disk`: adds the task that writes the report beside the merged model.
+"""
+
+import functools
+from types import ModuleType
+from typing import Any
+
+from mergekit.merge_methods import base as merge_methods_base
+
+from mergekit_fim.errors import FimError
+from mergekit_fim.methods import fim_methods
+from mergekit_fim.parameters import METHODS
+
+_PLANNER_ATTRIBUTES = ("config", "arch_info", "options", "out_model_config")
+
+
+def register_methods(registry: ModuleType) -> None:
+    """Register both methods with `mergekit.merge_methods.registry`, unless they are already."""
+    known = {method.spec.name for method in registry.registered_methods()}
+    for method in fim_methods():
+        assert isinstance(method, merge_methods_base.MergeMethod)
+        if method.spec.name not in known:
+            registry.register(method)
+
+
+def hook_planner(plan: ModuleType) -> None:
+    """Wrap the two methods of `mergekit.plan.MergePlanner`, unless they are already.
+
+    Raises:
+        AttributeError: mergekit's planner doesn't have them.
+    """
+    planner = plan.MergePlanner
+    if hasattr(planner.normalize_config, "mergekit_fim"):
+        return
+    normalize, to_disk = planner.normalize_config, planner.plan_to_disk
+
+    @functools.wraps(normalize)
+    def normalize_config(self: Any) -> None:
+        if self.config.merge_method in METHODS:
+            _normalize_and_measure(self, normalize)
+        else:
+            normalize(self)
+
+    @functools.wraps(to_disk)
+    def plan_to_disk(self: Any, out_path: str) -> list[Any]:
+        targets: list[Any] = to_disk(self, out_path)
+        if self.config.merge_method in METHODS:
+            from mergekit_fim.report import WriteReport
+
+            targets.append(WriteReport.after(targets, self.fim_pre_pass, out_path))
+        return targets
+
+    normalize_config.mergekit_fim = True  # type: ignore[attr-defined]
+    planner.normalize_config = normalize_config
+    planner.plan_to_disk = plan_to_disk
+
+
+def _normalize_and_measure(planner: Any, normalize: Any) -> None:
+    missing = [name for name in _PLANNER_ATTRIBUTES if not hasattr(planner, name)]
+    if missing:
+        raise FimError(
+            f"mergekit-fim supports mergekit>=0.1.5,<0.2, whose planner has the attributes {', '.join(missing)}; "
+            "this one lacks them: install a supported mergekit"
+        )
+    # Everything heavy is imported here, so that merges by other methods don't pay for it.
+    from mergekit_fim import prepass, report
+
+    settings = prepass.check_config(planner.config, planner.options)
+    # The caller's own config stays as it was: coefficients written into it would be taken for set by hand next time.
+    planner.config = planner.config.model_copy(deep=True)
+    normalize(planner)
+    planner.fim_pre_pass = prepass.run(
+        planner.config, settings, planner.arch_info, planner.options, planner.out_model_config
+    )
+    report.show(planner.fim_pre_pass, quiet=planner.options.quiet)

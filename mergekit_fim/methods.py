@@ -1,0 +1,201 @@
+"""The merge methods `fim_ta` and `fim_ties`, on mergekit's `GroupMergeMethod`.
+
+The merge coefficients arrive as mergekit's per-model parameter `alpha`, which has no default: whatever bypasses the
+Fisher pre-pass ends in mergekit's "Missing required parameter alpha" instead of an unweighted merge.
+"""
+
+import os
+import re
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+
+from mergekit_fim.errors import FimError
+from mergekit_fim.norms import squared_norm
+from mergekit_fim.parameters import METHODS, PARAMETERS, Scope
+from mergekit_fim.trim import trim_
+
+PAPER = "https://arxiv.org/abs/2603.21705"
+_PRETTY_NAMES = {"fim_ties": "FIM-TIES", "fim_ta": "FIM Task Arithmetic"}
+
+
+# MLP gate projections that stand as a tensor of their own, by the names that mergekit's architectures use. The router
+# of a mixture of experts (`mlp.gate`) is not one. Fused gate/up tensors (`gate_up_proj`) have no separate gate.
+_GATE_PROJECTION = re.compile(
+    r"\.gate_proj\."  # Llama and most others, experts included
+    r"|\.feed_forward\.w1\."  # LFM2, InternLM2
+    r"|\.mlp\.c_fc_0\."  # EXAONE
+    r"|\.mlp\.c_fc2\."  # Jais
+    r"|^transformer\.h\.\d+\.mlp\.w2\."  # Qwen (1)
+)
+
+
+def is_gate_projection(tensor_name: str) -> bool:
+    """Whether a tensor is a separate MLP gate projection, to which gate protection applies (arXiv 2603.21705)."""
+    return _GATE_PROJECTION.search(tensor_name) is not None
+
+
+class FimMerge(GroupMergeMethod):
+    """`fim_ta`: θ0 + Σ_m α_m w_m δ_m per layer; `fim_ties`: TIES with the α_m, gate protection, norm calibration."""
+
+    def __init__(self, name: str) -> None:
+        """Make one of `settings.METHODS`."""
+        self.trims = name == "fim_ties"
+        self.spec = MergeMethodSpec(
+            name=name,
+            pretty_name=_PRETTY_NAMES[name],
+            reference_url=PAPER,
+            parameters=tuple(_parameter_specs(name)),
+            contract=InputContract(base=BasePolicy.REQUIRED),
+        )
+
+    def validate_inputs(
+        self, input_ids: Sequence[Hashable], base_id: Hashable | None = None, *, group_name: str | None = None
+    ) -> None:
+        """mergekit's structural check, after refusing the loose files that `mergekit-pytorch` passes."""
+        for model in input_ids:
+            if isinstance(model, ModelReference) and os.path.isfile(model.model.path):
+                raise FimError(
+                    f"{self.spec.name} needs whole models with a config to measure, found the file {model.model.path}; "
+                    "use mergekit-yaml with model folders instead of mergekit-pytorch"
+                )
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+
+    @torch.no_grad()
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        """Merge one tensor of all models.
+
+        Arithmetic is in float32 (float64 for float64 inputs), the result in the inputs' dtype.
+
+        Args:
+            group: the base's tensor and those of the fine-tuned models, of one shape and dtype.
+            parameters: those of `spec`, per-model ones as mappings from the models' ids.
+        """
+        assert group.base is not None
+        base = group.base.tensor
+        entries = group.non_base
+        if not entries:
+            return base
+        dtype = torch.promote_types(base.dtype, torch.float32)
+        gate = parameters["gate_scale"] if is_gate_projection(group.metadata.name or "") else 1.0
+        alphas = [gate * parameters["alpha"][entry.id] for entry in entries]
+        weights = [parameters["weight"][entry.id] for entry in entries]
+
+        theta0 = base.to(dtype)
+        deltas = []
+        for entry in entries:
+            delta = entry.tensor.to(dtype).sub(theta0)  # never in place: `to` may have returned the input itself
+            if self.trims:
+                trim_(delta, parameters["density"][entry.id])
+            deltas.append(delta)
+        combine = _disjoint_merge if self.trims else _sum
+        task_vector = combine(deltas, alphas, weights, parameters["normalize"])
+        merged = task_vector.mul_(parameters["lambda"]).add_(theta0)
+
+        if parameters["norm_tolerance"] > 0:
+            shares = _shares(weights, parameters["normalize"])
+            moves = [parameters["lambda"] * share * alpha for share, alpha in zip(shares, alphas, strict=True)]
+            _calibrate_norm_(merged, theta0, [e.tensor for e in entries], moves, parameters["norm_tolerance"])
+        return merged.to(base.dtype)
+
+
+def _parameter_specs(method: str) -> list[ParameterSpec]:
+    """The parameters that reach the merge of a tensor, as mergekit wants them; the others belong to the pre-pass."""
+    specs = []
+    for parameter in PARAMETERS.values():
+        if parameter.scope is Scope.MERGE:
+            continue
+        scope = ParameterScope.NON_BASE if parameter.scope is Scope.MODEL else ParameterScope.SHARED
+        default = parameter.default_for(method)
+        if parameter.name == "density" and method == "fim_ta":
+            default = 1.0  # accepted, without effect, as in stock task_arithmetic
+        optional = {} if default is None else {"default": default}
+        specs.append(ParameterSpec(parameter.name, parameter.type, scope, description=parameter.meaning, **optional))
+    return specs
+
+
+def _sum(deltas: list[torch.Tensor], alphas: list[float], weights: list[float], normalize: bool) -> torch.Tensor:
+    """Σ_m w_m α_m δ_m, divided by Σ_m w_m if `normalize`. Overwrites `deltas`."""
+    shares = _shares(weights, normalize)
+    total = deltas[0].mul_(shares[0] * alphas[0])
+    for delta, share, alpha in zip(deltas[1:], shares[1:], alphas[1:], strict=True):
+        total.add_(delta, alpha=share * alpha)
+    return total
+
+
+def _disjoint_merge(
+    deltas: list[torch.Tensor], alphas: list[float], weights: list[float], normalize: bool
+) -> torch.Tensor:
+    """TIES' sign election and disjoint merge (arXiv 2306.01708, section 4, steps 2 and 3). Overwrites `deltas`.
+
+    The sign of Σ_m w_m α_m trim(δ_m) is elected entry by entry (a zero sum elects plus, as in mergekit); the entries
+    w_m α_m trim(δ_m) of that sign are summed and, if `normalize`, divided by Σ w_m over the models whose entry has it.
+    The divisor leaves α out: dividing by it would cancel it. An α of 0 leaves its model out.
+    """
+    if len(deltas) == 1:  # a single model always agrees with itself
+        share = 1.0 if normalize and weights[0] != 0 else weights[0]
+        return deltas[0].mul_(share * alphas[0])
+    for delta, weight, alpha in zip(deltas, weights, alphas, strict=True):
+        delta.mul_(weight * alpha)
+    elected = deltas[0].clone()
+    for delta in deltas[1:]:
+        elected.add_(delta)
+    elected = torch.where(elected >= 0, 1.0, -1.0).to(elected.dtype)
+
+    total = torch.zeros_like(elected)
+    divisor = torch.zeros_like(elected)
+    for delta, weight in zip(deltas, weights, strict=True):
+        agrees = delta.sign().eq_(elected)  # 1 or 0, in the working dtype
+        total.addcmul_(delta, agrees)
+        divisor.add_(agrees, alpha=weight)
+    if normalize:
+        total.div_(divisor.masked_fill_(divisor == 0, 1.0))
+    return total
+
+
+def _shares(weights: list[float], normalize: bool) -> list[float]:
+    """The users' weights, divided by their sum if `normalize` (unless it is zero, as in mergekit)."""
+    total = sum(weights)
+    if not normalize or abs(total) < 1e-8:
+        return weights
+    return [weight / total for weight in weights]
+
+
+def _calibrate_norm_(
+    merged: torch.Tensor,
+    theta0: torch.Tensor,
+    tuned: list[torch.Tensor],
+    moves: list[float],
+    tolerance: float,
+) -> None:
+    """Rescale `merged` in place to the interpolated norm of its inputs where it is off by more than `tolerance`.
+
+    The target is ‖θ0‖ + Σ_m c_m (‖θ_m‖ − ‖θ0‖), c_m the coefficient by which the merge moves to model m: for one model
+    (1 − α)‖θ0‖ + α‖θ1‖. That a merged tensor off by more than 5 % is rescaled is the paper's (arXiv 2603.21705, as
+    summarised); the target, and that it is per tensor, are this project's. A target that isn't positive is left alone.
+    """
+    norm0 = _norm(theta0)
+    target = norm0 + sum(move * (_norm(tensor) - norm0) for move, tensor in zip(moves, tuned, strict=True))
+    norm = _norm(merged)
+    if target > 0 and norm > 0 and abs(norm / target - 1) > tolerance:
+        merged.mul_(target / norm)
+
+
+def _norm(tensor: torch.Tensor) -> float:
+    return float(squared_norm(tensor)) ** 0.5
+
+
+def fim_methods() -> list[FimMerge]:
+    """New instances of both methods, to be registered with mergekit."""
+    return [FimMerge(name) for name in METHODS]

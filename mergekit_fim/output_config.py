@@ -1,0 +1,94 @@
+"""Makes the merged model's config say what was merged. mergekit itself writes the base's config unchanged."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mergekit.io.tasks import LoaderCache
+from transformers import PretrainedConfig
+
+from mergekit_fim.inputs import InputModel
+
+# Keys that say where a config came from or how the model is run, not what it computes.
+_IMMATERIAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "auto_map"}
+
+
+@dataclass(frozen=True)
+class ConfigDifference:
+    """A config key in which the inputs differ.
+
+    Attributes:
+        key: the name in config.json.
+        values: (model, its value), the base first.
+        written: what the merged model's config says.
+    """
+
+    key: str
+    values: tuple[tuple[str, Any], ...]
+    written: Any
+
+
+def adapt_output_config(
+    output: PretrainedConfig, base: InputModel, models: Sequence[InputModel], base_layers: Sequence[int]
+) -> list[ConfigDifference]:
+    """Correct the config that the merged model will be saved with, in place.
+
+    - `tie_word_embeddings` becomes false where the merge writes an output head of its own: where any input has one that
+      isn't its embedding. (A tied base beside an untied fine-tuned model: its embedding is merged as its head.)
+    - `max_position_embeddings` becomes the longest of the inputs', provided that all of them use the same rotary
+      position parameters; otherwise the base's stays, as its rotary parameters do.
+    - `layer_types` (one entry per decoder layer) follows the base's layers that slices keep, drop or repeat.
+
+    Args:
+        output: mergekit's config for the merged model, made from the base's.
+        base: the base model.
+        models: the fine-tuned models.
+        base_layers: the base's decoder layers in the order of the output's.
+
+    Returns:
+        The keys in which the inputs differ, with what is written.
+    """
+    inputs = [base, *models]
+    if any(_has_own_head(model) for model in inputs):
+        for config in {id(c): c for c in (output, output.get_text_config())}.values():
+            config.tie_word_embeddings = False
+
+    text = output.get_text_config()
+    lengths = [getattr(model.text_config, "max_position_embeddings", None) for model in inputs]
+    rotary = [getattr(model.text_config, "rope_parameters", None) for model in inputs]
+    known = [length for length in lengths if length is not None]
+    if len(known) == len(inputs) and rotary[0] and all(parameters == rotary[0] for parameters in rotary):
+        text.max_position_embeddings = max(known)
+
+    layer_types = getattr(base.text_config, "layer_types", None)
+    if layer_types and len(layer_types) == len(base.layout.layers):
+        text.layer_types = [layer_types[layer] for layer in base_layers]
+
+    return list(_differences(output, inputs))
+
+
+def _has_own_head(model: InputModel) -> bool:
+    """Whether the checkpoint has an output head that is not, in effect, its input embedding."""
+    for tensor in model.layout.other:
+        own = model.stored_name(tensor, tied=False)
+        if not tensor.tied_names or own is None:
+            continue
+        if not model.text_config.tie_word_embeddings:
+            return True
+        # Declared tied, and stored all the same: a copy, or a head that was trained on its own.
+        embedding = next((name for name in tensor.tied_names if name in model.headers), None)
+        loader = LoaderCache().get(model.reference)
+        if embedding and not torch.equal(loader.get_tensor(own), loader.get_tensor(embedding)):
+            return True
+    return False
+
+
+def _differences(output: PretrainedConfig, inputs: Sequence[InputModel]) -> Iterable[ConfigDifference]:
+    configs = [model.config.to_dict() for model in inputs]
+    written = output.to_dict()
+    for key in sorted(set().union(*configs) - _IMMATERIAL):
+        values = [config.get(key) for config in configs]
+        if any(value != values[0] for value in values):
+            named = tuple((str(model), value) for model, value in zip(inputs, values, strict=True))
+            yield ConfigDifference(key, named, written.get(key))

@@ -1,0 +1,246 @@
+"""What the user sees of a pre-pass: one table, and `fim_report.json` beside the merged model."""
+
+import json
+import logging
+import math
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import click
+from mergekit.graph import Task
+from mergekit.io.tasks import FinalizeModel
+from pydantic import BaseModel
+
+from mergekit_fim.methods import is_gate_projection
+from mergekit_fim.parameters import PARAMETERS, Scope
+from mergekit_fim.prepass import BaseCoefficients, ModelCoefficients, PrePass
+
+LOG = logging.getLogger("mergekit_fim")
+
+REPORT_NAME = "fim_report.json"
+_WIDTH = 100
+
+
+def show(pre_pass: PrePass, *, quiet: bool) -> None:
+    """Log the warnings, and print the table unless `quiet`."""
+    for warning in pre_pass.warnings:
+        LOG.warning("%s", warning)
+    if not quiet:
+        click.echo(render(pre_pass))
+
+
+def render(pre_pass: PrePass) -> str:
+    """The coefficients as a table, and in words what else the merge will do."""
+    lines = [""]
+    for coefficients in pre_pass.coefficients:
+        settings = pre_pass.settings.fisher
+        lines.append(
+            f"Fisher information of {coefficients.base} on {settings.samples} × {settings.seq_len} random tokens "
+            f"(seed {settings.seed}, labels: {settings.labels})"
+        )
+        lines += _table(coefficients)
+        lines.append("")
+    lines += [f"- {note}" for note in _notes(pre_pass)]
+    return "\n".join(lines) + "\n"
+
+
+def _table(coefficients: BaseCoefficients) -> Iterator[str]:
+    """As many models side by side as fit, the Fisher columns with the first of each block."""
+    group = 28
+    left = 30
+    per_block = max(1, (_WIDTH - left) // group)
+    models = coefficients.models
+    for start in range(0, len(models), per_block):
+        block = models[start : start + per_block]
+        if len(models) > 1:
+            yield " " * left + "".join(f"{_short(str(m.model), group - 2):>{group}}" for m in block)
+        yield f"{'layer':>8}{'Fisher':>12}{'±':>10}" + f"{'‖δ‖':>10}{'score':>10}{'α':>8}" * len(block)
+        for layer in coefficients.fisher.layers:
+            rows = [[i for i, pair in enumerate(m.pairs) if pair.base_layer == layer.index] for m in block]
+            for repeat in range(max(len(r) for r in rows)):
+                stderr = "" if layer.stderr is None else f"{layer.stderr:.1e}"
+                cells = [
+                    _cells(m, r[repeat]) if repeat < len(r) else " " * group for m, r in zip(block, rows, strict=True)
+                ]
+                yield f"{layer.index:>8}{layer.fisher:>12.3e}{stderr:>10}" + "".join(cells)
+        other = ["n/a" if m.norms.other is None else f"{math.sqrt(m.norms.other):.3g}" for m in block]
+        yield f"{'outside':>8}{'':>22}" + "".join(
+            f"{norm:>10}{'':>10}{m.alpha_other:>8.3f}" for norm, m in zip(other, block, strict=True)
+        )
+
+
+def _cells(model: ModelCoefficients, index: int) -> str:
+    norm = math.sqrt(model.norms.layers[model.pairs[index]])
+    return f"{norm:>10.3g}{model.scores[index]:>10.2e}{model.alphas[index]:>8.3f}"
+
+
+def _short(text: str, width: int) -> str:
+    return text if len(text) <= width else "…" + text[len(text) - width + 1 :]
+
+
+def _notes(pre_pass: PrePass) -> Iterator[str]:
+    parameters = pre_pass.config.parameters or {}
+    method = pre_pass.method
+    if pre_pass.coefficients:
+        rule = "the mean of the layers' α" if pre_pass.settings.alpha_other is None else "set by alpha_other"
+        yield f"outside: embeddings, final norm and output head; their α is {rule}"
+    for settings in pre_pass.models:
+        if settings.alpha is not None:
+            yield f"alpha of {settings.model} is set by hand: {_plain(settings.alpha)}"
+        if settings.density_is_default:
+            yield f"density of {settings.model}: {settings.density:g}, the default for the size of the base"
+    shifted = [
+        f"{m.model} layer {pair.source_layer} into base layer {pair.base_layer}"
+        for c in pre_pass.coefficients
+        for m in c.models
+        for pair in m.pairs
+        if pair.source_layer != pair.base_layer
+    ]
+    if shifted:
+        yield f"the slices merge layers of different numbers: {', '.join(shifted)}"
+    gates = gate_projections(pre_pass)
+    scale = parameters.get("gate_scale", PARAMETERS["gate_scale"].default_for(method))
+    if scale != 1:
+        if gates:
+            yield f"gate protection: α × {_plain(scale)} on {len(gates)} MLP gate projections such as {gates[0]}"
+        else:
+            yield "gate protection: not applied, the models have no separate MLP gate projection"
+    tolerance = parameters.get("norm_tolerance", PARAMETERS["norm_tolerance"].default_for(method))
+    if tolerance != 0:
+        yield f"norm calibration: a merged tensor whose norm is off by more than {_plain(tolerance)} is rescaled"
+    for difference in pre_pass.differences:
+        values = "; ".join(f"{model}: {_plain(value)}" for model, value in difference.values)
+        yield f"config key {difference.key} differs ({values}); written: {_plain(difference.written)}"
+
+
+def gate_projections(pre_pass: PrePass) -> list[str]:
+    """The names of the base's separate MLP gate projections."""
+    base = next(iter(pre_pass.inputs.values()))
+    return [tensor.name for layer in base.layout.layers for tensor in layer.tensors if is_gate_projection(tensor.name)]
+
+
+def as_json(pre_pass: PrePass) -> dict[str, Any]:
+    """The report, as it is written beside the merged model."""
+    return {
+        "format": "mergekit-fim/report",
+        "version": 1,
+        "method": pre_pass.method,
+        "base_model": str(next(iter(pre_pass.inputs))),
+        "settings": _settings(pre_pass),
+        "fisher": _fisher(pre_pass.coefficients[0]) if pre_pass.coefficients else None,
+        "models": list(_models(pre_pass)),
+        "gate_projections": gate_projections(pre_pass),
+        "config_differences": [
+            {"key": d.key, "values": dict(d.values), "written": d.written} for d in pre_pass.differences
+        ],
+        "warnings": list(pre_pass.warnings),
+        "versions": {
+            **{name: version(name) for name in ("mergekit-fim", "mergekit", "torch", "transformers", "accelerate")},
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _settings(pre_pass: PrePass) -> dict[str, Any]:
+    given = pre_pass.config.parameters or {}
+    settings = {
+        name: _jsonable(given.get(name, parameter.default_for(pre_pass.method)))
+        for name, parameter in PARAMETERS.items()
+        if parameter.scope is not Scope.MODEL
+    }
+    fisher, mapping = pre_pass.settings.fisher, pre_pass.settings.mapping
+    parsed = {f"fisher_{key}": value for key, value in vars(fisher).items()} | vars(mapping)
+    return (
+        settings
+        | parsed
+        | {
+            "default_density": pre_pass.default_density,
+            "dtype": pre_pass.config.dtype,
+            "out_dtype": pre_pass.config.out_dtype,
+        }
+    )
+
+
+def _fisher(coefficients: BaseCoefficients) -> dict[str, Any]:
+    return {
+        "vocab_size": coefficients.fisher.vocab_size,
+        "num_layers": len(coefficients.fisher.layers),
+        "layers": [
+            {
+                "index": layer.index,
+                "parameters": layer.parameters,
+                "fisher": layer.fisher,
+                "fisher_stderr": layer.stderr,
+                "squared_norms": list(layer.squared_norms),
+            }
+            for layer in coefficients.fisher.layers
+        ],
+    }
+
+
+def _models(pre_pass: PrePass) -> Iterator[dict[str, Any]]:
+    found = {m.model: m for c in pre_pass.coefficients for m in c.models}
+    for settings in pre_pass.models:
+        model = found.get(settings.model)
+        yield {
+            "model": str(settings.model),
+            "weight": _jsonable(settings.weight),
+            "density": _jsonable(settings.density),
+            "alpha": _jsonable(settings.alpha),
+            "alpha_other": model.alpha_other if model else None,
+            "layers": list(_report_layers(model)) if model else [],
+        }
+
+
+def _report_layers(model: ModelCoefficients) -> Iterator[dict[str, Any]]:
+    for pair, score, alpha in zip(model.pairs, model.scores, model.alphas, strict=True):
+        layer = {
+            "index": pair.source_layer,
+            "task_vector_sq_norm": model.norms.layers[pair],
+            "score": score,
+            "alpha": alpha,
+        }
+        yield layer if pair.source_layer == pair.base_layer else layer | {"base_index": pair.base_layer}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(exclude_none=True)
+    return [_jsonable(item) for item in value] if isinstance(value, list) else value
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(_jsonable(value), ensure_ascii=False)
+
+
+class WriteReport(Task[None]):
+    """Writes the report when the merged model is complete."""
+
+    finalize: FinalizeModel
+    text: str
+    out_path: str
+
+    @classmethod
+    def after(cls, targets: Sequence[Any], pre_pass: PrePass, out_path: str) -> "WriteReport":
+        """The task that follows the `FinalizeModel` among `targets`."""
+        (finalize,) = (task for task in targets if isinstance(task, FinalizeModel))
+        text = json.dumps(as_json(pre_pass), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        return cls(finalize=finalize, text=text, out_path=out_path)
+
+    def arguments(self) -> dict[str, Any]:
+        """mergekit's name for the tasks that must have run."""
+        return {"finalize": self.finalize}
+
+    def main_thread_only(self) -> bool:
+        """Like the `FinalizeModel` before it."""
+        return True
+
+    def execute(self, **_kwargs: Any) -> None:
+        """Write atomically: no reader ever sees half a report."""
+        path = os.path.join(self.out_path, REPORT_NAME)
+        with open(path + ".part", "w", encoding="utf-8") as file:
+            file.write(self.text)
+        os.replace(path + ".part", path)
