@@ -113,7 +113,8 @@ def open_model(reference: ModelReference, architecture: ModelArchitecture, trust
             elif not _is_convertible(config.model_type, headers, tensor, layer):
                 if not tensor.optional:
                     raise FimError(
-                        f"{reference}: the checkpoint lacks the tensor {tensor.name}; download or save the model again"
+                        f"{reference}: the checkpoint lacks the tensor {tensor.name}, which mergekit expects of "
+                        f"{config.architectures[0]}; download or save the model again, or leave the model out"
                     )
                 absent.append(tensor.name)
     return InputModel(reference, config, layout, headers, frozenset(absent))

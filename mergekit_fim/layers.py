@@ -50,7 +50,7 @@ def model_layout(architecture: ModelArchitecture, config: PretrainedConfig, mode
     module = ConfiguredModelArchitecture(info=architecture, config=config).get_module(next(iter(architecture.modules)))
     layers = []
     for index in range(module.num_layers()):
-        tensors = tuple(module.layer_weights(index))
+        tensors = tuple({tensor.name: tensor for tensor in module.layer_weights(index)}.values())  # Granite's repeat
         prefixes = {_layer_prefix(tensor.name, index) for tensor in tensors}
         prefix = prefixes.pop() if len(prefixes) == 1 else None
         if prefix is None:

@@ -62,7 +62,7 @@ def adapt_output_config(
         text.max_position_embeddings = max(known)
 
     layer_types = getattr(base.text_config, "layer_types", None)
-    if layer_types and len(layer_types) == len(base.layout.layers):
+    if layer_types and [layer_types[layer] for layer in base_layers] != text.layer_types:
         text.layer_types = [layer_types[layer] for layer in base_layers]
 
     return list(_differences(output, inputs))

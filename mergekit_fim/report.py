@@ -119,7 +119,8 @@ def _notes(pre_pass: PrePass) -> Iterator[str]:
 def gate_projections(pre_pass: PrePass) -> list[str]:
     """The names of the base's separate MLP gate projections."""
     base = next(iter(pre_pass.inputs.values()))
-    return [tensor.name for layer in base.layout.layers for tensor in layer.tensors if is_gate_projection(tensor.name)]
+    names = [tensor.name for layer in base.layout.layers for tensor in layer.tensors]
+    return [name for name in names if is_gate_projection(name) and name not in base.absent]
 
 
 def as_json(pre_pass: PrePass) -> dict[str, Any]:

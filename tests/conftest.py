@@ -1,0 +1,145 @@
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+import yaml
+from click.testing import CliRunner, Result
+from mergekit.io.tasks import LoaderCache
+from mergekit.scripts.run_yaml import main as mergekit_yaml
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask the network
+ROOT = Path(__file__).parents[1]
+torch.set_num_threads(2)
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_state():
+    """mergekit keeps its loaders for the life of the process, and its command sets up logging: undo both."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    LoaderCache.loaders.clear()
+    yield
+    LoaderCache.loaders.clear()
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
+@dataclass(frozen=True)
+class Pair:
+    base: Path
+    long: Path
+    third: Path
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory) -> Pair:
+    """A Llama base of five layers with two fine-tunes, float32."""
+    folder = tmp_path_factory.mktemp("pair")
+    base = tiny.build(tiny.config("llama"))
+    return Pair(
+        tiny.save(base, folder / "base"),
+        tiny.save(tiny.tuned(base, 1), folder / "long"),
+        tiny.save(tiny.tuned(base, 2, scale=0.03), folder / "third"),
+    )
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge by the stock command, in this process."""
+
+    folder: Path
+
+    def __call__(self, config: dict | str, *options: str, out: str = "out") -> tuple[Path, Result]:
+        source = self.folder / f"{out}.yml"
+        source.write_text(config if isinstance(config, str) else yaml.safe_dump(config), encoding="utf-8")
+        target = self.folder / out
+        arguments = [str(source), str(target), "--no-write-model-card", "--no-copy-tokenizer", *options]
+        return target, CliRunner().invoke(mergekit_yaml, arguments)
+
+    def ok(self, config: dict | str, *options: str, out: str = "out") -> tuple[Path, Result]:
+        target, result = self(config, *options, out=out)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        assert result.exit_code == 0, result.output
+        return target, result
+
+
+@pytest.fixture
+def merge(tmp_path) -> Merge:
+    return Merge(tmp_path)
+
+
+def config_for(pair: Pair, method: str = "fim_ties", **changes) -> dict:
+    return {
+        "merge_method": method,
+        "base_model": str(pair.base),
+        "models": [{"model": str(pair.long)}],
+        "dtype": "float32",
+    } | changes
+
+
+@dataclass(frozen=True)
+class Environment:
+    """A virtual environment that has the package installed, and all else from the one that runs the tests."""
+
+    python: Path
+    site_packages: Path
+
+    def run(self, *arguments: str, check: bool = True, **options) -> subprocess.CompletedProcess:
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", **options.pop("env", {})}
+        environment.pop("PYTHONPATH", None)
+        done = subprocess.run(
+            [str(self.python), *arguments], capture_output=True, text=True, env=environment, timeout=600, **options
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    def command(self, name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
+        """A stock command of mergekit's, from the script that pip made for it."""
+        script = Path(sysconfig.get_path("scripts")) / name
+        return self.run(str(script), *arguments, **options)
+
+
+def make_environment(folder: Path, *, dependencies: bool = True) -> Environment:
+    venv.create(folder, with_pip=False)
+    python = folder / "bin" / "python"
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = Path(subprocess.run([python, "-c", query], capture_output=True, text=True, check=True).stdout.strip())
+    if dependencies:
+        # A plain path: the .pth files of that folder, and so its own copy of the package's hook, are not read.
+        (site / "zz_dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return Environment(python, site)
+
+
+def pip(environment: Environment, *arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--python", str(environment.python), "--disable-pip-version-check"]
+    done = subprocess.run([*command, *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory) -> Path:
+    """A copy of the source tree, so that building leaves nothing behind in it."""
+    copy = tmp_path_factory.mktemp("source") / "mergekit-fim"
+    ignore = shutil.ignore_patterns(".git", ".venv", ".demo", "__pycache__", ".*_cache", "dist")
+    shutil.copytree(ROOT, copy, ignore=ignore)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def installed(source, tmp_path_factory) -> Environment:
+    """An environment with the wheel installed, as `pip install .` does it."""
+    environment = make_environment(tmp_path_factory.mktemp("wheel") / "venv")
+    pip(environment, "install", "--no-deps", "--no-build-isolation", "--quiet", str(source))
+    return environment

@@ -1,0 +1,83 @@
+import math
+import random
+
+import pytest
+import reference
+
+from mergekit_fim.coefficients import Mapping, importance_scores, merge_coefficients
+
+SCORES = [4.43e-3, 2.0e-5, 7.1e-5, 2.61e-6, 1.3e-4, 9.9e-6]
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 2.5, 0.0, -1.0])
+def test_matches_the_formula(sharpness):
+    expected = reference.coefficients(SCORES, sharpness, 0.1, 0.9)
+    assert merge_coefficients(SCORES, Mapping(sharpness, 0.1, 0.9)) == pytest.approx(list(expected), abs=1e-14)
+
+
+def test_a_high_score_means_a_low_coefficient_and_a_negative_sharpness_turns_it_round():
+    order = sorted(range(len(SCORES)), key=SCORES.__getitem__)
+    falling = merge_coefficients(SCORES, Mapping())
+    rising = merge_coefficients(SCORES, Mapping(sharpness=-1.0))
+    assert [falling[i] for i in order] == sorted(falling, reverse=True)
+    assert [rising[i] for i in order] == sorted(rising)
+    assert falling == pytest.approx([1 - a for a in rising])
+
+
+def test_sharpness_zero_is_the_uniform_merge():
+    assert merge_coefficients(SCORES, Mapping(sharpness=0.0)) == [0.5] * len(SCORES)
+    assert merge_coefficients(SCORES, Mapping(sharpness=0.0, alpha_mean=0.3)) == pytest.approx([0.3] * len(SCORES))
+
+
+def test_a_spread_below_one_nat_is_not_stretched():
+    scores = [math.exp(x) for x in (-0.1, 0.0, 0.1)]
+    alphas = merge_coefficients(scores, Mapping())
+    assert alphas == pytest.approx([1 / (1 + math.exp(x)) for x in (-0.1, 0.0, 0.1)], abs=1e-12)
+
+
+@pytest.mark.parametrize("mean", [1e-6, 0.2, 0.5, 0.83, 1 - 1e-6])
+@pytest.mark.parametrize("sharpness", [1.0, -3.0, 40.0, 1e4])
+def test_alpha_mean_is_met_exactly(mean, sharpness):
+    alphas = merge_coefficients(SCORES, Mapping(sharpness, alpha_mean=mean))
+    assert math.fsum(alphas) / len(alphas) == pytest.approx(mean, rel=1e-12)
+    assert all(0 <= a <= 1 for a in alphas)
+
+
+def test_layers_without_a_score_get_alpha_max_and_do_not_move_the_others():
+    alphas = merge_coefficients([*SCORES, 0.0, 0.0], Mapping(alpha_max=0.8, alpha_mean=0.4))
+    assert alphas[-2:] == [0.8, 0.8]
+    assert alphas[:-2] == merge_coefficients(SCORES, Mapping(alpha_max=0.8, alpha_mean=0.4))
+    assert merge_coefficients([0.0, 0.0], Mapping(alpha_max=0.8)) == [0.8, 0.8]
+
+
+def test_a_common_factor_and_the_order_of_the_layers_do_not_matter():
+    alphas = merge_coefficients(SCORES, Mapping())
+    assert merge_coefficients([s * 1e-200 for s in SCORES], Mapping()) == pytest.approx(alphas, abs=1e-10)
+    order = list(range(len(SCORES)))
+    random.Random(0).shuffle(order)
+    assert merge_coefficients([SCORES[i] for i in order], Mapping()) == pytest.approx([alphas[i] for i in order])
+
+
+def test_a_single_layer_is_in_the_middle():
+    assert merge_coefficients([3.0], Mapping()) == [0.5]
+
+
+@pytest.mark.parametrize(
+    ("mapping", "words"),
+    [
+        ({"alpha_min": 0.6, "alpha_max": 0.5}, r"alpha_min \(0.6\) must not exceed alpha_max \(0.5\)"),
+        ({"alpha_mean": 0.9, "alpha_max": 0.5}, "alpha_mean"),
+        ({"sharpness": math.inf}, "finite"),
+    ],
+)
+def test_bad_mappings(mapping, words):
+    with pytest.raises(ValueError, match=words):
+        Mapping(**mapping)
+
+
+def test_scores():
+    assert importance_scores([2.0, 3.0], [5.0, 0.0]) == [10.0, 0.0]
+    with pytest.raises(ValueError, match="task-vector norm of layer 1"):
+        importance_scores([1.0, 1.0], [1.0, math.nan])
+    with pytest.raises(ValueError, match="2 Fisher values for 1"):
+        importance_scores([1.0, 1.0], [1.0])

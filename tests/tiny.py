@@ -1,0 +1,65 @@
+"""Tiny random models, made on the spot."""
+
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+VOCAB = 97
+_SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    # Ids outside the tiny vocabulary would make transformers warn.
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def config(kind: str = "llama", **changes) -> PretrainedConfig:
+    """A small config of an architecture, by its transformers model type."""
+    if kind == "gpt2":
+        shape = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 128}
+        shape |= {"bos_token_id": None, "eos_token_id": None}
+        return transformers.GPT2Config(**shape | changes)
+    cls, extra = {
+        "llama": (transformers.LlamaConfig, {}),
+        "qwen2": (transformers.Qwen2Config, {}),
+        "qwen3": (transformers.Qwen3Config, {"head_dim": 8}),
+        "gemma2": (transformers.Gemma2Config, {"head_dim": 8, "query_pre_attn_scalar": 8}),
+        "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    }[kind]
+    return cls(**_SHAPE | extra | changes)
+
+
+def build(cfg: PretrainedConfig, seed: int = 0, *, spread: bool = True) -> PreTrainedModel:
+    """A random model. With `spread`, every tensor is of another scale, so that no layer looks like the next."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(cfg).eval()
+    if spread:
+        with torch.no_grad():
+            for i, parameter in enumerate(model.parameters()):
+                parameter.add_(0.05 * torch.randn_like(parameter)).mul_(1 + 0.3 * (i % 7))
+    return model
+
+
+def tuned(base: PreTrainedModel, seed: int, *, cfg: PretrainedConfig | None = None, scale: float = 0.02):
+    """A fine-tune of `base`: the same weights plus noise. With `cfg`, under another config of the same shape."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(cfg or base.config).eval()
+    source = base.state_dict()
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            value.copy_(source[name] + scale * torch.randn_like(source[name]) * (1 + len(name) % 5))
+    return model
+
+
+def save(model: PreTrainedModel, path: Path, dtype: torch.dtype | None = None, **options) -> Path:
+    (model.to(dtype) if dtype else model).save_pretrained(path, **options)
+    return path
