@@ -1,0 +1,164 @@
+"""One tensor at a time: the kernels against NumPy, and the identities with mergekit's own methods."""
+
+import numpy as np
+import pytest
+import reference
+import torch
+from mergekit.merge_methods import TensorGroup, get
+
+from mergekit_fim.methods import is_gate_projection
+from mergekit_fim.trim import trim_
+
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+def tensors(count, shape=(40, 30), dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(shape, generator=generator).to(dtype)
+    return [base] + [(base + 0.1 * torch.randn(shape, generator=generator)).to(dtype) for _ in range(count)]
+
+
+def run(method, inputs, name="model.layers.1.mlp.up_proj.weight", **parameters):
+    if method == "fim_ties" or method == "ties":
+        parameters.setdefault("density", [0.3] * (len(inputs) - 1))
+    group = TensorGroup.from_tensors(inputs, base_index=0, name=name)
+    return get(method)([group], parameters=parameters)[0]
+
+
+@pytest.mark.parametrize("method", ["fim_ta", "fim_ties"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("tolerance", [0.0, 0.05, 1e-4])
+def test_matches_numpy(method, count, normalize, tolerance):
+    inputs = tensors(count)
+    alphas, weights, densities = [0.9, 0.35, 0.6][:count], [1.0, 0.5, 2.0][:count], [0.3, 0.5, 1.0][:count]
+    merged = run(
+        method,
+        inputs,
+        name=GATE,
+        alpha=alphas,
+        weight=weights,
+        density=densities,
+        normalize=normalize,
+        gate_scale=0.7,
+        norm_tolerance=tolerance,
+        **{"lambda": 1.5},
+    )
+    arrays = [t.double().numpy() for t in inputs]
+    expected = reference.merge_tensor(
+        method, arrays[0], arrays[1:], alphas, weights, densities, 0.7, tolerance, normalize, 1.5
+    )
+    np.testing.assert_allclose(merged.numpy(), expected, rtol=2e-5, atol=2e-6)
+    if tolerance == 1e-4:  # the calibration did something
+        uncalibrated = reference.merge_tensor(
+            method, arrays[0], arrays[1:], alphas, weights, densities, 0.7, 0, normalize, 1.5
+        )
+        assert not np.allclose(merged.numpy(), uncalibrated, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("alphas", [[0.3], [0.3, 0.8], [1.2, -0.4, 0.5]])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_fim_ta_by_hand_is_task_arithmetic(alphas, normalize):
+    inputs = tensors(len(alphas))
+    ours = run("fim_ta", inputs, name=GATE, alpha=alphas)
+    torch.testing.assert_close(ours, run("task_arithmetic", inputs, weight=alphas), rtol=1e-6, atol=1e-6)
+    # normalize and weight as mergekit has them: α = 1 leaves nothing but them.
+    ours = run("fim_ta", inputs, alpha=1.0, weight=alphas, normalize=normalize)
+    theirs = run("task_arithmetic", inputs, weight=alphas, normalize=normalize)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.5], [1.0, 0.4], [0.7, 1.0, 0.2], [1.0, 0.0], [1.0, -0.5, 0.3]])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+def test_fim_ties_with_alpha_one_is_ties(weights, normalize, scale):
+    inputs = tensors(len(weights), seed=3)
+    common = {"weight": weights, "normalize": normalize, "lambda": scale}
+    ours = run("fim_ties", inputs, name=GATE, alpha=1.0, gate_scale=1.0, norm_tolerance=0.0, **common)
+    torch.testing.assert_close(ours, run("ties", inputs, **common), rtol=1e-5, atol=1e-6)
+
+
+def test_a_weight_is_not_normalised_away_by_alpha():
+    """Two models that agree everywhere: the result is the weighted mean of the α δ, not of the δ."""
+    base = torch.zeros(8)
+    delta = torch.arange(1.0, 9.0)
+    merged = run(
+        "fim_ties", [base, delta, delta], alpha=[0.5, 0.25], weight=[3.0, 1.0], density=1.0, norm_tolerance=0.0
+    )
+    torch.testing.assert_close(merged, delta * (3 * 0.5 + 1 * 0.25) / 4)
+
+
+def test_gate_protection_applies_to_gate_projections_only():
+    inputs = tensors(1)
+    plain = run("fim_ties", inputs, alpha=0.5, norm_tolerance=0.0)
+    gate = run("fim_ties", inputs, name=GATE, alpha=0.5, norm_tolerance=0.0)
+    torch.testing.assert_close(gate - inputs[0], 0.7 * (plain - inputs[0]), rtol=1e-4, atol=1e-6)
+    assert torch.equal(run("fim_ta", inputs, name=GATE, alpha=0.5), run("fim_ta", inputs, alpha=0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.layers.0.mlp.gate_proj.weight", True),
+        ("model.layers.0.mlp.experts.3.gate_proj.weight", True),
+        ("model.layers.0.mlp.shared_experts.gate_proj.weight", True),
+        ("model.layers.0.feed_forward.w1.weight", True),
+        ("transformer.h.0.mlp.c_fc_0.weight", True),
+        ("transformer.h.0.mlp.c_fc2.weight", True),
+        ("transformer.h.0.mlp.w2.weight", True),
+        ("model.layers.0.mlp.gate.weight", False),  # a router
+        ("model.layers.0.mlp.shared_expert_gate.weight", False),
+        ("model.layers.0.mlp.gate_up_proj.weight", False),
+        ("model.layers.0.mlp.up_proj.weight", False),
+        ("model.layers.0.feed_forward.w2.weight", False),
+        ("transformer.h.0.mlp.w1.weight", False),
+        ("transformer.h.0.mlp.c_fc.weight", False),
+    ],
+)
+def test_gate_projection_names(name, expected):
+    assert is_gate_projection(name) is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_arithmetic_is_wide_and_the_result_in_the_inputs_dtype(dtype):
+    inputs = tensors(2, dtype=dtype)
+    merged = run("fim_ta", inputs, alpha=[0.3, 0.4])
+    assert merged.dtype == dtype
+    wide = [t.double() for t in inputs]
+    exact = wide[0] + 0.3 * (wide[1] - wide[0]) + 0.4 * (wide[2] - wide[0])
+    if dtype is torch.float64:
+        torch.testing.assert_close(merged, exact, rtol=1e-14, atol=1e-14)
+    else:  # correctly rounded once, but for ties that float32 arithmetic breaks the other way
+        assert (merged != exact.to(dtype)).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("method", ["fim_ta", "fim_ties"])
+def test_inputs_are_not_changed(method):
+    inputs = tensors(2)
+    copies = [t.clone() for t in inputs]
+    run(method, inputs, alpha=[0.3, 0.4])
+    assert all(torch.equal(a, b) for a, b in zip(inputs, copies, strict=True))
+
+
+@pytest.mark.parametrize("method", ["fim_ta", "fim_ties"])
+def test_without_alpha_there_is_no_merge(method):
+    with pytest.raises(TypeError, match="Missing required parameter alpha"):
+        run(method, tensors(1))
+
+
+@pytest.mark.parametrize("shape", [(7,), (1,), (16, 9), (3, 5, 4), (0,)])
+@pytest.mark.parametrize("density", [1e-9, 0.2, 0.5, 0.999, 1.0])
+def test_trim_keeps_the_largest(shape, density):
+    delta = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    kept = trim_(delta.clone(), density)
+    n = delta.numel()
+    keep = min(n, max(1, int(density * n)))
+    assert int((kept != 0).sum()) == keep
+    if n:
+        expected = delta.abs().flatten().sort(descending=True).values[:keep]
+        assert torch.equal(kept.abs().flatten().sort(descending=True).values[:keep], expected)
+
+
+def test_trim_keeps_all_of_equal_magnitude():
+    assert trim_(torch.tensor([1.0, -2.0, 2.0, 2.0, 0.5]), 0.2).tolist() == [0, -2, 2, 2, 0]
+    assert trim_(torch.zeros(6), 0.5).tolist() == [0] * 6
