@@ -24,6 +24,7 @@ _FLOAT_DTYPES = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "
 _STRUCTURE = (
     "model_type",
     "architectures",
+    "num_hidden_layers",
     "hidden_size",
     "num_attention_heads",
     "num_key_value_heads",
@@ -88,16 +89,37 @@ class InputModel:
         return loaded
 
 
-def open_model(reference: ModelReference, architecture: ModelArchitecture, trust_remote_code: bool) -> InputModel:
-    """Read a model's config and the headers of its checkpoint, and check that it is a causal language model in floats.
+def open_models(
+    references: Sequence[ModelReference], architecture: ModelArchitecture, trust_remote_code: bool
+) -> dict[ModelReference, InputModel]:
+    """Read the configs and the checkpoints' headers of all the models, and check that they are of one kind.
 
     mergekit's `LoaderCache` must have been set up with the merge's options, as `run_merge` does.
 
+    Args:
+        references: the models, the base first.
+        architecture: mergekit's description of them.
+        trust_remote_code: whether models may bring code of their own.
+
     Raises:
-        FimError: the model can't take part in a FIM merge.
+        FimError: a model is not a causal language model in floats, or differs from the first in its structure.
     """
-    config = reference.config(trust_remote_code=trust_remote_code)
-    _check_causal_lm(reference, config, trust_remote_code)
+    configs = {reference: reference.config(trust_remote_code=trust_remote_code) for reference in references}
+    for reference, config in configs.items():
+        _check_causal_lm(reference, config, trust_remote_code)
+    base = references[0]
+    for reference, config in configs.items():
+        for key in _STRUCTURE:
+            expected, found = _structure(configs[base], key), _structure(config, key)
+            if expected != found:
+                raise FimError(
+                    f"{reference}: expected {key} {expected} as in the base {base}, found {found}; "
+                    "the models must share one architecture"
+                )
+    return {reference: _open_model(reference, config, architecture) for reference, config in configs.items()}
+
+
+def _open_model(reference: ModelReference, config: PretrainedConfig, architecture: ModelArchitecture) -> InputModel:
     layout = model_layout(architecture, config, str(reference))
     headers = _read_headers(reference)
     absent = []
@@ -114,7 +136,7 @@ def open_model(reference: ModelReference, architecture: ModelArchitecture, trust
                 if not tensor.optional:
                     raise FimError(
                         f"{reference}: the checkpoint lacks the tensor {tensor.name}, which mergekit expects of "
-                        f"{config.architectures[0]}; download or save the model again, or leave the model out"
+                        f"{config.model_type}; download or save the model again, or leave the model out"
                     )
                 absent.append(tensor.name)
     return InputModel(reference, config, layout, headers, frozenset(absent))
@@ -134,6 +156,15 @@ def _is_convertible(
         candidates.insert(0, {name for name in headers if f".{layer.index}." in name})
     targets = (tensor.name, *(tensor.aliases or ()))
     return any(can_convert_checkpoint_keys(model_type, keys, name) for keys in candidates for name in targets)
+
+
+def _structure(config: PretrainedConfig, key: str) -> Any:
+    text = config if key in ("model_type", "architectures") else config.get_text_config()
+    value = getattr(text, key, None)
+    heads = getattr(text, "num_attention_heads", None)
+    if key == "head_dim" and value is None and heads:
+        return text.hidden_size // heads
+    return heads if key == "num_key_value_heads" and value is None else value
 
 
 def _check_causal_lm(reference: ModelReference, config: PretrainedConfig, trust_remote_code: bool) -> None:
@@ -185,7 +216,7 @@ def _safetensors_headers(path: str, names: Iterable[str]) -> dict[str, TensorHea
 
 
 def check_compatible(base: InputModel, model: InputModel, *, vocabulary_aligned: bool) -> list[str]:
-    """Check that `model` is a fine-tune of `base`'s architecture, tensor by tensor.
+    """Check that `model` has the tensors of `base`, in the same shapes.
 
     Args:
         base: the base model.
@@ -198,18 +229,6 @@ def check_compatible(base: InputModel, model: InputModel, *, vocabulary_aligned:
     Raises:
         FimError: the two can't be merged.
     """
-    if len(base.layout.layers) != len(model.layout.layers):
-        raise FimError(
-            f"{model}: expected {len(base.layout.layers)} decoder layers as in the base {base}, "
-            f"found {len(model.layout.layers)}; the models must share one architecture"
-        )
-    for key in _STRUCTURE:
-        expected, found = _structure(base, key), _structure(model, key)
-        if expected != found:
-            raise FimError(
-                f"{model}: expected {key} {expected} as in the base {base}, found {found}; "
-                "the models must share one architecture"
-            )
     warnings = []
     vocabulary = {t.name: t.vocabulary_axis for t in base.layout.other if t.vocabulary_axis is not None}
     for tensor in model.layout.all_tensors():
@@ -233,16 +252,6 @@ def check_compatible(base: InputModel, model: InputModel, *, vocabulary_aligned:
             f"found {list(found)}; {remedy}"
         )
     return warnings
-
-
-def _structure(model: InputModel, key: str) -> Any:
-    config = model.config if key in ("model_type", "architectures") else model.text_config
-    value = getattr(config, key, None)
-    if key == "head_dim" and value is None and getattr(config, "num_attention_heads", None):
-        return config.hidden_size // config.num_attention_heads
-    if key == "num_key_value_heads" and value is None:
-        return getattr(config, "num_attention_heads", None)
-    return value
 
 
 def _same_except(a: Sequence[int], b: Sequence[int], axis: int) -> bool:

@@ -70,7 +70,12 @@ class FimMerge(GroupMergeMethod):
                     f"{self.spec.name} needs whole models with a config to measure, found the file {model.model.path}; "
                     "use mergekit-yaml with model folders instead of mergekit-pytorch"
                 )
-        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        try:
+            super().validate_inputs(input_ids, base_id, group_name=group_name)
+        except ValueError as error:
+            raise FimError(
+                f"{self.spec.name}: {error}; expected the base model and at least one fine-tuned model, each once"
+            ) from None
 
     @torch.no_grad()
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:

@@ -27,7 +27,7 @@ from mergekit_fim import fisher, task_vectors
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher import FisherMeasurement
-from mergekit_fim.inputs import InputModel, check_compatible, open_model
+from mergekit_fim.inputs import InputModel, check_compatible, open_models
 from mergekit_fim.output_config import ConfigDifference, adapt_output_config
 from mergekit_fim.parameters import PARAMETERS
 from mergekit_fim.settings import Settings, conditions, read_settings
@@ -260,7 +260,7 @@ def _open_inputs(
     references = _distinct(source.model for out_slice in slices for source in out_slice.sources)
     if config.base_model is not None:  # first, as in every table
         references = _distinct([config.base_model, *references])
-    return {r: open_model(r, architecture, options.trust_remote_code) for r in references}
+    return open_models(references, architecture, options.trust_remote_code)
 
 
 def _source_slices(

@@ -127,16 +127,13 @@ def leaves(setting: Any, where: str) -> Iterator[Any]:
     """The plain values in one of mergekit's parameter settings: a value, a gradient, or filters with either.
 
     Raises:
-        FimError: an empty list, or a list that mixes values and filters.
+        FimError: an empty list.
     """
     if isinstance(setting, ConditionalParameter):
         yield from leaves(setting.value, where)
     elif isinstance(setting, list):
         if not setting:
             raise FimError(f"{where} is an empty list; give a value, a gradient or filters")
-        kinds = {isinstance(item, ConditionalParameter) for item in setting}
-        if len(kinds) > 1:
-            raise FimError(f"{where} mixes plain values and filters in one list; use `- value: ...` for the default")
         for item in setting:
             yield from leaves(item, where)
     else:
