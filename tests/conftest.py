@@ -138,8 +138,17 @@ def source(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def installed(source, tmp_path_factory) -> Environment:
-    """An environment with the wheel installed, as `pip install .` does it."""
-    environment = make_environment(tmp_path_factory.mktemp("wheel") / "venv")
-    pip(environment, "install", "--no-deps", "--no-build-isolation", "--quiet", str(source))
+def wheel(source, tmp_path_factory) -> Path:
+    """The built wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    code = "import sys, hatchling.build as b; print(b.build_wheel(sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(folder)]
+    return folder / subprocess.run(command, cwd=source, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture(scope="session")
+def installed(wheel, tmp_path_factory) -> Environment:
+    """An environment with the wheel installed."""
+    environment = make_environment(tmp_path_factory.mktemp("installed") / "venv")
+    pip(environment, "install", "--no-deps", "--no-index", "--quiet", str(wheel))
     return environment

@@ -1,0 +1,160 @@
+"""The start-up hook: wheel and editable installs, uninstalling, cost, and mergekits that are missing or broken."""
+
+import subprocess
+import sys
+import tarfile
+import textwrap
+import zipfile
+
+import pytest
+from conftest import Environment, make_environment, pip
+
+REGISTERED = "from mergekit import merge_methods as m; print([x.spec.name for x in m.registered_methods()][-2:])"
+
+
+def names(environment: Environment, *flags: str, before: str = "", **options) -> str:
+    done = environment.run(*flags, "-c", before + REGISTERED, **options)
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+def files(environment: Environment) -> set[str]:
+    found = (p.relative_to(environment.site_packages) for p in environment.site_packages.rglob("*"))
+    return {str(p) for p in found if "__pycache__" not in p.parts}
+
+
+@pytest.mark.parametrize("editable", [False, True])
+def test_install_and_uninstall(editable, source, tmp_path):
+    environment = make_environment(tmp_path / "venv")
+    before = files(environment)
+    assert "fim" not in names(environment)
+    mode = ["--editable"] if editable else []
+    pip(environment, "install", "--no-deps", "--no-build-isolation", "--quiet", *mode, str(source))
+    assert names(environment) == "['fim_ties', 'fim_ta']"
+    where = environment.run("-c", "import mergekit_fim; print(mergekit_fim.__file__)").stdout
+    assert where.startswith(str(source)) is editable
+    assert names(environment, env={"MERGEKIT_FIM_DISABLE": "1"}).startswith("['della'")
+    pip(environment, "uninstall", "--yes", "--quiet", "mergekit-fim")
+    assert "fim" not in names(environment)
+    assert files(environment) == before
+
+
+def test_wheel_and_sdist_carry_the_start_up_files(source, wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        found = sorted(archive.namelist())
+        assert archive.read("mergekit_fim.start").decode().strip() == "mergekit_fim._autoload:install"
+    assert "mergekit_fim.pth" in found
+    assert "mergekit_fim/py.typed" in found
+    assert not [name for name in found if name.startswith("mergekit_fim/") and name.endswith((".pth", ".start"))]
+    # The sdist builds the same wheel.
+    build = [sys.executable, "-c", "import sys, hatchling.build as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"]
+    subprocess.run([*build, "build_sdist", str(tmp_path)], cwd=source, capture_output=True, check=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path / "sdist", filter="data")
+    (unpacked,) = (tmp_path / "sdist").iterdir()
+    subprocess.run([*build, "build_wheel", str(tmp_path)], cwd=unpacked, capture_output=True, check=True)
+    with zipfile.ZipFile(tmp_path / wheel.name) as archive:
+        assert sorted(archive.namelist()) == found
+
+
+def test_the_start_file_names_a_callable(installed):
+    """What Python 3.15 does with it (PEP 829): resolve the name, call it."""
+    code = (
+        "import sys, pkgutil; sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != '_Finder']; "
+        "pkgutil.resolve_name(open(sys.argv[1]).read().strip())(); "
+    )
+    done = installed.run("-c", code + REGISTERED, str(installed.site_packages / "mergekit_fim.start"))
+    assert done.stdout.strip() == "['fim_ties', 'fim_ta']"
+
+
+def test_start_up_imports_nothing_heavy(installed):
+    code = "import sys; print(sorted(m for m in sys.modules if m.split('.')[0] in {heavy}))"
+    heavy = {"torch", "mergekit", "transformers", "click", "typing", "logging", "importlib.metadata"}
+    found = installed.run("-c", code.format(heavy=heavy)).stdout.strip()
+    without = installed.run("-c", code.format(heavy=heavy), env={"MERGEKIT_FIM_DISABLE": "1"}).stdout.strip()
+    assert found == without == "[]"
+    ours = installed.run("-c", "import sys; print(sorted(m for m in sys.modules if 'fim' in m))").stdout.strip()
+    assert ours == "['mergekit_fim', 'mergekit_fim._autoload']"
+
+
+def test_where_site_does_not_run(installed):
+    """`python -S`, and folders on PYTHONPATH: importing the package first does it, and so does importing it late."""
+    path = f"import sys; sys.path[:0] = {[str(installed.site_packages), *sys.path]!r}; "
+    assert names(installed, "-S", before=path + "import mergekit_fim; ") == "['fim_ties', 'fim_ta']"
+    late = (
+        path + "import mergekit.plan, mergekit_fim; assert mergekit.plan.MergePlanner.normalize_config.mergekit_fim; "
+    )
+    assert names(installed, "-S", before=late) == "['fim_ties', 'fim_ta']"
+    assert "fim" not in names(installed, "-S", before=path)
+
+
+@pytest.fixture
+def bare(wheel, tmp_path) -> Environment:
+    """The package, and nothing that it depends on."""
+    environment = make_environment(tmp_path / "bare", dependencies=False)
+    pip(environment, "install", "--no-deps", "--no-index", "--quiet", str(wheel))
+    return environment
+
+
+def fake_mergekit(environment: Environment, **modules: str) -> None:
+    package = environment.site_packages / "mergekit"
+    (package / "merge_methods").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "merge_methods" / "__init__.py").write_text("from mergekit.merge_methods import registry\n")
+    (package / "merge_methods" / "registry.py").write_text(textwrap.dedent(modules["registry"]))
+    (package / "plan.py").write_text(textwrap.dedent(modules["plan"]))
+
+
+def test_without_mergekit(bare):
+    done = bare.run("-c", "import mergekit_fim; print('ok')")
+    assert (done.stdout, done.stderr) == ("ok\n", "")
+    done = bare.run("-c", "import mergekit.plan", check=False)
+    assert done.stderr.strip().endswith("ModuleNotFoundError: No module named 'mergekit'")
+
+
+def test_an_incompatible_mergekit_warns_once_and_works(bare):
+    fake_mergekit(bare, registry="methods = {}", plan="class Planner: pass")
+    done = bare.run("-c", "import mergekit.merge_methods, mergekit.plan; print(mergekit.plan.Planner.__name__)")
+    assert done.stdout == "Planner\n"
+    assert len(done.stderr.splitlines()) == 1
+    assert "fim_ties and fim_ta are not available" in done.stderr
+    assert ">=0.1.5,<0.2" in done.stderr
+    strict = bare.run("-W", "error", "-c", "import mergekit.plan; print('ok')")
+    assert strict.stdout == "ok\n"
+
+
+def test_a_mergekit_that_raises_on_import_raises_that(bare):
+    fake_mergekit(bare, registry="raise RuntimeError('broken mergekit')", plan="1 / 0")
+    for module, error in (("merge_methods", "RuntimeError: broken mergekit"), ("plan", "ZeroDivisionError")):
+        done = bare.run("-c", f"import mergekit.{module}", check=False)
+        assert done.returncode == 1
+        assert error in done.stderr.splitlines()[-1]
+        assert "not available" not in done.stderr
+
+
+def test_a_planner_of_another_shape_is_a_clear_error(monkeypatch, pair, merge):
+    from conftest import config_for
+    from mergekit.plan import MergePlanner
+
+    original = MergePlanner.__init__
+
+    def without_options(self, *args, **kwargs):
+        original(self, *args, **kwargs)
+        del self.options
+
+    monkeypatch.setattr(MergePlanner, "__init__", without_options)
+    target, result = merge(config_for(pair))
+    assert result.exit_code == 1
+    assert "mergekit>=0.1.5,<0.2" in result.stderr.splitlines()[-1]
+    assert "options" in result.stderr.splitlines()[-1]
+    assert not target.exists()
+
+
+def test_mergekits_modules_look_as_they_would_without_us():
+    import mergekit.merge_methods.registry as registry
+    import mergekit.plan as plan
+
+    for module in (registry, plan):
+        assert type(module.__spec__.loader).__module__ == "_frozen_importlib_external"
+        assert module.__loader__ is module.__spec__.loader
