@@ -16,7 +16,7 @@ import tqdm
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-STEPS, BATCH, RATE, SEED = 60, 6, 1e-4, 0
+STEPS, BATCH, RATE, SEED = 30, 4, 1e-4, 0
 NAMES = ["Tom", "Anna", "Omar", "Lily", "Ben", "Maria", "Ken", "Zoe"]
 THINGS = ["apples", "pens", "books", "coins", "cards", "shells", "stamps", "marbles"]
 # Held out: names, things and wording that the fine-tune has not seen.
@@ -84,8 +84,7 @@ def long_model(base: Path, folder: Path) -> None:
         pad = torch.nn.utils.rnn.pad_sequence
         ids = pad(sequences, batch_first=True, padding_value=tokenizer.eos_token_id)
         labels = pad(masks, batch_first=True, padding_value=-100)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

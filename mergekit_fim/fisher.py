@@ -56,11 +56,13 @@ class FisherMeasurement:
 
     Attributes:
         vocab_size: the random tokens were uniform over this many.
+        dtype: what the model ran in, such as "bfloat16"; squares and sums are wider.
         settings: samples, sequence length, seed and labels.
         layers: one entry per decoder layer, in order.
     """
 
     vocab_size: int
+    dtype: str
     settings: FisherSettings
     layers: tuple[LayerFisher, ...]
 
@@ -245,7 +247,7 @@ def measure(
                 f"(in {model.dtype}); check the checkpoint for NaN, or set a wider `dtype:` such as bfloat16 or float32"
             )
         measured.append(LayerFisher(index, sum(p.numel() for p in layer.parameters()), column))
-    return FisherMeasurement(vocab_size, settings, tuple(measured))
+    return FisherMeasurement(vocab_size, str(model.dtype).removeprefix("torch."), settings, tuple(measured))
 
 
 def check_measurable(base: InputModel, settings: FisherSettings) -> None:
@@ -284,8 +286,26 @@ def _accelerator_exists(kind: str | None) -> bool:
     return current is not None and (kind is None or current.type == kind)
 
 
+def running_dtype(wanted: torch.dtype, placement: dict[str, str] | str) -> torch.dtype:
+    """What to run the model in: `wanted`, or float32 on a CPU that has no fast arithmetic of that kind.
+
+    Without hardware support torch multiplies 16-bit matrices on the CPU hundreds of times more slowly than float32 ones
+    (pytorch/pytorch issue 146508), which would turn minutes into days.
+    """
+    if placement != {"": "cpu"} or torch.finfo(wanted).bits >= 32 or _cpu_multiplies(wanted):
+        return wanted
+    return torch.float32
+
+
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether the CPU has fast matrix products in a 16-bit dtype, as far as torch tells."""
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[dtype]
+    query = getattr(torch.ops.mkldnn, name, None) if torch.backends.mkldnn.is_available() else None
+    return query is None or bool(query())
+
+
 def load_model(base: InputModel, dtype: str | None, options: MergeOptions) -> PreTrainedModel:
-    """Load the base for measuring, by transformers and accelerate, in the merge's dtype or else the checkpoint's.
+    """Load the base for measuring, by transformers and accelerate, in the `running_dtype` for the merge's or its own.
 
     Raises:
         FimError: it can't be loaded, doesn't fit on the accelerator, or its checkpoint leaves parameters unset.
@@ -300,7 +320,7 @@ def load_model(base: InputModel, dtype: str | None, options: MergeOptions) -> Pr
         with _transformers_progress(not options.quiet), torch.random.fork_rng(devices=[]):
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 path,
-                dtype=dtype_from_name(dtype) or "auto",
+                dtype=running_dtype(dtype_from_name(dtype) or base.stored_dtype(), placement),
                 device_map=placement,
                 trust_remote_code=options.trust_remote_code,
                 output_loading_info=True,

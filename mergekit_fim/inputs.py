@@ -1,5 +1,6 @@
 """The models that go into a merge, and everything about them that can be checked without reading their weights."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from mergekit_fim.errors import FimError
 from mergekit_fim.layers import DecoderLayer, ModelLayout, model_layout
 
-_FLOAT_DTYPES = {"F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16"}
+# As safetensors and torch spell them.
+_FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOAT_DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in _FLOAT_DTYPES.values()}
 
 # Config keys that say what the weights mean, so that models which differ in one can't be merged: the shapes of the
 # tensors alone don't show, for instance, 8 heads of 64 against 16 of 32.
@@ -75,6 +78,13 @@ class InputModel:
     def stored_name(self, tensor: WeightInfo, *, tied: bool = True) -> str | None:
         """The name under which the checkpoint holds `tensor`: its own, an alias, or (if `tied`) what it is tied to."""
         return _stored_name(self.headers, tensor, tied)
+
+    def stored_dtype(self) -> torch.dtype:
+        """The dtype of most of the checkpoint's parameters."""
+        elements: dict[str, int] = {}
+        for header in self.headers.values():
+            elements[header.dtype] = elements.get(header.dtype, 0) + math.prod(header.shape)
+        return _FLOAT_DTYPES.get(max(elements, key=elements.__getitem__), torch.float32)
 
     def load(self, tensor: WeightInfo, dtype: str | None) -> torch.Tensor | None:
         """Read a tensor exactly as the merge will, by mergekit's own task, or None where it is optional and absent."""

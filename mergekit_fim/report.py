@@ -39,7 +39,7 @@ def render(pre_pass: PrePass) -> str:
         settings = pre_pass.settings.fisher
         lines.append(
             f"Fisher information of {coefficients.base} on {settings.samples} × {settings.seq_len} random tokens "
-            f"(seed {settings.seed}, labels: {settings.labels})"
+            f"(seed {settings.seed}, labels: {settings.labels}, in {coefficients.fisher.dtype})"
         )
         lines += _table(coefficients)
         lines.append("")
@@ -168,6 +168,7 @@ def _settings(pre_pass: PrePass) -> dict[str, Any]:
 def _fisher(coefficients: BaseCoefficients) -> dict[str, Any]:
     return {
         "vocab_size": coefficients.fisher.vocab_size,
+        "dtype": coefficients.fisher.dtype,
         "num_layers": len(coefficients.fisher.layers),
         "layers": [
             {

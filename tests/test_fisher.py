@@ -6,7 +6,15 @@ import tiny
 import torch
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.fisher import Samples, autograd_engine, device_map, draw_samples, measure, sequence_loss
+from mergekit_fim.fisher import (
+    Samples,
+    autograd_engine,
+    device_map,
+    draw_samples,
+    measure,
+    running_dtype,
+    sequence_loss,
+)
 from mergekit_fim.settings import FisherSettings
 
 SETTINGS = FisherSettings(samples=3, seq_len=16, seed=5)
@@ -144,6 +152,17 @@ def test_a_value_that_is_not_finite_names_the_layer():
         model.model.layers[4].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(FimError, match="decoder layer 0 isn't finite"):
         measure(model, layers_of(model), SETTINGS, quiet=True)
+
+
+def test_sixteen_bits_only_where_the_cpu_multiplies_them(monkeypatch):
+    cpu = {"": "cpu"}
+    monkeypatch.setattr("mergekit_fim.fisher._cpu_multiplies", lambda dtype: False)
+    assert running_dtype(torch.bfloat16, cpu) is torch.float32
+    assert running_dtype(torch.float64, cpu) is torch.float64
+    assert running_dtype(torch.bfloat16, {"": "cuda"}) is torch.bfloat16
+    assert running_dtype(torch.float16, "auto") is torch.float16
+    monkeypatch.setattr("mergekit_fim.fisher._cpu_multiplies", lambda dtype: True)
+    assert running_dtype(torch.bfloat16, cpu) is torch.bfloat16
 
 
 class Options:

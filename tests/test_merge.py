@@ -190,7 +190,8 @@ def test_quiet_prints_nothing(pair, merge, capfd):
     assert "Fisher information of" in result.output
 
 
-def test_the_dtype_of_the_config_is_that_of_measurement_and_result(pair, merge, tmp_path):
+def test_the_dtype_of_the_config_is_that_of_measurement_and_result(merge, tmp_path, monkeypatch):
+    monkeypatch.setattr("mergekit_fim.fisher._cpu_multiplies", lambda dtype: True)
     base = tiny.build(tiny.config("llama"))
     half = [tiny.save(m, tmp_path / n, torch.bfloat16) for n, m in (("b", base), ("l", tiny.tuned(base, 1)))]
     config = {"merge_method": "fim_ties", "base_model": str(half[0]), "models": [{"model": str(half[1])}]}
@@ -201,6 +202,7 @@ def test_the_dtype_of_the_config_is_that_of_measurement_and_result(pair, merge, 
     from safetensors.torch import load_file
 
     assert {t.dtype for t in load_file(wide / "model.safetensors").values()} == {torch.float16}
+    assert [reference.report(path)["fisher"]["dtype"] for path in (out, wide)] == ["bfloat16", "float32"]
     own, float32 = (reference.report(path)["fisher"]["layers"][0]["fisher"] for path in (out, wide))
     assert own == pytest.approx(float32, rel=0.1)
     assert own != pytest.approx(float32, rel=1e-6)
