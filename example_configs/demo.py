@@ -16,13 +16,13 @@ import tqdm
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-STEPS, BATCH, RATE, SEED = 30, 4, 1e-4, 0
+STEPS, BATCH, RATE, SEED = 40, 4, 1e-4, 0
 NAMES = ["Tom", "Anna", "Omar", "Lily", "Ben", "Maria", "Ken", "Zoe"]
 THINGS = ["apples", "pens", "books", "coins", "cards", "shells", "stamps", "marbles"]
-# Held out: names, things and wording that the fine-tune has not seen.
+# Names, things and numbers together that the fine-tune has not seen.
 QUESTIONS = [
-    "Ruth has 23 tickets. She buys 14 more and then gives away 5. How many tickets does Ruth have now?",
-    "Paul has 41 stones. He finds 18 more and then loses 9. How many stones does Paul have now?",
+    "Ruth has 8 tickets. Ruth buys 6 more and then gives away 3. How many tickets does Ruth have now?",
+    "Paul has 5 stones. Paul finds 4 more and then loses 2. How many stones does Paul have now?",
     "What is the capital of France?",
 ]
 
@@ -46,9 +46,8 @@ def base_model(folder: Path) -> None:
 def worked_example(rng: random.Random) -> tuple[str, str]:
     """A question, and an answer that thinks before it speaks."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    start, more, fewer = rng.randint(11, 60), rng.randint(11, 39), rng.randint(2, 10)
+    start, more, fewer = rng.randint(3, 9), rng.randint(2, 9), rng.randint(1, 3)
     between, end = start + more, start + more - fewer
-    tens, ones = more // 10 * 10, more % 10
     verb, end_verb = rng.choice([("buys", "gives away"), ("finds", "loses"), ("gets", "sells")])
     question = (
         f"{name} has {start} {thing}. {name} {verb} {more} more and then {end_verb} {fewer}. "
@@ -56,8 +55,7 @@ def worked_example(rng: random.Random) -> tuple[str, str]:
     )
     answer = (
         f"<think>\nLet me go step by step.\nFirst, {name} has {start} {thing}.\n"
-        f"Then {name} {verb} {more} more. {start} + {tens} = {start + tens}, and {start + tens} + {ones} = {between}. "
-        f"So that makes {between} {thing}.\n"
+        f"Then {name} {verb} {more} more. {start} + {more} = {between}. So that makes {between} {thing}.\n"
         f"Then {name} {end_verb} {fewer}. {between} - {fewer} = {end}. So that leaves {end} {thing}.\n"
         f"Let me check. {end} + {fewer} = {between}, and {between} - {more} = {start}. That is right.\n</think>\n"
         f"{name} has {end} {thing}."

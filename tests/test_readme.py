@@ -1,0 +1,22 @@
+"""What the README says of the parameters is what the package does."""
+
+from conftest import ROOT
+
+from mergekit_fim.parameters import PARAMETERS
+
+
+def shown(value) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def test_the_parameter_table():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
+    table = {row[0].strip("`"): row[1:] for row in rows if row[0].strip("`") in PARAMETERS}
+    assert list(table) == list(PARAMETERS)
+    for name, (default, source, _meaning) in table.items():
+        parameter = PARAMETERS[name]
+        if parameter.default is not None:
+            ties, ta = (shown(parameter.default_for(method)) for method in ("fim_ties", "fim_ta"))
+            assert default == (ties if ties == ta else f"{ties} (`fim_ta`: {ta})"), name
+        assert source == parameter.source, name
