@@ -1,5 +1,6 @@
 """Whole merges by the stock command, every tensor against a from-scratch NumPy computation."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -391,3 +392,18 @@ def test_importing_mergekit_in_any_order_registers_once():
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
+def test_multi_gpu_in_worker_threads(pair, merge, monkeypatch):
+    """mergekit's multi-GPU executor over two stand-in devices: same bytes, report included."""
+    plain, _ = merge.ok(config_for(pair))
+    monkeypatch.setattr("mergekit.multigpu_executor.get_torch_accelerator_type", lambda: "cpu")
+    monkeypatch.setattr("mergekit.multigpu_executor.get_torch_accelerator_count", lambda: 2)
+    monkeypatch.setattr("mergekit_fim.fisher.device_map", lambda options: {"": "cpu"})
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    out, _ = merge.ok(config_for(pair), "--multi-gpu", out="multi")
+    found, expected = reference.load(out), reference.load(plain)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert (out / "fim_report.json").read_bytes() == (plain / "fim_report.json").read_bytes()
