@@ -23,7 +23,7 @@ THINGS = ["apples", "pens", "books", "coins", "cards", "shells", "stamps", "marb
 QUESTIONS = [
     "Ruth has 8 tickets. Ruth buys 6 more and then gives away 3. How many tickets does Ruth have now?",
     "Paul has 5 stones. Paul finds 4 more and then loses 2. How many stones does Paul have now?",
-    "What is the capital of France?",
+    "What is 2 plus 3?",
 ]
 
 
