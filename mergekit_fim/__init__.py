@@ -1,11 +1,92 @@
 """FIM-Merging for mergekit: merge coefficients set layer by layer by Fisher information on random tokens.
 
-Importing this package makes mergekit accept the merge methods `fim_ties` and `fim_ta`. An ordinary installation does
-that by itself at interpreter start-up (see `_autoload`), which is why nothing heavy is imported here.
+Importing this package makes mergekit accept the merge methods `fim_ties` and `fim_ta`. mergekit 0.1.5 discovers no
+plug-ins, so `mergekit_fim.pth` (or, from Python 3.15 on, `mergekit_fim.start`, PEP 829) in site-packages does that at
+interpreter start-up. All that happens then is that one finder is put on `sys.meta_path`. When, much later, mergekit's
+own modules named in `_TARGETS` have been imported, the finder hands them to `mergekit_fim.integration`. Interpreters
+that never import mergekit pay for this file only, so it imports nothing that Python has not loaded already.
+
+Set the environment variable MERGEKIT_FIM_DISABLE to a non-empty value to switch the hook off.
 """
 
-from mergekit_fim import _autoload
+import os
+import sys
 
 __version__ = "0.1.0"
 
-_autoload.install()
+TYPE_CHECKING = False  # as typing.TYPE_CHECKING, without importing typing
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+
+# mergekit's module -> the function of mergekit_fim.integration that is called with it once it has been imported.
+_TARGETS = {
+    "mergekit.merge_methods.registry": "register_methods",
+    "mergekit.plan": "hook_planner",
+}
+_warned = False
+
+
+class _AfterImport:
+    """A loader that runs mergekit's own loader, then our hook. It leaves the module as the original loader made it."""
+
+    def __init__(self, loader: "Any") -> None:
+        self.loader = loader
+
+    def create_module(self, spec: "Any") -> "Any":
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: "Any") -> None:
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        _run_hook(module)
+
+
+class _Finder:
+    def find_spec(self, fullname: str, path: "Any" = None, target: "Any" = None) -> "Any":
+        if fullname not in _TARGETS:
+            return None
+        for finder in sys.meta_path:
+            if finder is self or not hasattr(finder, "find_spec"):
+                continue
+            spec: Any = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if hasattr(spec.loader, "exec_module"):
+                    spec.loader = _AfterImport(spec.loader)
+                return spec
+        return None
+
+
+def _run_hook(module: "ModuleType") -> None:
+    """Hand a freshly imported mergekit module to the integration; never let a failure of ours break mergekit."""
+    try:
+        from mergekit_fim import integration
+
+        getattr(integration, _TARGETS[module.__name__])(module)
+    except Exception as error:
+        global _warned
+        if not _warned:
+            _warned = True
+            import logging
+
+            logging.getLogger("mergekit_fim").warning(
+                "fim_ties and fim_ta are not available: this mergekit is not one that mergekit-fim supports "
+                "(>=0.1.5,<0.2); install such a version, or uninstall mergekit-fim (%s: %s)",
+                type(error).__name__,
+                error,
+            )
+
+
+def install() -> None:
+    """Hook mergekit's modules, now if they are imported already, else when they are. Calling it again does nothing."""
+    if os.environ.get("MERGEKIT_FIM_DISABLE"):
+        return
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())
+    for name in _TARGETS:
+        if name in sys.modules:
+            _run_hook(sys.modules[name])
+
+
+install()

@@ -1,7 +1,7 @@
 """The one touch point with mergekit that isn't its public surface: the planner learns to run the pre-pass.
 
-`_autoload` calls `register_methods` and `hook_planner` when mergekit's modules have been imported. Two methods of
-`MergePlanner` are wrapped, and act for `fim_ties` and `fim_ta` only:
+The package's `__init__` calls `register_methods` and `hook_planner` when mergekit's modules have been imported. Two
+methods of `MergePlanner` are wrapped, and act for `fim_ties` and `fim_ta` only:
 
 - `normalize_config`: afterwards everything in the config is modules -> slices -> sources, with the options, the
   architecture and the output's config at hand, and no output folder made yet. The pre-pass runs there.

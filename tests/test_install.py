@@ -42,7 +42,7 @@ def test_install_and_uninstall(editable, source, tmp_path):
 def test_wheel_and_sdist_carry_the_start_up_files(source, wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         found = sorted(archive.namelist())
-        assert archive.read("mergekit_fim.start").decode().strip() == "mergekit_fim._autoload:install"
+        assert archive.read("mergekit_fim.start").decode().strip() == "mergekit_fim:install"
     assert "mergekit_fim.pth" in found
     assert "mergekit_fim/py.typed" in found
     assert not [name for name in found if name.startswith("mergekit_fim/") and name.endswith((".pth", ".start"))]
@@ -75,7 +75,7 @@ def test_start_up_imports_nothing_heavy(installed):
     without = installed.run("-c", code.format(heavy=heavy), env={"MERGEKIT_FIM_DISABLE": "1"}).stdout.strip()
     assert found == without == "[]"
     ours = installed.run("-c", "import sys; print(sorted(m for m in sys.modules if 'fim' in m))").stdout.strip()
-    assert ours == "['mergekit_fim', 'mergekit_fim._autoload']"
+    assert ours == "['mergekit_fim']"
 
 
 def test_where_site_does_not_run(installed):
