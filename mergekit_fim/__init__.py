@@ -3,8 +3,8 @@
 Importing this package makes mergekit accept the merge methods `fim_ties` and `fim_ta`. mergekit 0.1.5 discovers no
 plug-ins, so `mergekit_fim.pth` (or, from Python 3.15 on, `mergekit_fim.start`, PEP 829) in site-packages does that at
 interpreter start-up. All that happens then is that one finder is put on `sys.meta_path`. When, much later, mergekit's
-own modules named in `_TARGETS` have been imported, the finder hands them to `mergekit_fim.integration`. Interpreters
-that never import mergekit pay for this file only, so it imports nothing that Python has not loaded already.
+own modules named in `_TARGETS` have been imported, ours that build on them are imported too. Interpreters that never
+import mergekit pay for this file only, so it imports nothing that Python has not loaded already.
 
 Set the environment variable MERGEKIT_FIM_DISABLE to a non-empty value to switch the hook off.
 """
@@ -16,13 +16,13 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # as typing.TYPE_CHECKING, without importing typing
 if TYPE_CHECKING:
-    from types import ModuleType
     from typing import Any
 
-# mergekit's module -> the function of mergekit_fim.integration that is called with it once it has been imported.
+# mergekit's module -> ours that is imported right after it, and does its work on being imported. (Not by a call from
+# here: where ours is imported first, and in turn imports mergekit's, it isn't complete at that moment.)
 _TARGETS = {
-    "mergekit.merge_methods.registry": "register_methods",
-    "mergekit.plan": "hook_planner",
+    "mergekit.merge_methods.registry": "mergekit_fim.methods",
+    "mergekit.plan": "mergekit_fim.integration",
 }
 _warned = False
 
@@ -39,7 +39,7 @@ class _AfterImport:
     def exec_module(self, module: "Any") -> None:
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        _run_hook(module)
+        _run_hook(module.__name__)
 
 
 class _Finder:
@@ -57,12 +57,10 @@ class _Finder:
         return None
 
 
-def _run_hook(module: "ModuleType") -> None:
-    """Hand a freshly imported mergekit module to the integration; never let a failure of ours break mergekit."""
+def _run_hook(name: str) -> None:
+    """Follow up the import of one of mergekit's modules; never let a failure of ours break mergekit."""
     try:
-        from mergekit_fim import integration
-
-        getattr(integration, _TARGETS[module.__name__])(module)
+        __import__(_TARGETS[name])
     except Exception as error:
         global _warned
         if not _warned:
@@ -86,7 +84,7 @@ def install() -> None:
     sys.meta_path.insert(0, _Finder())
     for name in _TARGETS:
         if name in sys.modules:
-            _run_hook(sys.modules[name])
+            _run_hook(name)
 
 
 install()

@@ -84,7 +84,7 @@ def merge_coefficients(scores: Sequence[float], mapping: Mapping) -> list[float]
     mean = math.fsum(logs) / len(logs)
     std = math.sqrt(math.fsum((log - mean) ** 2 for log in logs) / len(logs))
     # Below one nat of spread the scores say little: they are not stretched to the full range.
-    exponents = [-mapping.sharpness * (log - mean) / max(1.0, std) for log in logs]
+    exponents = [_clip(-mapping.sharpness * (log - mean) / max(1.0, std)) for log in logs]
     span = mapping.alpha_max - mapping.alpha_min
     offset = 0.0
     if mapping.alpha_mean is not None:
@@ -92,6 +92,11 @@ def merge_coefficients(scores: Sequence[float], mapping: Mapping) -> list[float]
     for layer, exponent in zip(scored, exponents, strict=True):
         alphas[layer] = mapping.alpha_min + span * _sigmoid(exponent + offset)
     return alphas
+
+
+def _clip(exponent: float) -> float:
+    """Far beyond where a sigmoid is 0 or 1 in float64, but small enough that `_centre` can tell exponents apart."""
+    return max(-1e6, min(1e6, exponent))
 
 
 def _sigmoid(x: float) -> float:

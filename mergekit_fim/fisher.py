@@ -362,13 +362,18 @@ def decoder_layers(model: PreTrainedModel, base: InputModel) -> list[torch.nn.Mo
 
 
 def measure_base(
-    base: InputModel, settings: FisherSettings, dtype: str | None, options: MergeOptions
+    base: InputModel,
+    settings: FisherSettings,
+    dtype: str | None,
+    options: MergeOptions,
+    *,
+    engine: FisherEngine = autograd_engine,
 ) -> FisherMeasurement:
     """Load the base model, measure it, and let it go."""
     model = load_model(base, dtype, options)
     layers = decoder_layers(model, base)
     try:
-        return measure(model, layers, settings, name=str(base), quiet=options.quiet)
+        return measure(model, layers, settings, engine=engine, name=str(base), quiet=options.quiet)
     except torch.OutOfMemoryError:
         raise FimError(
             f"{base}: {options.device} has too little memory for the Fisher pre-pass; lower fisher_seq_len, use "

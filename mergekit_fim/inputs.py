@@ -1,13 +1,16 @@
 """The models that go into a merge, and everything about them that can be checked without reading their weights."""
 
+import copy
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import accelerate
 import safetensors
 import torch
+import transformers
 from mergekit.architecture import ModelArchitecture, WeightInfo
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
@@ -126,7 +129,10 @@ def open_models(
                     f"{reference}: expected {key} {expected} as in the base {base}, found {found}; "
                     "the models must share one architecture"
                 )
-    return {reference: _open_model(reference, config, architecture) for reference, config in configs.items()}
+    models = {reference: _open_model(reference, config, architecture) for reference, config in configs.items()}
+    for model in models.values():
+        _check_complete(model, trust_remote_code)
+    return models
 
 
 def _open_model(reference: ModelReference, config: PretrainedConfig, architecture: ModelArchitecture) -> InputModel:
@@ -150,6 +156,40 @@ def _open_model(reference: ModelReference, config: PretrainedConfig, architectur
                     )
                 absent.append(tensor.name)
     return InputModel(reference, config, layout, headers, frozenset(absent))
+
+
+def _check_complete(model: InputModel, trust_remote_code: bool) -> None:
+    """Check that mergekit's plan covers every tensor that transformers' model has.
+
+    One that isn't planned would be missing from the merged model, and loading that would fill it with random numbers.
+
+    Raises:
+        FimError: a tensor of the model is not part of mergekit's definition of its architecture, or is one that
+            mergekit skips: an optional one that no checkpoint holds under its own name.
+    """
+    try:
+        with accelerate.init_empty_weights(include_buffers=True):
+            skeleton = transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(model.config), trust_remote_code=trust_remote_code
+            )
+        skeleton.tie_weights()
+    except Exception as error:  # whatever a model's own code raises
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FimError(f"{model}: transformers can't build the model from its config ({reason})") from error
+    planned: set[str] = set()
+    for tensor in model.layout.all_tensors():
+        if not tensor.optional or model.stored_name(tensor) is not None:
+            planned.update((tensor.name, *(tensor.aliases or ())))
+    names: dict[int, list[str]] = {}  # by the tensor, as tied ones have several
+    for name, value in skeleton.state_dict(keep_vars=True).items():
+        if value.is_floating_point():
+            names.setdefault(id(value), []).append(name)
+    for aliases in names.values():
+        if planned.isdisjoint(aliases):
+            raise FimError(
+                f"{model}: mergekit's definition of {type(skeleton).__name__} doesn't cover the tensor {aliases[0]}, "
+                "so that the merged model would lack it; this model can't be merged by this version of mergekit"
+            )
 
 
 def _stored_name(headers: Mapping[str, TensorHeader], tensor: WeightInfo, tied: bool) -> str | None:

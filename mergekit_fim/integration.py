@@ -1,7 +1,7 @@
 """The one touch point with mergekit that isn't its public surface: the planner learns to run the pre-pass.
 
-The package's `__init__` calls `register_methods` and `hook_planner` when mergekit's modules have been imported. Two
-methods of `MergePlanner` are wrapped, and act for `fim_ties` and `fim_ta` only:
+The package's `__init__` imports this module when mergekit's planner has been imported. Two methods of `MergePlanner`
+are wrapped, and act for `fim_ties` and `fim_ta` only:
 
 - `normalize_config`: afterwards everything in the config is modules -> slices -> sources, with the options, the
   architecture and the output's config at hand, and no output folder made yet. The pre-pass runs there.
@@ -9,33 +9,17 @@ methods of `MergePlanner` are wrapped, and act for `fim_ties` and `fim_ta` only:
 """
 
 import functools
-from types import ModuleType
 from typing import Any
 
-from mergekit.merge_methods import base as merge_methods_base
+from mergekit import plan
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.methods import fim_methods
 from mergekit_fim.parameters import METHODS
 
 _PLANNER_ATTRIBUTES = ("config", "arch_info", "options", "out_model_config")
 
 
-def register_methods(registry: ModuleType) -> None:
-    """Register both methods with `mergekit.merge_methods.registry`, unless they are already."""
-    known = {method.spec.name for method in registry.registered_methods()}
-    for method in fim_methods():
-        assert isinstance(method, merge_methods_base.MergeMethod)
-        if method.spec.name not in known:
-            registry.register(method)
-
-
-def hook_planner(plan: ModuleType) -> None:
-    """Wrap the two methods of `mergekit.plan.MergePlanner`, unless they are already.
-
-    Raises:
-        AttributeError: mergekit's planner doesn't have them.
-    """
+def _hook_planner() -> None:
     planner = plan.MergePlanner
     if hasattr(planner.normalize_config, "mergekit_fim"):
         return
@@ -80,3 +64,6 @@ def _normalize_and_measure(planner: Any, normalize: Any) -> None:
         planner.config, settings, planner.arch_info, planner.options, planner.out_model_config
     )
     report.show(planner.fim_pre_pass, quiet=planner.options.quiet)
+
+
+_hook_planner()

@@ -1,4 +1,4 @@
-"""The merge methods `fim_ta` and `fim_ties`, on mergekit's `GroupMergeMethod`.
+"""The merge methods `fim_ta` and `fim_ties`, on mergekit's `GroupMergeMethod`, registered when this is imported.
 
 The merge coefficients arrive as mergekit's per-model parameter `alpha`, which has no default: whatever bypasses the
 Fisher pre-pass ends in mergekit's "Missing required parameter alpha" instead of an unweighted merge.
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from mergekit.common import ModelReference
+from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BasePolicy,
     GroupMergeMethod,
@@ -33,7 +34,7 @@ _PRETTY_NAMES = {"fim_ties": "FIM-TIES", "fim_ta": "FIM Task Arithmetic"}
 # MLP gate projections that stand as a tensor of their own, by the names that mergekit's architectures use. The router
 # of a mixture of experts (`mlp.gate`) is not one. Fused gate/up tensors (`gate_up_proj`) have no separate gate.
 _GATE_PROJECTION = re.compile(
-    r"\.gate_proj\."  # Llama and most others, experts included
+    r"(?<!\.self_attn)\.gate_proj\."  # Llama and most others, experts included; AFMoE's attention has one too
     r"|\.feed_forward\.w1\."  # LFM2, InternLM2
     r"|\.mlp\.c_fc_0\."  # EXAONE
     r"|\.mlp\.c_fc2\."  # Jais
@@ -104,12 +105,14 @@ class FimMerge(GroupMergeMethod):
             if self.trims:
                 trim_(delta, parameters["density"][entry.id])
             deltas.append(delta)
+        # The disjoint merge of `fim_ties` passes over a model that has nothing to add, and so does the target norm.
+        entering = [w if not self.trims or bool(d.any()) else 0.0 for w, d in zip(weights, deltas, strict=True)]
         combine = _disjoint_merge if self.trims else _sum
         task_vector = combine(deltas, alphas, weights, parameters["normalize"])
         merged = task_vector.mul_(parameters["lambda"]).add_(theta0)
 
         if parameters["norm_tolerance"] > 0:
-            shares = _shares(weights, parameters["normalize"])
+            shares = _shares(entering, parameters["normalize"])
             moves = [parameters["lambda"] * share * alpha for share, alpha in zip(shares, alphas, strict=True)]
             _calibrate_norm_(merged, theta0, [e.tensor for e in entries], moves, parameters["norm_tolerance"])
         return merged.to(base.dtype)
@@ -201,6 +204,11 @@ def _norm(tensor: torch.Tensor) -> float:
     return float(squared_norm(tensor)) ** 0.5
 
 
-def fim_methods() -> list[FimMerge]:
-    """New instances of both methods, to be registered with mergekit."""
-    return [FimMerge(name) for name in METHODS]
+def _register() -> None:
+    known = {method.spec.name for method in registry.registered_methods()}
+    for name in METHODS:
+        if name not in known:
+            registry.register(FimMerge(name))
+
+
+_register()

@@ -10,6 +10,9 @@ from transformers import PretrainedConfig
 
 from mergekit_fim.inputs import InputModel
 
+# Lists with one entry per decoder layer, in the configs of transformers 5.
+_PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+
 # Keys that say where a config came from or how the model is run, not what it computes.
 _IMMATERIAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "auto_map"}
 
@@ -30,7 +33,12 @@ class ConfigDifference:
 
 
 def adapt_output_config(
-    output: PretrainedConfig, base: InputModel, models: Sequence[InputModel], base_layers: Sequence[int]
+    output: PretrainedConfig,
+    base: InputModel,
+    models: Sequence[InputModel],
+    base_layers: Sequence[int],
+    *,
+    truncated: bool,
 ) -> list[ConfigDifference]:
     """Correct the config that the merged model will be saved with, in place.
 
@@ -38,13 +46,16 @@ def adapt_output_config(
       isn't its embedding. (A tied base beside an untied fine-tuned model: its embedding is merged as its head.)
     - `max_position_embeddings` becomes the longest of the inputs', provided that all of them use the same rotary
       position parameters; otherwise the base's stays, as its rotary parameters do.
-    - `layer_types` (one entry per decoder layer) follows the base's layers that slices keep, drop or repeat.
+    - `num_hidden_layers` and the lists with one entry per decoder layer (`layer_types` and others) follow the base's
+      layers that slices keep, drop or repeat.
+    - `vocab_size` becomes the number of rows that `--unsafe-truncate-embeddings` leaves.
 
     Args:
         output: mergekit's config for the merged model, made from the base's.
         base: the base model.
         models: the fine-tuned models.
         base_layers: the base's decoder layers in the order of the output's.
+        truncated: whether embeddings are truncated to the smallest vocabulary.
 
     Returns:
         The keys in which the inputs differ, with what is written.
@@ -61,11 +72,26 @@ def adapt_output_config(
     if len(known) == len(inputs) and rotary[0] and all(parameters == rotary[0] for parameters in rotary):
         text.max_position_embeddings = max(known)
 
-    layer_types = getattr(base.text_config, "layer_types", None)
-    if layer_types and [layer_types[layer] for layer in base_layers] != text.layer_types:
-        text.layer_types = [layer_types[layer] for layer in base_layers]
+    if list(base_layers) != list(range(len(base.layout.layers))):
+        for key in _PER_LAYER:
+            values = getattr(base.text_config, key, None)
+            if values and len(values) == len(base.layout.layers):
+                setattr(text, key, [values[layer] for layer in base_layers])
+        text.num_hidden_layers = len(base_layers)
+    if truncated:
+        text.vocab_size = min(_vocabulary_rows(model) for model in inputs)
 
     return list(_differences(output, inputs))
+
+
+def _vocabulary_rows(model: InputModel) -> int:
+    """The length of the vocabulary axis in the checkpoint, which may be padded beyond the config's `vocab_size`."""
+    rows = [
+        model.headers[name].shape[tensor.vocabulary_axis]
+        for tensor in model.layout.other
+        if tensor.vocabulary_axis is not None and (name := model.stored_name(tensor)) is not None
+    ]
+    return min(rows, default=model.text_config.vocab_size)
 
 
 def _has_own_head(model: InputModel) -> bool:

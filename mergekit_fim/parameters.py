@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from pydantic import TypeAdapter
+
 METHODS = ("fim_ties", "fim_ta")
 LABELS = ("inputs", "sampled")
 
@@ -52,8 +54,10 @@ class Parameter:
 
 
 def _convert(value: Any, kind: type) -> Any:
-    if kind is bool or kind is str:
-        if not isinstance(value, kind):
+    if kind is bool:  # as mergekit reads them: 1 and "true" are true
+        return TypeAdapter(bool).validate_python(value)
+    if kind is str:
+        if not isinstance(value, str):
             raise TypeError
         return value
     # YAML reads 1e-3 as a string; mergekit takes such strings for numbers, so they are taken here too.

@@ -20,6 +20,7 @@ from mergekit.config import (
     OutputSliceDefinition,
     evaluate_setting,
 )
+from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
@@ -29,7 +30,7 @@ from mergekit_fim.errors import FimError
 from mergekit_fim.fisher import FisherMeasurement
 from mergekit_fim.inputs import InputModel, check_compatible, open_models
 from mergekit_fim.output_config import ConfigDifference, adapt_output_config
-from mergekit_fim.parameters import PARAMETERS
+from mergekit_fim.parameters import PARAMETERS, Scope
 from mergekit_fim.settings import Settings, conditions, read_settings
 from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms
 
@@ -50,7 +51,8 @@ class ModelCoefficients:
         norms: its squared task-vector norms.
         scores: [pair], s = F · ‖δ‖².
         alphas: [pair], the merge coefficients.
-        alpha_other: the merge coefficient outside the decoder layers.
+        used_alphas: [pair], what the layer gets: α, or where the user set it by hand, the mean over its tensors.
+        alpha_other: the merge coefficient outside the decoder layers, where the user didn't set it by hand.
     """
 
     model: InputModel
@@ -58,6 +60,7 @@ class ModelCoefficients:
     norms: TaskVectorNorms
     scores: tuple[float, ...]
     alphas: tuple[float, ...]
+    used_alphas: tuple[float, ...]
     alpha_other: float
 
 
@@ -72,16 +75,18 @@ class BaseCoefficients:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """A fine-tuned model's own parameters, as mergekit will resolve them in the model's first slice.
+    """A fine-tuned model's own parameters, as mergekit will resolve them.
 
     Attributes:
+        base: what the model is merged into.
         model: the fine-tuned model.
-        weight: a number; or a gradient or filters, as in the config.
+        weight: a number; or a gradient or filters, as in the config; or, where slices differ, a list of one per slice.
         density: likewise; None for fim_ta.
         density_is_default: whether the config leaves it to the default for the size of the base.
         alpha: what the user set by hand, likewise; None where all is left to the pre-pass.
     """
 
+    base: InputModel
     model: InputModel
     weight: Any
     density: Any
@@ -101,6 +106,7 @@ class PrePass:
         coefficients: per base; empty where every `alpha` was set by hand.
         models: the fine-tuned models' own parameters.
         default_density: what `density` is where the config doesn't set it; None for fim_ta.
+        shared: the parameters that are neither per model nor the pre-pass's, likewise a list where slices differ.
         differences: the config keys in which the inputs differ.
         warnings: what the user should know, a line each.
     """
@@ -112,6 +118,7 @@ class PrePass:
     coefficients: tuple[BaseCoefficients, ...]
     models: tuple[ModelSettings, ...]
     default_density: float | None
+    shared: Mapping[str, Any]
     differences: tuple[ConfigDifference, ...]
     warnings: tuple[str, ...]
 
@@ -130,6 +137,10 @@ class SourceSlice:
         start, end = self.source.layer_range
         return [LayerPair(self.base_start + i, start + i) for i in range(end - start)]
 
+    def settings(self, name: str) -> list[ConditionalParameter]:
+        """The user's settings of a parameter, from the highest to the lowest precedence, as one list of filters."""
+        return [c for scope in self.scopes if name in scope for c in conditions(scope[name])]
+
 
 def check_config(config: MergeConfiguration, options: MergeOptions) -> Settings:
     """Check what can be checked of a config as the user wrote it, before mergekit normalises it.
@@ -139,13 +150,11 @@ def check_config(config: MergeConfiguration, options: MergeOptions) -> Settings:
     """
     settings = read_settings(config)
     method = config.merge_method
-    groups = list(_model_groups(config))
-    for where, base, _models in groups:
-        if base is None:
-            raise FimError(f"{method} needs a base model{where}; add `base_model:` to the config")
-    if not any(model != base for _where, base, models in groups for model in models):
+    if config.base_model is None:  # not only per slice: mergekit would take the merged model's config from any model
+        raise FimError(f"{method} needs a base model; add `base_model:` to the config, at the top")
+    if not any(model != base for base, models in _model_groups(config) for model in models):
         raise FimError(
-            f"{method} needs at least one fine-tuned model beside the base {groups[0][1]}; list one under `models:`"
+            f"{method} needs at least one fine-tuned model beside the base {config.base_model}; list one in `models:`"
         )
     for name in ("dtype", "out_dtype"):
         value = getattr(config, name)
@@ -155,19 +164,20 @@ def check_config(config: MergeConfiguration, options: MergeOptions) -> Settings:
     return settings
 
 
-def _model_groups(
-    config: MergeConfiguration,
-) -> Iterator[tuple[str, ModelReference | None, list[ModelReference]]]:
-    """(where, base, models) of every list of models or slice in a config as the user wrote it."""
-    modules: Iterable[tuple[str, MergeConfiguration | OutputModuleDefinition]] = [("", config)]
-    if config.modules:
-        modules = [(f" in modules.{name}", module) for name, module in config.modules.items()]
-    for where, module in modules:
+def _model_groups(config: MergeConfiguration) -> Iterator[tuple[ModelReference, list[ModelReference]]]:
+    """(base, models) of every list of models or slice in a config as the user wrote it."""
+    modules: list[MergeConfiguration | OutputModuleDefinition] = [config, *(config.modules or {}).values()]
+    for module in modules:
         if module.models:
-            yield where, config.base_model, [model.model for model in module.models]
-        for i, out_slice in enumerate(module.slices or []):
-            base = out_slice.base_model or config.base_model
-            yield f"{where} for slices[{i}]", base, [source.model for source in out_slice.sources]
+            yield _base_of(config), [model.model for model in module.models]
+        for out_slice in module.slices or []:
+            yield _base_of(config, out_slice), [source.model for source in out_slice.sources]
+
+
+def _base_of(config: MergeConfiguration, out_slice: OutputSliceDefinition | None = None) -> ModelReference:
+    base = (out_slice.base_model if out_slice else None) or config.base_model
+    assert base is not None  # `check_config` has seen to it
+    return base
 
 
 def run(
@@ -197,14 +207,20 @@ def run(
     if config.merge_method == "fim_ta" and any("density" in scope for s in sources for scope in s.scopes):
         warnings.append("density has no effect in fim_ta, which keeps every entry of the task vectors")
 
+    if len(slices[0].sources) == 1:
+        warnings.append("the first and the last slice have no fine-tuned model: embeddings and head stay the base's")
+
     by_hand = {id(s.source) for s in sources if _is_set_by_hand(s, inputs[s.source.model])}
     automatic = [s for s in sources if id(s.source) not in by_hand]
-    if automatic:
-        for base in _distinct(s.base for s in automatic):
-            fisher.check_measurable(inputs[base], settings.fisher)
+    # All slices of a model that needs the pre-pass in one of them, so that the report can say what each layer gets.
+    needed = _distinct((s.base, s.source.model) for s in automatic)
+    measured = [s for s in sources if (s.base, s.source.model) in needed]
+    bases = _distinct(s.base for s in measured)
+    for base in bases:
+        fisher.check_measurable(inputs[base], settings.fisher)
     coefficients = tuple(
-        _measure(inputs[base], [s for s in automatic if s.base == base], inputs, settings, config.dtype, options)
-        for base in _distinct(s.base for s in automatic)
+        _measure(inputs[base], [s for s in measured if s.base == base], inputs, settings, config.dtype, options)
+        for base in bases
     )
     for found in (m for c in coefficients for m in c.models):
         if not any(found.scores):
@@ -213,7 +229,7 @@ def run(
                 "information in those that do): there is nothing to weigh, every layer gets alpha_max"
             )
 
-    density = default_density(inputs[sources[0].base]) if config.merge_method == "fim_ties" else None
+    density = default_density(inputs[_base_of(config)]) if config.merge_method == "fim_ties" else None
     models = tuple(_model_settings(sources, inputs, density))
     _write_alphas(automatic, coefficients)
     if density is not None:
@@ -222,12 +238,15 @@ def run(
         layer
         for out_slice in slices
         for source in out_slice.sources
-        if source.model == (out_slice.base_model or config.base_model)
+        if source.model == _base_of(config, out_slice)
         for layer in range(*source.layer_range)
     ]
-    first = inputs[config.base_model or sources[0].base]
-    others = [model for model in inputs.values() if model is not first]
-    differences = adapt_output_config(output_config, first, others, base_layers)
+    first, *others = inputs.values()
+    by_tokenizer = bool(config.tokenizer or config.tokenizer_source)
+    truncated = options.unsafe_truncate_embeddings and not by_tokenizer
+    differences = adapt_output_config(output_config, first, others, base_layers, truncated=truncated)
+    if by_tokenizer:  # mergekit sets the vocabulary's size when it has built the tokenizer
+        differences = [d for d in differences if d.key != "vocab_size"]
     return PrePass(
         config.merge_method,
         settings,
@@ -236,6 +255,7 @@ def run(
         coefficients,
         models,
         density,
+        _shared_settings(slices, module, config),
         tuple(differences),
         tuple(warnings),
     )
@@ -257,9 +277,8 @@ def _open_inputs(
     architecture: ModelArchitecture,
     options: MergeOptions,
 ) -> dict[ModelReference, InputModel]:
-    references = _distinct(source.model for out_slice in slices for source in out_slice.sources)
-    if config.base_model is not None:  # first, as in every table
-        references = _distinct([config.base_model, *references])
+    references = [source.model for out_slice in slices for source in out_slice.sources]
+    references = _distinct([_base_of(config), *references])
     return open_models(references, architecture, options.trust_remote_code)
 
 
@@ -269,9 +288,13 @@ def _source_slices(
     config: MergeConfiguration,
     inputs: Mapping[ModelReference, InputModel],
 ) -> Iterator[SourceSlice]:
+    if len(slices[0].sources) != len(slices[-1].sources):
+        raise FimError(
+            "slices: the first and the last must have the same number of sources, because mergekit takes the tensors "
+            f"outside the layers from both; found {len(slices[0].sources)} and {len(slices[-1].sources)}"
+        )
     for i, out_slice in enumerate(slices):
-        base = out_slice.base_model or config.base_model
-        assert base is not None
+        base = _base_of(config, out_slice)
         for source in out_slice.sources:
             start, end = source.layer_range
             count = len(inputs[source.model].layout.layers)
@@ -307,8 +330,8 @@ def _is_set_by_hand(source: SourceSlice, model: InputModel) -> bool:
     """Whether the user's `alpha` settings cover every tensor of the slice."""
     layers = [model.layout.layers[pair.source_layer] for pair in source.pairs()]
     names = [tensor.name for layer in layers for tensor in layer.tensors] + [t.name for t in model.layout.other]
-    settings = [scope["alpha"] for scope in source.scopes if "alpha" in scope]
-    return all(any(evaluate_setting(name, s, validate=float) is not None for s in settings) for name in names)
+    by_hand = source.settings("alpha")
+    return all(evaluate_setting(name, by_hand, validate=float) is not None for name in names)
 
 
 def _measure(
@@ -326,6 +349,7 @@ def _measure(
     }
     # The cheap pass first: it also finds broken weights before the costly one begins.
     norms = task_vectors.task_vector_norms(base, pairs, dtype, quiet=options.quiet)
+    LoaderCache().flush_all()  # a pickled checkpoint is in memory whole as long as its loader is
     measurement = fisher.measure_base(base, settings.fisher, dtype, options)
     models = []
     for model, layer_pairs in pairs.items():
@@ -334,9 +358,29 @@ def _measure(
             [norms[model].layers[pair] for pair in layer_pairs],
         )
         alphas = merge_coefficients(scores, settings.mapping)
-        other = settings.alpha_other if settings.alpha_other is not None else sum(alphas) / len(alphas)
-        models.append(ModelCoefficients(model, tuple(layer_pairs), norms[model], tuple(scores), tuple(alphas), other))
+        used = _used_alphas([s for s in sources if s.source.model == model.reference], model, layer_pairs, alphas)
+        # Layers without a score stay out of the mean: where they have no task vector, their α means nothing.
+        scored = [alpha for alpha, score in zip(used, scores, strict=True) if score > 0] or used
+        other = settings.alpha_other if settings.alpha_other is not None else math.fsum(scored) / len(scored)
+        models.append(
+            ModelCoefficients(model, tuple(layer_pairs), norms[model], tuple(scores), tuple(alphas), tuple(used), other)
+        )
     return BaseCoefficients(base, measurement, tuple(models))
+
+
+def _used_alphas(
+    sources: Sequence[SourceSlice], model: InputModel, pairs: Sequence[LayerPair], alphas: Sequence[float]
+) -> list[float]:
+    computed = dict(zip(pairs, alphas, strict=True))
+    used = dict(computed)
+    for source in sources:
+        by_hand = source.settings("alpha")
+        for i, pair in enumerate(source.pairs() if by_hand else []):
+            t = i / (len(source.pairs()) - 1) if len(source.pairs()) > 1 else 1.0  # as mergekit places gradients
+            tensors = model.layout.layers[pair.source_layer].tensors
+            values = [evaluate_setting(tensor.name, by_hand, t, validate=float) for tensor in tensors]
+            used[pair] = math.fsum(computed[pair] if v is None else v for v in values) / len(values)
+    return [used[pair] for pair in pairs]
 
 
 def _population(sources: Sequence[SourceSlice], num_layers: int) -> list[LayerPair]:
@@ -354,19 +398,37 @@ def _population(sources: Sequence[SourceSlice], num_layers: int) -> list[LayerPa
 def _model_settings(
     sources: Sequence[SourceSlice], inputs: Mapping[ModelReference, InputModel], density: float | None
 ) -> Iterator[ModelSettings]:
-    for model in _distinct(s.source.model for s in sources):
-        source = next(s for s in sources if s.source.model == model)
-        given = {
-            name: [c for scope in source.scopes if name in scope for c in conditions(scope[name])]
-            for name in ("weight", "density", "alpha")
-        }
+    for base, model in _distinct((s.base, s.source.model) for s in sources):
+        own = [s for s in sources if (s.base, s.source.model) == (base, model)]
+        by_hand = [_effective(s.settings("alpha"), None) if s.settings("alpha") else None for s in own]
         yield ModelSettings(
+            inputs[base],
             inputs[model],
-            _effective(given["weight"], PARAMETERS["weight"].default),
-            None if density is None else _effective(given["density"], density),
-            density is not None and not given["density"],
-            _effective(given["alpha"], None) if given["alpha"] else None,
+            _common([_effective(s.settings("weight"), PARAMETERS["weight"].default) for s in own]),
+            None if density is None else _common([_effective(s.settings("density"), density) for s in own]),
+            density is not None and not any(s.settings("density") for s in own),
+            _common(by_hand),
         )
+
+
+def _shared_settings(
+    slices: Sequence[OutputSliceDefinition], module: OutputModuleDefinition, config: MergeConfiguration
+) -> dict[str, Any]:
+    shared = {}
+    for parameter in PARAMETERS.values():
+        if parameter.scope is Scope.TENSOR:
+            values = []
+            for out_slice in slices:
+                scopes = [out_slice.parameters or {}, module.parameters or {}, config.parameters or {}]
+                given = [c for scope in scopes if parameter.name in scope for c in conditions(scope[parameter.name])]
+                values.append(_effective(given, parameter.default_for(config.merge_method)))
+            shared[parameter.name] = _common(values)
+    return shared
+
+
+def _common(values: list[Any]) -> Any:
+    """One value if all are the same, else one per slice."""
+    return values[0] if all(value == values[0] for value in values) else values
 
 
 def _effective(given: list[ConditionalParameter], default: Any) -> Any:
@@ -382,7 +444,7 @@ def _write_alphas(sources: Sequence[SourceSlice], coefficients: Sequence[BaseCoe
     for source in sources:
         result = found[source.base, source.source.model]
         alphas = dict(zip(result.pairs, result.alphas, strict=True))
-        by_hand = [c for scope in source.scopes if "alpha" in scope for c in conditions(scope["alpha"])]
+        by_hand = source.settings("alpha")
         # A prefix ends in a dot, so that `model.layers.1.` doesn't match layer 12.
         computed = [
             ConditionalParameter(filter=result.model.layout.layers[pair.source_layer].prefix, value=alphas[pair])

@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import platform
+import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -14,8 +15,8 @@ from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel
 from pydantic import BaseModel
 
+import mergekit_fim
 from mergekit_fim.methods import is_gate_projection
-from mergekit_fim.parameters import PARAMETERS, Scope
 from mergekit_fim.prepass import BaseCoefficients, ModelCoefficients, PrePass
 
 LOG = logging.getLogger("mergekit_fim")
@@ -29,7 +30,8 @@ def show(pre_pass: PrePass, *, quiet: bool) -> None:
     for warning in pre_pass.warnings:
         LOG.warning("%s", warning)
     if not quiet:
-        click.echo(render(pre_pass))
+        encoding = sys.stdout.encoding or "utf-8"  # a terminal without ‖δ‖ and α must not cost the merge
+        click.echo(render(pre_pass).encode(encoding, "replace").decode(encoding))
 
 
 def render(pre_pass: PrePass) -> str:
@@ -74,7 +76,7 @@ def _table(coefficients: BaseCoefficients) -> Iterator[str]:
 
 def _cells(model: ModelCoefficients, index: int) -> str:
     norm = math.sqrt(model.norms.layers[model.pairs[index]])
-    return f"{norm:>10.3g}{model.scores[index]:>10.2e}{model.alphas[index]:>8.3f}"
+    return f"{norm:>10.3g}{model.scores[index]:>10.2e}{model.used_alphas[index]:>8.3f}"
 
 
 def _short(text: str, width: int) -> str:
@@ -82,8 +84,6 @@ def _short(text: str, width: int) -> str:
 
 
 def _notes(pre_pass: PrePass) -> Iterator[str]:
-    parameters = pre_pass.config.parameters or {}
-    method = pre_pass.method
     if pre_pass.coefficients:
         rule = "the mean of the layers' α" if pre_pass.settings.alpha_other is None else "set by alpha_other"
         yield f"outside: embeddings, final norm and output head; their α is {rule}"
@@ -102,13 +102,13 @@ def _notes(pre_pass: PrePass) -> Iterator[str]:
     if shifted:
         yield f"the slices merge layers of different numbers: {', '.join(shifted)}"
     gates = gate_projections(pre_pass)
-    scale = parameters.get("gate_scale", PARAMETERS["gate_scale"].default_for(method))
+    scale = pre_pass.shared["gate_scale"]
     if scale != 1:
         if gates:
             yield f"gate protection: α × {_plain(scale)} on {len(gates)} MLP gate projections such as {gates[0]}"
         else:
             yield "gate protection: not applied, the models have no separate MLP gate projection"
-    tolerance = parameters.get("norm_tolerance", PARAMETERS["norm_tolerance"].default_for(method))
+    tolerance = pre_pass.shared["norm_tolerance"]
     if tolerance != 0:
         yield f"norm calibration: a merged tensor whose norm is off by more than {_plain(tolerance)} is rescaled"
     for difference in pre_pass.differences:
@@ -125,13 +125,16 @@ def gate_projections(pre_pass: PrePass) -> list[str]:
 
 def as_json(pre_pass: PrePass) -> dict[str, Any]:
     """The report, as it is written beside the merged model."""
+    base = str(next(iter(pre_pass.inputs)))
+    measured = {str(c.base): _fisher(c) for c in pre_pass.coefficients}
     return {
         "format": "mergekit-fim/report",
         "version": 1,
         "method": pre_pass.method,
-        "base_model": str(next(iter(pre_pass.inputs))),
+        "base_model": base,
         "settings": _settings(pre_pass),
-        "fisher": _fisher(pre_pass.coefficients[0]) if pre_pass.coefficients else None,
+        "fisher": measured.pop(base, None),
+        "fisher_of_other_bases": measured,
         "models": list(_models(pre_pass)),
         "gate_projections": gate_projections(pre_pass),
         "config_differences": [
@@ -139,30 +142,24 @@ def as_json(pre_pass: PrePass) -> dict[str, Any]:
         ],
         "warnings": list(pre_pass.warnings),
         "versions": {
-            **{name: version(name) for name in ("mergekit-fim", "mergekit", "torch", "transformers", "accelerate")},
+            "mergekit-fim": mergekit_fim.__version__,
+            **{name: version(name) for name in ("mergekit", "torch", "transformers", "accelerate")},
             "python": platform.python_version(),
         },
     }
 
 
 def _settings(pre_pass: PrePass) -> dict[str, Any]:
-    given = pre_pass.config.parameters or {}
-    settings = {
-        name: _jsonable(given.get(name, parameter.default_for(pre_pass.method)))
-        for name, parameter in PARAMETERS.items()
-        if parameter.scope is not Scope.MODEL
-    }
     fisher, mapping = pre_pass.settings.fisher, pre_pass.settings.mapping
-    parsed = {f"fisher_{key}": value for key, value in vars(fisher).items()} | vars(mapping)
-    return (
-        settings
-        | parsed
-        | {
-            "default_density": pre_pass.default_density,
-            "dtype": pre_pass.config.dtype,
-            "out_dtype": pre_pass.config.out_dtype,
-        }
-    )
+    return {
+        **{f"fisher_{key}": value for key, value in vars(fisher).items()},
+        **vars(mapping),
+        "alpha_other": pre_pass.settings.alpha_other,
+        **{name: _jsonable(value) for name, value in pre_pass.shared.items()},
+        "default_density": pre_pass.default_density,
+        "dtype": pre_pass.config.dtype,
+        "out_dtype": pre_pass.config.out_dtype,
+    }
 
 
 def _fisher(coefficients: BaseCoefficients) -> dict[str, Any]:
@@ -184,11 +181,12 @@ def _fisher(coefficients: BaseCoefficients) -> dict[str, Any]:
 
 
 def _models(pre_pass: PrePass) -> Iterator[dict[str, Any]]:
-    found = {m.model: m for c in pre_pass.coefficients for m in c.models}
+    found = {(c.base, m.model): m for c in pre_pass.coefficients for m in c.models}
     for settings in pre_pass.models:
-        model = found.get(settings.model)
+        model = found.get((settings.base, settings.model))
         yield {
             "model": str(settings.model),
+            "base_model": str(settings.base),
             "weight": _jsonable(settings.weight),
             "density": _jsonable(settings.density),
             "alpha": _jsonable(settings.alpha),
@@ -198,7 +196,7 @@ def _models(pre_pass: PrePass) -> Iterator[dict[str, Any]]:
 
 
 def _report_layers(model: ModelCoefficients) -> Iterator[dict[str, Any]]:
-    for pair, score, alpha in zip(model.pairs, model.scores, model.alphas, strict=True):
+    for pair, score, alpha in zip(model.pairs, model.scores, model.used_alphas, strict=True):
         layer = {
             "index": pair.source_layer,
             "task_vector_sq_norm": model.norms.layers[pair],

@@ -57,7 +57,8 @@ def task_vector_norms(
     sums = {model: dict.fromkeys(pairs, 0.0) for model, pairs in models.items()}
     other: dict[InputModel, float | None] = dict.fromkeys(models, 0.0)
     work = list(_layer_work(base, models))
-    total = len(work) + len(base.layout.other)
+    outside = [t for t in base.layout.other if any(m.stored_name(t, tied=False) is not None for m in (base, *models))]
+    total = len(work) + len(outside)
     with tqdm.tqdm(total=total, desc="Measuring task vectors", unit="tensor", disable=quiet) as progress:
         for base_tensor, users in work:
             reference = base.load(base_tensor, dtype)
@@ -66,7 +67,7 @@ def task_vector_norms(
                 distance = _distance(base, reference, model, tensor, dtype, where)
                 sums[model][pair] += distance or 0.0
             progress.update()
-        for base_tensor in base.layout.other:
+        for base_tensor in outside:  # without heads that are tied in all the models: they are their embeddings
             reference = base.load(base_tensor, dtype)
             for model in models:
                 distance = _distance(base, reference, model, base_tensor, dtype, "the tensors outside the layers")

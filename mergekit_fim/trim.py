@@ -6,8 +6,9 @@ import torch
 def trim_(delta: torch.Tensor, density: float) -> torch.Tensor:
     """Set all but the largest entries of `delta` to zero, in place (TIES, arXiv 2306.01708, section 4, step 1).
 
-    The number of entries to keep is k = max(1, ⌊density · n⌋), as in mergekit. Where several entries have exactly the
-    magnitude of the k-th largest, all of them are kept; mergekit keeps an arbitrary choice of them.
+    Exactly k = max(1, ⌊density · n⌋) entries are kept, as in mergekit. Differences of 16-bit weights take few distinct
+    magnitudes, so that many entries can equal the k-th largest: of these, a choice spread evenly over the tensor is
+    kept, the same one every time, where mergekit's choice is the sort's.
 
     Args:
         delta: a task vector of n entries, any shape.
@@ -20,6 +21,11 @@ def trim_(delta: torch.Tensor, density: float) -> torch.Tensor:
     keep = max(1, int(density * n))
     if keep >= n:
         return delta
-    magnitude = delta.abs()
-    threshold = magnitude.reshape(-1).kthvalue(n - keep + 1).values
-    return delta.masked_fill_(magnitude < threshold, 0)
+    magnitude = delta.abs().reshape(-1)
+    threshold = magnitude.kthvalue(n - keep + 1).values
+    above = magnitude > threshold
+    equal = (magnitude == threshold).nonzero()[:, 0]
+    wanted = keep - int(above.sum())
+    kept = equal[torch.arange(wanted, device=equal.device) * len(equal) // wanted]
+    above[kept] = True
+    return delta.masked_fill_(~above.view(delta.shape), 0)

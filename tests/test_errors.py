@@ -31,6 +31,19 @@ def model_parameters(pair, **parameters):
 # name: (changes of a good config by the pair, words of the message)
 CONFIGS = {
     "no base": (lambda p: {"base_model": None}, ["needs a base model", "add `base_model:`"]),
+    "a base for the slices only": (
+        lambda p: {
+            "base_model": None,
+            "models": None,
+            "slices": [
+                {
+                    "base_model": str(p.base),
+                    "sources": [{"model": str(m), "layer_range": [0, 5]} for m in (p.base, p.long)],
+                }
+            ],
+        },
+        ["needs a base model", "at the top"],
+    ),
     "no fine-tuned model": (lambda p: {"models": [{"model": str(p.base)}]}, ["at least one fine-tuned model"]),
     "typo at the top": (
         lambda p: {"parameters": {"sharpnes": 1}},
@@ -72,7 +85,7 @@ CONFIGS = {
     ),
     "sharpness on a model": (lambda p: model_parameters(p, sharpness=2), ["models[0]", "`sharpness`", "top-level"]),
     "normalize on a model": (lambda p: model_parameters(p, normalize=True), ["models[0]", "`normalize`", "no effect"]),
-    "normalize a number": (lambda p: {"parameters": {"normalize": 1}}, ["`normalize`", "true or false"]),
+    "normalize a number": (lambda p: {"parameters": {"normalize": 2}}, ["`normalize`", "true or false"]),
     "rescale": (lambda p: {"parameters": {"rescale": True}}, ["`rescale`", "norm_tolerance"]),
     "negative tolerance": (lambda p: {"parameters": {"norm_tolerance": -0.1}}, ["`norm_tolerance`", "found -0.1"]),
     "negative gate": (lambda p: {"parameters": {"gate_scale": -1}}, ["`gate_scale`", "found -1"]),
@@ -149,7 +162,6 @@ def remake(path: Path, kind="llama", **changes):
 
 
 UP = "model.layers.2.mlp.up_proj.weight"
-SHARD = "model-00002-of-00004.safetensors"
 
 
 def shard(path: Path):
@@ -256,6 +268,20 @@ def test_bad_models(case, merge, tmp_path):
     ends_in_one_line(result, target, *words)
     if which != "both":
         assert str(paths[which]) in result.stderr
+
+
+@pytest.mark.parametrize("which", ["base", "long"])
+def test_tensors_that_mergekit_does_not_plan(which, merge, tmp_path):
+    """mergekit's Llama has no biases: they would be missing from the output, and random when it is loaded."""
+    for name in ("base", "long"):
+        tiny.save(tiny.build(tiny.config("llama", attention_bias=name == which)), tmp_path / name)
+    config = {
+        "merge_method": "fim_ta",
+        "base_model": str(tmp_path / "base"),
+        "models": [{"model": str(tmp_path / "long")}],
+    }
+    target, result = merge(config | {"dtype": "float32"})
+    ends_in_one_line(result, target, str(tmp_path / which), "model.layers.0.self_attn.q_proj.bias", "doesn't cover")
 
 
 def test_activations_that_overflow(merge, tmp_path, monkeypatch):

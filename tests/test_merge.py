@@ -378,17 +378,15 @@ def test_stock_methods_do_not_change(installed, pair, tmp_path):
 
 def test_importing_mergekit_in_any_order_registers_once():
     modules = [
-        "mergekit.config",
-        "mergekit.merge_methods",
-        "mergekit.plan",
-        "mergekit.tokenizer",
-        "mergekit.architecture",
+        *("mergekit.config", "mergekit.plan"),
+        *("mergekit_fim.methods", "mergekit_fim.integration", "mergekit_fim.report"),
     ]
     for module in modules:
         code = (
             f"import {module}, mergekit.plan, mergekit_fim; from mergekit import merge_methods as m; "
             "names = [x.spec.name for x in m.registered_methods()]; "
-            "assert names.count('fim_ties') == names.count('fim_ta') == 1, names"
+            "assert names.count('fim_ties') == names.count('fim_ta') == 1, names; "
+            "assert mergekit.plan.MergePlanner.normalize_config.mergekit_fim"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, ""), done.stderr

@@ -107,6 +107,7 @@ def test_gate_protection_applies_to_gate_projections_only():
         ("transformer.h.0.mlp.c_fc2.weight", True),
         ("transformer.h.0.mlp.w2.weight", True),
         ("model.layers.0.mlp.gate.weight", False),  # a router
+        ("model.layers.0.self_attn.gate_proj.weight", False),  # AFMoE's attention
         ("model.layers.0.mlp.shared_expert_gate.weight", False),
         ("model.layers.0.mlp.gate_up_proj.weight", False),
         ("model.layers.0.mlp.up_proj.weight", False),
@@ -159,6 +160,29 @@ def test_trim_keeps_the_largest(shape, density):
         assert torch.equal(kept.abs().flatten().sort(descending=True).values[:keep], expected)
 
 
-def test_trim_keeps_all_of_equal_magnitude():
-    assert trim_(torch.tensor([1.0, -2.0, 2.0, 2.0, 0.5]), 0.2).tolist() == [0, -2, 2, 2, 0]
+def test_trim_spreads_its_choice_among_equals_over_the_tensor():
+    assert trim_(torch.tensor([1.0, -2.0, 2.0, 2.0, 0.5]), 0.4).tolist() == [0, -2, 2, 0, 0]
+    kept = trim_(torch.ones(1000), 0.1).nonzero()[:, 0]
+    assert kept.tolist() == list(range(0, 1000, 10))
     assert trim_(torch.zeros(6), 0.5).tolist() == [0] * 6
+
+
+def test_trim_keeps_the_density_on_the_few_levels_of_16_bit_differences():
+    generator = torch.Generator().manual_seed(0)
+    base = (0.02 * torch.randn(100_000, generator=generator)).bfloat16()
+    tuned = (base + 1e-4 * torch.randn(100_000, generator=generator)).bfloat16()
+    delta = tuned.float() - base.float()
+    kept = trim_(delta.clone(), 0.2)
+    assert int((kept != 0).sum()) == 20_000
+    dropped = delta[kept == 0].abs().max()
+    assert kept[kept != 0].abs().min() >= dropped
+
+
+def test_a_model_without_a_task_vector_changes_nothing():
+    """Beside another one, where norms are calibrated too; as in stock `ties`, where it takes no part."""
+    base, tuned = tensors(1)
+    tuned = tuned * 1.6
+    alone = run("fim_ties", [base, tuned], alpha=0.6, norm_tolerance=1e-4)
+    beside = run("fim_ties", [base, tuned, base.clone()], alpha=[0.6, 1.0], norm_tolerance=1e-4)
+    torch.testing.assert_close(beside, alone, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(run("fim_ties", [base, tuned], alpha=0.6, norm_tolerance=0.0), alone)

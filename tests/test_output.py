@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import reference
 import tiny
+import tokenizers
 import torch
 import transformers
 from conftest import config_for
@@ -121,6 +122,64 @@ def test_vocabularies_that_mergekit_aligns(merge, tmp_path):
     out, result = merge.ok(config_of(*paths), "--unsafe-truncate-embeddings", out="truncated")
     assert loaded(out).config.vocab_size == tiny.VOCAB
     assert "n/a" in result.output  # the task vector outside the layers
+    swapped, _ = merge.ok(config_of(*reversed(paths)), "--unsafe-truncate-embeddings", out="swapped")
+    assert loaded(swapped).config.vocab_size == tiny.VOCAB
+
+
+@pytest.mark.parametrize("setting", [{"tokenizer": {"source": "base"}}, {"tokenizer_source": "union"}])
+def test_tokenizers_that_mergekit_aligns(setting, merge, tmp_path):
+    paths = [tmp_path / "base", tmp_path / "long"]
+    for seed, (path, size) in enumerate(zip(paths, (tiny.VOCAB, 101), strict=True)):
+        tiny.save(tiny.build(tiny.config("llama", vocab_size=size), seed), path)
+        words = {f"w{i}": i for i in range(size)}
+        tokens = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+        transformers.PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="w0").save_pretrained(path)
+    out, result = merge.ok(config_of(*paths, "fim_ta") | setting)
+    rows = tiny.VOCAB if "tokenizer" in setting else 101
+    model = loaded(out)
+    assert model.config.vocab_size == rows
+    assert "config key vocab_size" not in result.output
+    # Rows that both have are merged, a row that only the long model has is its own.
+    alpha = reference.report(out)["models"][0]["alpha_other"]
+    theta0, theta1 = (reference.load(p)["model.embed_tokens.weight"] for p in paths)
+    expected = theta0 + alpha * (theta1[: tiny.VOCAB] - theta0)
+    found = model.model.embed_tokens.weight.detach().numpy()
+    np.testing.assert_allclose(found[: tiny.VOCAB], expected, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_without_greek(encoding, pair, merge, monkeypatch):
+    import io
+    import sys
+
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import run_merge
+    from mergekit.options import MergeOptions
+
+    target = merge.folder / "out"
+    run_merge(MergeConfiguration.model_validate(config_for(pair)), str(target), MergeOptions(copy_tokenizer=False))
+    assert (target / "fim_report.json").exists()
+
+
+def test_a_tied_head_is_counted_once(merge, tmp_path):
+    base, long = build_pair(tmp_path, {"tie_word_embeddings": True}, {})
+    _, result = merge.ok(config_of(base, long))
+    theta0, theta1 = reference.load(base), reference.load(long)
+    norm = sum(((theta1[n] - theta0[n]) ** 2).sum() for n in theta0 if reference.layer_of(n) is None) ** 0.5
+    line = next(line for line in result.output.splitlines() if line.split()[:1] == ["outside"])
+    assert line.split()[1] == f"{norm:.3g}"
+
+
+OPTIONS = ["--trust-remote-code", "--low-cpu-memory", "--async-write", "--lazy-unpickle", "--read-to-gpu", "-v"]
+
+
+def test_other_options_of_mergekits(pair, merge, tmp_path):
+    plain, _ = merge.ok(config_for(pair))
+    out, _ = merge.ok(config_for(pair), *OPTIONS, "--transformers-cache", str(tmp_path / "cache"), out="options")
+    assert (out / "fim_report.json").read_bytes() == (plain / "fim_report.json").read_bytes()
+    found, expected = reference.load(out), reference.load(plain)
+    assert all(np.array_equal(found[name], value) for name, value in expected.items())
 
 
 def test_identical_models(pair, merge, caplog):
@@ -145,12 +204,13 @@ def test_one_layer_without_a_task_vector(pair, merge, tmp_path):
     rest = [0, 1, 3, 4]
     expected = reference.coefficients([F[i] * norms[i] for i in rest])
     assert [rows[i]["alpha"] for i in rest] == pytest.approx(list(expected), abs=1e-4)
+    assert reference.report(out)["models"][0]["alpha_other"] == pytest.approx(np.mean(expected), abs=1e-4)
 
 
 def test_the_report_of_three_models_fits_the_screen(pair, merge):
-    names = [pair.long, pair.third, pair.base.parent / "." / "long"]
-    out, result = merge.ok(config_for(pair, models=[{"model": str(n)} for n in names[:2]]))
+    names = [str(pair.long), str(pair.third), f"{pair.long}/."]
+    out, result = merge.ok(config_for(pair, models=[{"model": name} for name in names]))
     table = [line for line in result.output.splitlines() if not line.startswith(("-", "Fisher"))]
     assert max(len(line) for line in table) <= 100
-    assert len([line for line in table if line.split()[:1] == ["0"]]) == 1
-    assert len(reference.report(out)["models"]) == 2
+    assert len([line for line in table if line.split()[:1] == ["0"]]) == 2  # two models side by side, one below
+    assert [m["model"] for m in reference.report(out)["models"]] == names

@@ -122,6 +122,14 @@ def test_modules_and_a_base_per_slice(pair, merge):
         base, alphas = (bases[0], first) if layer < 2 else (bases[1], other)
         expected = base[name] + alphas[layer] * (theta1[name] - base[name])
         np.testing.assert_allclose(value, expected, rtol=1e-4, atol=2e-5, err_msg=name)
+    report = reference.report(out)
+    assert report["base_model"] == str(pair.base)
+    assert list(report["fisher_of_other_bases"]) == [str(pair.third)]
+    measured = {str(pair.base): report["fisher"]} | report["fisher_of_other_bases"]
+    assert [m["base_model"] for m in report["models"]] == [str(pair.base), str(pair.third)]
+    for model in report["models"]:
+        for row, layer in zip(model["layers"], measured[model["base_model"]]["layers"], strict=True):
+            assert row["score"] == pytest.approx(layer["fisher"] * row["task_vector_sq_norm"])
 
 
 def test_parameters_of_one_slice(pair, merge):
@@ -129,11 +137,55 @@ def test_parameters_of_one_slice(pair, merge):
     config["slices"][1]["sources"][1]["parameters"] = {"weight": 0.5, "alpha": 0.25}
     out, _ = merge.ok(config)
     alphas = reference.layer_coefficients(pair.base, pair.long)[2]
-    by_pair = {(layer, layer): alphas[layer] if layer < 2 else 0.125 for layer in range(5)}
-    theta = reference.load(out)
-    assert_layers_of = {k: v for k, v in theta.items() if reference.layer_of(k) is not None}
     theta0, theta1 = reference.load(pair.base), reference.load(pair.long)
-    for name, value in assert_layers_of.items():
+    for name, value in reference.load(out).items():
         layer = reference.layer_of(name)
-        expected = theta0[name] + by_pair[layer, layer] * (theta1[name] - theta0[name])
-        np.testing.assert_allclose(value, expected, rtol=1e-4, atol=2e-5, err_msg=name)
+        if layer is not None:
+            alpha = alphas[layer] if layer < 2 else 0.125
+            expected = theta0[name] + alpha * (theta1[name] - theta0[name])
+            np.testing.assert_allclose(value, expected, rtol=1e-4, atol=2e-5, err_msg=name)
+    # The report tells what each layer got, and that the slices differ.
+    (model,) = reference.report(out)["models"]
+    assert [row["alpha"] for row in model["layers"]] == pytest.approx([*alphas[:2], 0.25, 0.25, 0.25], abs=1e-4)
+    assert (model["weight"], model["alpha"]) == ([1.0, 0.5], [None, 0.25])
+
+
+def test_shared_parameters_of_one_slice_are_reported(pair, merge):
+    config = config_of(pair, (0, 2), (2, 5), method="fim_ties")
+    config["slices"][0]["parameters"] = {"gate_scale": 1, "norm_tolerance": 0}
+    out, result = merge.ok(config)
+    assert reference.report(out)["settings"]["gate_scale"] == [1, 0.7]
+    assert "α × [1, 0.7]" in result.output
+
+
+def test_outside_the_layers_follows_what_the_layers_got(pair, merge):
+    """α by hand for the layers alone: the default outside is their mean, not that of coefficients nobody used."""
+    alpha = [{"filter": "layers", "value": 0.9}]
+    out, _ = merge.ok(config_for(pair, "fim_ta", models=[{"model": str(pair.long), "parameters": {"alpha": alpha}}]))
+    (model,) = reference.report(out)["models"]
+    assert model["alpha_other"] == pytest.approx(0.9)
+    assert [row["alpha"] for row in model["layers"]] == pytest.approx([0.9] * 5)
+
+
+def test_a_first_slice_of_the_base_alone(pair, merge):
+    """mergekit takes what lies outside the layers from the first and the last slice together."""
+    config = config_of(pair, (0, 2), (2, 5))
+    del config["slices"][0]["sources"][1]
+    target, result = merge(config)
+    assert result.exit_code == 1
+    assert "the first and the last must have the same number of sources" in result.stderr.splitlines()[-1]
+    assert not target.exists()
+
+
+def test_slices_of_an_architecture_that_mergekit_infers(merge, tmp_path):
+    """mergekit doesn't know its layer-count key; the merged model's config must have the right one all the same."""
+    shape = {"vocab_size": tiny.VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "rotary_dim": 4}
+    base = tiny.build(transformers.GPTJConfig(**shape, bos_token_id=None, eos_token_id=None))
+    paths = [tiny.save(base, tmp_path / "base"), tiny.save(tiny.tuned(base, 1), tmp_path / "long")]
+    sources = [[{"model": str(p), "layer_range": r} for p in paths] for r in ([0, 1], [2, 3])]
+    config = {"merge_method": "fim_ta", "base_model": str(paths[0]), "slices": [{"sources": s} for s in sources]}
+    out, _ = merge.ok(config | {"dtype": "float32"})
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert model.config.n_layer == 2
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
