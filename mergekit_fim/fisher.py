@@ -336,10 +336,7 @@ def load_model(base: InputModel, dtype: str | None, options: MergeOptions) -> Pr
     missing = info["missing_keys"]
     if missing:
         raise FimError(f"{base}: the checkpoint lacks the parameter {min(missing)}; download or save the model again")
-    elsewhere = {str(place) for place in getattr(model, "hf_device_map", {}).values()} & {"disk"}
-    if placement == "auto":
-        elsewhere |= {str(place) for place in model.hf_device_map.values()} & {"cpu"}
-    if elsewhere:
+    if placement == "auto" and {"cpu", "disk"} & {str(place) for place in model.hf_device_map.values()}:
         raise FimError(
             f"{base} doesn't fit on the visible accelerators; merge without --multi-gpu to measure on the CPU"
         )

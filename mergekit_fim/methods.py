@@ -51,7 +51,7 @@ class FimMerge(GroupMergeMethod):
     """`fim_ta`: θ0 + Σ_m α_m w_m δ_m per layer; `fim_ties`: TIES with the α_m, gate protection, norm calibration."""
 
     def __init__(self, name: str) -> None:
-        """Make one of `settings.METHODS`."""
+        """Make one of `parameters.METHODS`."""
         self.trims = name == "fim_ties"
         self.spec = MergeMethodSpec(
             name=name,
@@ -105,13 +105,17 @@ class FimMerge(GroupMergeMethod):
             if self.trims:
                 trim_(delta, parameters["density"][entry.id])
             deltas.append(delta)
-        # The disjoint merge of `fim_ties` passes over a model that has nothing to add, and so does the target norm.
-        entering = [w if not self.trims or bool(d.any()) else 0.0 for w, d in zip(weights, deltas, strict=True)]
+        calibrate = parameters["norm_tolerance"] > 0
+        entering = weights
+        if (
+            calibrate and self.trims
+        ):  # the disjoint merge passes over a model that has nothing to add; so must the target
+            entering = [w if bool(d.any()) else 0.0 for w, d in zip(weights, deltas, strict=True)]
         combine = _disjoint_merge if self.trims else _sum
         task_vector = combine(deltas, alphas, weights, parameters["normalize"])
         merged = task_vector.mul_(parameters["lambda"]).add_(theta0)
 
-        if parameters["norm_tolerance"] > 0:
+        if calibrate:
             shares = _shares(entering, parameters["normalize"])
             moves = [parameters["lambda"] * share * alpha for share, alpha in zip(shares, alphas, strict=True)]
             _calibrate_norm_(merged, theta0, [e.tensor for e in entries], moves, parameters["norm_tolerance"])
