@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,11 @@ import yaml
 from conftest import config_for
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
+from mergekit_fim.fisher import autograd_engine, measure_base
 from mergekit_fim.layers import _layer_prefix
 
 
@@ -406,3 +409,22 @@ def test_multi_gpu_in_worker_threads(pair, merge, monkeypatch):
     assert found.keys() == expected.keys()
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
     assert (out / "fim_report.json").read_bytes() == (plain / "fim_report.json").read_bytes()
+
+
+def test_the_random_state_of_the_process_is_left_alone(pair, merge):
+    state = torch.get_rng_state()
+    merge.ok(config_for(pair, parameters={"fisher_labels": "sampled"}))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_shard_stays_open_while_the_base_is_measured(pair, merge, monkeypatch):
+    """A pickled checkpoint's loader holds all of it; the measurement's memory is the base's alone."""
+    seen = []
+
+    def engine(model, layers, samples, progress):
+        seen.extend(loader.current_shard for loader in LoaderCache.loaders.values())
+        return autograd_engine(model, layers, samples, progress)
+
+    monkeypatch.setattr("mergekit_fim.fisher.measure_base", partial(measure_base, engine=engine))
+    merge.ok(config_for(pair))
+    assert seen == [None, None]
