@@ -24,7 +24,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_fim import fisher, task_vectors
+from mergekit_fim import fisher, placement, task_vectors
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher import FisherMeasurement
@@ -160,7 +160,7 @@ def check_config(config: MergeConfiguration, options: MergeOptions) -> Settings:
         value = getattr(config, name)
         if value is not None and value.removeprefix("torch.") not in _DTYPES:
             raise FimError(f"{name}: expected one of {', '.join(_DTYPES)}, found {value}")
-    fisher.device_map(options)
+    placement.placement(options)
     return settings
 
 
@@ -222,6 +222,7 @@ def run(
         _measure(inputs[base], [s for s in measured if s.base == base], inputs, settings, config.dtype, options)
         for base in bases
     )
+    warnings += [warning for found in coefficients for warning in found.fisher.warnings]
     for found in (m for c in coefficients for m in c.models):
         if not any(found.scores):
             warnings.append(
@@ -347,10 +348,12 @@ def _measure(
         inputs[reference]: _population([s for s in sources if s.source.model == reference], len(base.layout.layers))
         for reference in references
     }
-    # The cheap pass first: it also finds broken weights before the costly one begins.
-    norms = task_vectors.task_vector_norms(base, pairs, dtype, quiet=options.quiet)
-    LoaderCache().flush_all()  # a pickled checkpoint is in memory whole as long as its loader is
-    measurement = fisher.measure_base(base, settings.fisher, dtype, options)
+    # Along with the forward pass, so that the base's layers are read once for both. Broken weights end it there, before
+    # the costlier backward pass.
+    sweep = task_vectors.TaskVectorSweep(base, pairs, dtype)
+    norms = sweep.outside()
+    measurement = fisher.measure_base(base, settings.fisher, dtype, options, each_layer=sweep.layer)
+    LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
     models = []
     for model, layer_pairs in pairs.items():
         scores = importance_scores(

@@ -1,14 +1,14 @@
-"""Checkpoints -> squared task-vector norms, streamed tensor by tensor."""
+"""Checkpoints -> squared task-vector norms, tensor by tensor."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import tqdm
 from mergekit.architecture import WeightInfo
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.inputs import InputModel
+from mergekit_fim.layers import DecoderLayer
 from mergekit_fim.norms import squared_distance
 
 
@@ -33,67 +33,81 @@ class TaskVectorNorms:
     other: float | None
 
 
-def task_vector_norms(
-    base: InputModel,
-    models: Mapping[InputModel, Sequence[LayerPair]],
-    dtype: str | None,
-    *,
-    quiet: bool = False,
-) -> dict[InputModel, TaskVectorNorms]:
-    """Measure the task vectors of all fine-tuned models of one base, reading every tensor once.
+class TaskVectorSweep:
+    """Measures the task vectors of all fine-tuned models of one base, layer by layer, reading every tensor once.
 
-    Args:
-        base: the base model.
-        models: the fine-tuned models, each with the pairs of layers that its merge needs.
-        dtype: what the merge casts every tensor to when it reads it, or None for the checkpoints' own.
-        quiet: no progress bar.
-
-    Returns:
-        The squared norms per model.
-
-    Raises:
-        FimError: a task vector that isn't finite, or layers of a pair that don't have the same tensors.
+    The layers come in the order in which they are asked for, so that the sweep can go along with another one that reads
+    the base's layers.
     """
-    sums = {model: dict.fromkeys(pairs, 0.0) for model, pairs in models.items()}
-    other: dict[InputModel, float | None] = dict.fromkeys(models, 0.0)
-    work = list(_layer_work(base, models))
-    outside = [t for t in base.layout.other if any(m.stored_name(t, tied=False) is not None for m in (base, *models))]
-    total = len(work) + len(outside)
-    with tqdm.tqdm(total=total, desc="Measuring task vectors", unit="tensor", disable=quiet) as progress:
-        for base_tensor, users in work:
-            reference = base.load(base_tensor, dtype)
+
+    def __init__(self, base: InputModel, models: Mapping[InputModel, Sequence[LayerPair]], dtype: str | None) -> None:
+        """Prepare the sweep.
+
+        Args:
+            base: the base model.
+            models: the fine-tuned models, each with the pairs of layers that its merge needs.
+            dtype: what the merge casts every tensor to when it reads it, or None for the checkpoints' own.
+
+        Raises:
+            FimError: layers of a pair don't have the same tensors.
+        """
+        self._base, self._dtype = base, dtype
+        self._sums = {model: dict.fromkeys(pairs, 0.0) for model, pairs in models.items()}
+        self._work = [_layer_work(base, layer, models) for layer in base.layout.layers]
+
+    def layer(self, index: int) -> None:
+        """Measure all task vectors that belong to one of the base's layers.
+
+        Raises:
+            FimError: a task vector that isn't finite.
+        """
+        for base_tensor, users in self._work[index]:
+            if not users:
+                continue
+            reference = self._base.load(base_tensor, self._dtype)
             for model, pair, tensor in users:
                 where = f"decoder layer {pair.source_layer}"
-                distance = _distance(base, reference, model, tensor, dtype, where)
-                sums[model][pair] += distance or 0.0
-            progress.update()
-        for base_tensor in outside:  # without heads that are tied in all the models: they are their embeddings
-            reference = base.load(base_tensor, dtype)
+                distance = _distance(self._base, reference, model, tensor, self._dtype, where)
+                self._sums[model][pair] += distance or 0.0
+
+    def outside(self) -> dict[InputModel, TaskVectorNorms]:
+        """Measure the tensors outside the layers: the squared norms per model, complete after all the layers.
+
+        Raises:
+            FimError: a task vector that isn't finite.
+        """
+        base, models = self._base, list(self._sums)
+        other: dict[InputModel, float | None] = dict.fromkeys(models, 0.0)
+        for base_tensor in base.layout.other:
+            if not any(m.stored_name(base_tensor, tied=False) is not None for m in (base, *models)):
+                continue  # a head that is tied in all the models: it is their embeddings
+            reference = base.load(base_tensor, self._dtype)
             for model in models:
-                distance = _distance(base, reference, model, base_tensor, dtype, "the tensors outside the layers")
+                where = "the tensors outside the layers"
+                distance = _distance(base, reference, model, base_tensor, self._dtype, where)
                 so_far = other[model]
                 other[model] = None if distance is None or so_far is None else so_far + distance
-            progress.update()
-    return {model: TaskVectorNorms(sums[model], other[model]) for model in models}
+        return {model: TaskVectorNorms(self._sums[model], other[model]) for model in models}
 
 
 def _layer_work(
-    base: InputModel, models: Mapping[InputModel, Sequence[LayerPair]]
-) -> Iterator[tuple[WeightInfo, list[tuple[InputModel, LayerPair, WeightInfo]]]]:
-    """Every tensor of the base's layers, with the fine-tuned tensors that it is compared with."""
-    for layer in base.layout.layers:
-        users = [(m, pair) for m, pairs in models.items() for pair in pairs if pair.base_layer == layer.index]
-        for model, pair in users:
-            source = model.layout.layers[pair.source_layer]
-            if [t.name.removeprefix(source.prefix) for t in source.tensors] != [
-                t.name.removeprefix(layer.prefix) for t in layer.tensors
-            ]:
-                raise FimError(
-                    f"{model}: decoder layer {source.index} has other tensors than the base's layer {layer.index} "
-                    "that the slices pair it with; pair layers of the same kind"
-                )
-        for k, tensor in enumerate(layer.tensors):
-            yield tensor, [(m, pair, m.layout.layers[pair.source_layer].tensors[k]) for m, pair in users]
+    base: InputModel, layer: DecoderLayer, models: Mapping[InputModel, Sequence[LayerPair]]
+) -> list[tuple[WeightInfo, list[tuple[InputModel, LayerPair, WeightInfo]]]]:
+    """Every tensor of one of the base's layers, with the fine-tuned tensors that it is compared with."""
+    users = [(m, pair) for m, pairs in models.items() for pair in pairs if pair.base_layer == layer.index]
+    for model, pair in users:
+        source = model.layout.layers[pair.source_layer]
+        if [t.name.removeprefix(source.prefix) for t in source.tensors] != [
+            t.name.removeprefix(layer.prefix) for t in layer.tensors
+        ]:
+            raise FimError(
+                f"{model}: decoder layer {source.index} has other tensors than the base's layer {layer.index} "
+                "that the slices pair it with; pair layers of the same kind"
+            )
+    return [
+        (tensor, [(m, pair, m.layout.layers[pair.source_layer].tensors[k]) for m, pair in users])
+        for k, tensor in enumerate(layer.tensors)
+    ]
 
 
 def _distance(

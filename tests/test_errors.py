@@ -1,9 +1,11 @@
 """Bad input ends in one line that names the thing and the remedy, exit status 1, no traceback, no output folder."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import reference
 import tiny
 import torch
 import transformers
@@ -129,7 +131,7 @@ def test_bad_configs(case, method, pair, merge, monkeypatch):
         raise AssertionError("expensive work began")
 
     monkeypatch.setattr("mergekit_fim.fisher.load_model", expensive)
-    monkeypatch.setattr("mergekit_fim.task_vectors.task_vector_norms", expensive)
+    monkeypatch.setattr("mergekit_fim.task_vectors.TaskVectorSweep", expensive)
     changes, words = CONFIGS[case]
     config = {k: v for k, v in (config_for(pair, method) | changes(pair)).items() if v is not None}
     target, result = merge(yaml.dump(config, Dumper=yaml.Dumper))
@@ -285,14 +287,27 @@ def test_tensors_that_mergekit_does_not_plan(which, merge, tmp_path):
 
 
 def test_activations_that_overflow(merge, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_fim.fisher._cpu_multiplies", lambda dtype: True)
+    """float16 is left for a wider type, with a warning, and a wider type that overflows is an error."""
+    monkeypatch.setattr("mergekit_fim.placement.running_dtype", lambda dtype, device: dtype)
     base = tiny.build(tiny.config("llama"))
     paths = [tiny.save(base, tmp_path / "base"), tiny.save(tiny.tuned(base, 1), tmp_path / "long")]
     for name in ("up", "down"):
         change_tensor(paths[0], f"model.layers.3.mlp.{name}_proj.weight", lambda t: t * 1e4)
     config = {"merge_method": "fim_ties", "base_model": str(paths[0]), "models": [{"model": str(paths[1])}]}
-    target, result = merge(config | {"dtype": "float16"})
-    ends_in_one_line(result, target, str(paths[0]), "decoder layer 0", "float16", "bfloat16")
+    target, result = merge.ok(config | {"dtype": "float16"})
+    report = reference.report(target)
+    assert report["fisher"]["dtype"] == "float32"
+    assert ["overflows in float16" in warning for warning in report["warnings"]] == [True]
+    wide, _ = merge.ok(config | {"dtype": "float32"}, out="wide")
+    expected = [layer["fisher"] for layer in reference.report(wide)["fisher"]["layers"]]
+    assert [layer["fisher"] for layer in report["fisher"]["layers"]] == pytest.approx(expected, rel=0.05)
+
+    shutil.copytree(paths[0], tmp_path / "wild")
+    for name in ("up", "down"):
+        change_tensor(tmp_path / "wild", f"model.layers.3.mlp.{name}_proj.weight", lambda t: t * 1e12)
+    config |= {"base_model": str(tmp_path / "wild"), "models": [{"model": str(paths[0])}]}
+    target, result = merge(config | {"dtype": "float32"}, out="overflow")
+    ends_in_one_line(result, target, str(tmp_path / "wild"), "decoder layer 0", "float32", "isn't finite")
 
 
 def test_an_encoder_decoder(merge, tmp_path):

@@ -4,17 +4,14 @@ import pytest
 import reference
 import tiny
 import torch
+from mergekit.options import MergeOptions
 
+from mergekit_fim.batched import batched_engine
+from mergekit_fim.engines import autograd_engine
 from mergekit_fim.errors import FimError
-from mergekit_fim.fisher import (
-    Samples,
-    autograd_engine,
-    device_map,
-    draw_samples,
-    measure,
-    running_dtype,
-    sequence_loss,
-)
+from mergekit_fim.fisher import measure
+from mergekit_fim.placement import Placement, placement, running_dtype
+from mergekit_fim.samples import Samples, draw_samples, sequence_loss
 from mergekit_fim.settings import FisherSettings
 
 SETTINGS = FisherSettings(samples=3, seq_len=16, seed=5)
@@ -25,13 +22,14 @@ def layers_of(model):
     return list(backbone)
 
 
+@pytest.mark.parametrize("engine", [autograd_engine, batched_engine])
 @pytest.mark.parametrize("labels", ["inputs", "sampled"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gpt2", "mixtral"])
-def test_equals_naive_autograd(kind, labels, tmp_path):
+def test_equals_naive_autograd(kind, labels, engine, tmp_path):
     model = tiny.build(tiny.config(kind))
     path = tiny.save(model, tmp_path / "model")
     settings = FisherSettings(3, 16, 5, labels)
-    found = measure(model, layers_of(model), settings, quiet=True)
+    found = measure(model, layers_of(model), settings, engine=engine, quiet=True)
     expected = reference.fisher(path, 3, 16, 5, uniforms=labels == "sampled")
     assert len(found.layers) == len(expected) == 5
     for layer, (parameters, squared_norms) in zip(found.layers, expected, strict=True):
@@ -48,7 +46,7 @@ def test_equals_naive_autograd(kind, labels, tmp_path):
 
 def test_bfloat16_gradients_are_summed_in_higher_precision():
     model = tiny.build(tiny.config("qwen2", hidden_size=64, intermediate_size=512)).to(torch.bfloat16)
-    found = measure(model, layers_of(model), SETTINGS, quiet=True)
+    found = measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
     for n, ids in enumerate(draw_samples(SETTINGS, tiny.VOCAB).input_ids):
         model.zero_grad()
         sequence_loss(model(input_ids=ids[None], use_cache=False).logits[0], ids, None).backward()
@@ -83,7 +81,7 @@ def test_gradients_are_freed_as_they_arrive():
         alive.append(sum(p.grad is not None for p in model.parameters()))
 
     handles = [p.register_post_accumulate_grad_hook(look) for p in model.model.layers.parameters()]
-    measure(model, layers_of(model), SETTINGS, quiet=True)
+    measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
     for handle in handles:
         handle.remove()
     assert len(alive) == SETTINGS.samples * len(handles)
@@ -154,33 +152,26 @@ def test_a_value_that_is_not_finite_names_the_layer():
         measure(model, layers_of(model), SETTINGS, quiet=True)
 
 
-def test_sixteen_bits_only_where_the_cpu_multiplies_them(monkeypatch):
-    cpu = {"": "cpu"}
-    monkeypatch.setattr("mergekit_fim.fisher._cpu_multiplies", lambda dtype: False)
-    assert running_dtype(torch.bfloat16, cpu) is torch.float32
-    assert running_dtype(torch.float64, cpu) is torch.float64
-    assert running_dtype(torch.bfloat16, {"": "cuda"}) is torch.bfloat16
-    assert running_dtype(torch.float16, "auto") is torch.float16
-    monkeypatch.setattr("mergekit_fim.fisher._cpu_multiplies", lambda dtype: True)
+def test_sixteen_bits_only_where_the_cpu_multiplies_them_much_faster(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    seconds = {torch.float32: 3.0, torch.bfloat16: 1.0, torch.float16: 2.5}
+    monkeypatch.setattr("mergekit_fim.placement._seconds", seconds.__getitem__)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
     assert running_dtype(torch.bfloat16, cpu) is torch.bfloat16
+    assert running_dtype(torch.float16, cpu) is torch.float32
+    assert running_dtype(torch.float64, cpu) is torch.float64
+    assert running_dtype(torch.float16, cuda) is torch.float16
 
 
-class Options:
-    multi_gpu = False
-    device = "cpu"
-
-
-def test_device_map_follows_the_options(monkeypatch):
-    cpu, cuda, multi = Options(), Options(), Options()
-    cuda.device = "cuda:1"
-    multi.multi_gpu = True  # mergekit leaves its device at "cpu"
-    assert device_map(cpu) == {"": "cpu"}
+def test_the_place_follows_the_options(monkeypatch):
+    cpu, cuda, multi = MergeOptions(), MergeOptions(device="cuda:1"), MergeOptions(multi_gpu=True)
+    assert placement(cpu) == Placement(torch.device("cpu"), spread=False, streamed=True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     with pytest.raises(FimError, match="--device cuda:1 asks for an accelerator"):
-        device_map(cuda)
+        placement(cuda)
     with pytest.raises(FimError, match="--multi-gpu asks for an accelerator"):
-        device_map(multi)
+        placement(multi)  # mergekit leaves its device at "cpu"
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
-    assert device_map(cpu) == {"": "cpu"}  # even where a GPU exists
-    assert device_map(cuda) == {"": "cuda:1"}
-    assert device_map(multi) == "auto"
+    assert placement(cpu) == Placement(torch.device("cpu"), spread=False, streamed=True)  # even where a GPU exists
+    assert placement(cuda) == Placement(torch.device("cuda:1"), spread=False, streamed=False)
+    assert placement(multi) == Placement(torch.device("cuda"), spread=True, streamed=False)

@@ -4,7 +4,6 @@ import contextlib
 import json
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,11 @@ import yaml
 from conftest import config_for
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from mergekit_fim.fisher import autograd_engine, measure_base
 from mergekit_fim.layers import _layer_prefix
+from mergekit_fim.placement import Placement
 
 
 def expect(base: Path, models: list[Path], method: str, alphas: list[list[float]], densities=None, weights=None):
@@ -195,7 +193,7 @@ def test_quiet_prints_nothing(pair, merge, capfd):
 
 
 def test_the_dtype_of_the_config_is_that_of_measurement_and_result(merge, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_fim.fisher._cpu_multiplies", lambda dtype: True)
+    monkeypatch.setattr("mergekit_fim.placement.running_dtype", lambda dtype, device: dtype)
     base = tiny.build(tiny.config("llama"))
     half = [tiny.save(m, tmp_path / n, torch.bfloat16) for n, m in (("b", base), ("l", tiny.tuned(base, 1)))]
     config = {"merge_method": "fim_ties", "base_model": str(half[0]), "models": [{"model": str(half[1])}]}
@@ -217,7 +215,7 @@ def test_alpha_by_hand_runs_no_pre_pass(pair, merge, monkeypatch):
         raise AssertionError("the pre-pass ran")
 
     monkeypatch.setattr("mergekit_fim.fisher.measure_base", forbidden)
-    monkeypatch.setattr("mergekit_fim.task_vectors.task_vector_norms", forbidden)
+    monkeypatch.setattr("mergekit_fim.task_vectors.TaskVectorSweep", forbidden)
     models = [{"model": str(pair.long), "parameters": {"alpha": 0.3}}]
     out, result = merge.ok(config_for(pair, "fim_ta", models=models))
     assert "alpha of" in result.output
@@ -401,7 +399,7 @@ def test_multi_gpu_in_worker_threads(pair, merge, monkeypatch):
     plain, _ = merge.ok(config_for(pair))
     monkeypatch.setattr("mergekit.multigpu_executor.get_torch_accelerator_type", lambda: "cpu")
     monkeypatch.setattr("mergekit.multigpu_executor.get_torch_accelerator_count", lambda: 2)
-    monkeypatch.setattr("mergekit_fim.fisher.device_map", lambda options: {"": "cpu"})
+    monkeypatch.setattr("mergekit_fim.placement.placement", lambda options: Placement(torch.device("cpu"), False, True))
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     out, _ = merge.ok(config_for(pair), "--multi-gpu", out="multi")
@@ -415,16 +413,3 @@ def test_the_random_state_of_the_process_is_left_alone(pair, merge):
     state = torch.get_rng_state()
     merge.ok(config_for(pair, parameters={"fisher_labels": "sampled"}))
     assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_no_shard_stays_open_while_the_base_is_measured(pair, merge, monkeypatch):
-    """A pickled checkpoint's loader holds all of it; the measurement's memory is the base's alone."""
-    seen = []
-
-    def engine(model, layers, samples, progress):
-        seen.extend(loader.current_shard for loader in LoaderCache.loaders.values())
-        return autograd_engine(model, layers, samples, progress)
-
-    monkeypatch.setattr("mergekit_fim.fisher.measure_base", partial(measure_base, engine=engine))
-    merge.ok(config_for(pair))
-    assert seen == [None, None]

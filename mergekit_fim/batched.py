@@ -1,0 +1,409 @@
+"""The fast engine: all sequences in one batch, no weight gradients, and the memory of one decoder layer.
+
+One forward pass keeps nothing but the inputs of every decoder layer. One backward pass recomputes the layers one by one
+from the last to the first, and takes each sequence's gradient norms from the inputs and the output gradients of the
+layer's modules (`gradient_norms`). Where a layer holds a parameter without a rule, or where the rules don't agree with
+autograd on the first layer of its kind, the layers of that kind are run one sequence at a time by autograd.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from transformers import PreTrainedModel
+
+from mergekit_fim.gradient_norms import Call, GramCache, Rule, rule_for
+from mergekit_fim.head import Head, loss_gradient
+from mergekit_fim.norms import squared_norm
+from mergekit_fim.samples import Samples
+from mergekit_fim.weights import ResidentWeights, Weights, replaced
+
+# Tokens in a micro-batch of more than one sequence: enough for matrix products at full speed.
+_TOKENS = 1024
+_TOKENS_ON_ACCELERATORS = 8192
+
+
+class NotSupportedError(Exception):
+    """The model's forward pass is not of the form that this engine relies on; the reference engine is needed."""
+
+
+def batched_engine(
+    model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    samples: Samples,
+    progress: Callable[[int], object],
+    weights: Weights | None = None,
+    *,
+    tokens: int | None = None,
+) -> torch.Tensor:
+    """The fast engine.
+
+    Args:
+        model: see `FisherEngine`, like the next three.
+        layers: the decoder layers.
+        samples: the sequences.
+        progress: called with numbers of steps.
+        weights: where the model's weights are; by default in the model.
+        tokens: how many tokens a micro-batch of more than one sequence may have; by default enough to keep the device
+            busy. Where memory runs out it is halved.
+
+    Returns:
+        [sequence, layer], float64, on the CPU.
+
+    Raises:
+        NotSupportedError: the decoder layers share parameters, or pass on more than their arguments and results.
+        torch.OutOfMemoryError: a single sequence is too large for the accelerator.
+    """
+    weights = weights or ResidentWeights()
+    count, length = samples.input_ids.shape
+    device = weights.rows(model.get_input_embeddings(), slice(0, 1)).device
+    tokens = tokens or (_TOKENS if device.type == "cpu" else _TOKENS_ON_ACCELERATORS)
+    size = min(count, max(1, tokens // length))
+    model.requires_grad_(False)
+    run = _Run(model, layers, weights, progress)
+    parts: list[torch.Tensor] = []
+    start = 0
+    while start < count:
+        try:
+            parts.append(run.measure(samples.part(start, start + size), device))
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = (size + 1) // 2
+        else:
+            start += size
+    return torch.cat(parts)
+
+
+class _Run:
+    """The measurement of one model, a micro-batch at a time."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[nn.Module],
+        weights: Weights,
+        progress: Callable[[int], object],
+    ) -> None:
+        self.model, self.weights, self.progress = model, weights, progress
+        self.embedding: Any = model.get_input_embeddings()
+        self.head: Any = model.get_output_embeddings()
+        if model.base_model is model or type(self.head).forward is not nn.Linear.forward:
+            raise NotSupportedError
+        seen: set[int] = set()
+        for layer in layers:
+            own = {id(parameter) for parameter in layer.parameters()}
+            if seen & own:
+                raise NotSupportedError
+            seen |= own
+        self.has_rules: dict[object, bool] = {}  # by kind of layer, once it has been checked
+        self.layers = [_Layer(self, index, layer) for index, layer in enumerate(layers)]
+        self.norms = torch.empty(0)
+
+    def measure(self, samples: Samples, device: torch.device) -> torch.Tensor:
+        """One micro-batch: [sequence, layer], float64, on the CPU."""
+        ids = samples.input_ids.to(device)
+        self.norms = torch.full((len(ids), len(self.layers)), -1.0, dtype=torch.float64)
+        with contextlib.ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(replaced(layer.module, partial(_checkpointed, layer)))
+            stack.enter_context(replaced(self.embedding, self._embed))
+            hidden, output = self._forward(ids)
+            if not hidden.requires_grad:
+                raise NotSupportedError
+            labels = None if samples.uniforms is not None else ids[:, 1:].to(hidden.device)
+            head = Head(self.head, self.weights, hidden.dtype)
+            tail = partial(self._tail, ids, output)
+            gradient = torch.zeros_like(hidden)
+            gradient[:, :-1] = loss_gradient(head, tail, hidden[:, :-1], labels, samples.uniforms)
+            del output
+            hidden.backward(gradient)
+        if (self.norms < 0).any():
+            raise NotSupportedError  # no gradient came to some layer
+        return self.norms / (ids.shape[1] - 1) ** 2  # the gradients were those of the sum over the positions
+
+    def _forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """The hidden states that go into the head, and what the model without the head gave."""
+        inputs, outputs = [], []
+
+        def at_head(_original: Any, hidden: torch.Tensor) -> torch.Tensor:
+            inputs.append(hidden)
+            return hidden[..., :1]
+
+        handle = self.model.base_model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+        try:
+            with replaced(self.head, at_head):
+                self.model(input_ids=ids, use_cache=False)
+        finally:
+            handle.remove()
+        if len(inputs) != 1 or len(outputs) != 1 or inputs[0].shape[:2] != ids.shape:
+            raise NotSupportedError
+        return inputs[0], outputs[0]
+
+    def _tail(self, ids: torch.Tensor, output: Any, head_output: torch.Tensor) -> torch.Tensor:
+        """The logits that the model makes of the head's output."""
+        with (
+            replaced(self.model.base_model, lambda _original, *_args, **_kwargs: output),
+            replaced(self.head, lambda _original, *_args, **_kwargs: head_output),
+        ):
+            logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
+        return logits
+
+    def _embed(self, original: Callable[..., torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+        """The token embeddings, from which gradients are taken on; only the rows that occur are loaded."""
+        if self.embedding.weight.device.type != "meta":
+            return original(ids).detach().requires_grad_(True)
+        unique, inverse = ids.unique(return_inverse=True)
+        rows = self.weights.rows(self.embedding, unique).to(self.embedding.weight.dtype)
+        padding, self.embedding.padding_idx = self.embedding.padding_idx, None  # a row of the whole table
+        try:
+            with replaced(self.embedding, lambda _original, *args: original(*args)):
+                embedded: torch.Tensor = torch.func.functional_call(self.embedding, {"weight": rows}, (inverse,))
+        finally:
+            self.embedding.padding_idx = padding
+        return embedded.detach().requires_grad_(True)
+
+
+@dataclass
+class _LayerCall:
+    """A call of a decoder layer without its tensors, which autograd keeps."""
+
+    arguments: list[Any]  # flattened, None where a tensor was
+    spec: TreeSpec
+    tensors: list[int]  # where the tensors were
+    results: list[Any]
+    result_spec: TreeSpec | None = None
+    result_tensors: tuple[int, ...] = ()
+
+    def run(self, forward: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Call `forward` with `tensors` put back: the tensors among its results."""
+        leaves = list(self.arguments)
+        for where, tensor in zip(self.tensors, tensors, strict=True):
+            leaves[where] = tensor
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        versions = [tensor._version for tensor in tensors]
+        results, self.result_spec = tree_flatten(forward(*args, **kwargs))
+        after, _ = tree_flatten((args, kwargs))
+        if len(after) != len(leaves) or any(a is not b for a, b in zip(after, leaves, strict=True)):
+            raise NotSupportedError  # something was handed on in a container
+        if versions != [tensor._version for tensor in tensors]:
+            raise NotSupportedError  # an input was overwritten, so that the layer can't be run again
+        self.result_tensors = tuple(i for i, leaf in enumerate(results) if isinstance(leaf, torch.Tensor))
+        self.results = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in results]
+        return [results[i] for i in self.result_tensors]
+
+
+def _checkpointed(layer: "_Layer", _original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A decoder layer's forward pass that keeps nothing but its inputs."""
+    leaves, spec = tree_flatten((args, kwargs))
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    arguments = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    call = _LayerCall(arguments, spec, where, [])
+    tensors: Any = _Checkpoint.apply(layer, call, *(leaves[i] for i in where))
+    results = list(call.results)
+    for i, tensor in zip(call.result_tensors, tensors, strict=True):
+        results[i] = tensor
+    assert call.result_spec is not None
+    return tree_unflatten(results, call.result_spec)
+
+
+class _Checkpoint(torch.autograd.Function):
+    """A decoder layer as one node of autograd's graph."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: "_Layer", call: _LayerCall, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.layer, ctx.call = layer, call
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        with layer.run.weights.layer(layer.module):
+            results = call.run(layer.forward, tensors)
+        layer.run.progress(len(layer.run.norms))
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        needed = ctx.needs_input_grad[2:]
+        inputs = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=True)]
+        ctx.layer.backward(ctx.call, inputs, gradients)
+        ctx.layer.run.progress(len(ctx.layer.run.norms))
+        return None, None, *(tensor.grad for tensor in inputs)
+
+
+class _Layer:
+    """One decoder layer in the measurement."""
+
+    def __init__(self, run: _Run, index: int, module: nn.Module) -> None:
+        self.run, self.index, self.module = run, index, module
+        self.forward = module.forward
+        owners = [(n, m, dict(m.named_parameters(recurse=False))) for n, m in module.named_modules()]
+        owners = [(name, part, own) for name, part, own in owners if own]
+        self.kind = tuple((n, type(m), tuple((k, p.shape, p.dtype) for k, p in own.items())) for n, m, own in owners)
+        self.rules: dict[nn.Module, Rule] = {}
+        for _, part, _ in owners:
+            rule = rule_for(part)
+            if rule is not None:
+                self.rules[part] = rule
+        ids = [id(parameter) for _, _, own in owners for parameter in own.values()]
+        if len(self.rules) < len(owners) or len(set(ids)) < len(ids):
+            run.has_rules[self.kind] = False
+
+    def backward(self, call: _LayerCall, inputs: list[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+        """Recompute the layer, take its gradient norms, and leave the inputs' gradients in their `.grad`."""
+        has_rules = self.run.has_rules.get(self.kind)
+        norms = None if has_rules is False else self._by_rules(call, inputs, gradients)
+        if norms is not None and has_rules is None:
+            first = self._by_autograd(call, inputs, gradients, first_only=True)[0]
+            tolerance = 1e-3 if gradients[0] is None or gradients[0].dtype.itemsize >= 4 else 0.05
+            if not abs(norms[0] - first) <= tolerance * first and bool(first.isfinite()):
+                norms = None
+        if has_rules is None:
+            self.run.has_rules[self.kind] = norms is not None
+        if norms is None:
+            for tensor in inputs:
+                tensor.grad = None
+            self._check_sequences(call, inputs)
+            norms = self._by_autograd(call, inputs, gradients)
+        self.run.norms[:, self.index] = norms.cpu()
+
+    def _by_rules(
+        self, call: _LayerCall, inputs: list[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """The norms of all sequences at once: [sequence], or None where a module isn't used as its rule expects."""
+        with torch.enable_grad(), self.run.weights.layer(self.module):
+            with _Recorder(self.rules, len(self.run.norms)) as recorder:
+                results = call.run(self.forward, inputs)
+            if not recorder.is_valid:
+                return None
+            _backward(results, gradients)
+        return recorder.norms
+
+    def _by_autograd(
+        self,
+        call: _LayerCall,
+        inputs: list[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+        *,
+        first_only: bool = False,
+    ) -> torch.Tensor:
+        """The norms one sequence at a time: [sequence]; for the first only, without the inputs' gradients."""
+        sequences = range(1 if first_only else len(self.run.norms))
+        norms = torch.zeros(len(sequences), dtype=torch.float64)
+        with torch.enable_grad(), self.run.weights.layer(self.module, widen=True), self._differentiable() as squares:
+            for n in sequences:
+                parts = [self._sequence(t, n).detach().requires_grad_(t.requires_grad) for t in inputs]
+                results = call.run(self.forward, parts)
+                _backward(results, [None if g is None else self._sequence(g, n) for g in gradients])
+                norms[n] = sum(float(square) for square in squares)
+                squares.clear()
+                if not first_only:
+                    self._collect(inputs, parts, n)
+        return norms
+
+    def _collect(self, inputs: list[torch.Tensor], parts: list[torch.Tensor], n: int) -> None:
+        for whole, part in zip(inputs, parts, strict=True):
+            if part.grad is not None:
+                if whole.grad is None:
+                    whole.grad = torch.zeros_like(whole)
+                self._sequence(whole.grad, n).add_(part.grad)
+
+    @contextlib.contextmanager
+    def _differentiable(self) -> Iterator[list[torch.Tensor]]:
+        """Gradients for the layer's parameters, each reduced to its squared norm in the list as it is complete."""
+        squares: list[torch.Tensor] = []
+
+        def reduce(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            squares.append(squared_norm(parameter.grad))
+            parameter.grad = None
+
+        parameters = [p for p in self.module.parameters() if p.is_floating_point()]
+        handles = [p.requires_grad_(True).register_post_accumulate_grad_hook(reduce) for p in parameters]
+        try:
+            yield squares
+        finally:
+            for handle, parameter in zip(handles, parameters, strict=True):
+                handle.remove()
+                parameter.requires_grad_(False)
+
+    def _sequence(self, tensor: torch.Tensor, n: int) -> torch.Tensor:
+        """The part of an argument or a result that belongs to one sequence; `_check_sequences` sees whether it does."""
+        count = len(self.run.norms)
+        return tensor[n : n + 1] if count > 1 and tensor.ndim > 1 and tensor.shape[0] == count else tensor
+
+    def _check_sequences(self, call: _LayerCall, inputs: list[torch.Tensor]) -> None:
+        """Check that the layer treats every sequence by itself, split off by the first axis.
+
+        Raises:
+            NotSupportedError: it doesn't.
+        """
+        if len(self.run.norms) == 1:
+            return
+        with torch.no_grad(), self.run.weights.layer(self.module, widen=True):
+            together = call.run(self.forward, inputs)
+            last = len(self.run.norms) - 1
+            alone = call.run(self.forward, [self._sequence(t, last) for t in inputs])
+        for whole, part in zip(together, alone, strict=True):
+            expected = self._sequence(whole, last)
+            if expected.shape != part.shape:
+                raise NotSupportedError
+            difference = float((expected - part).float().norm()) / (float(part.float().norm()) or 1.0)
+            if difference > 0.1:  # of rounding, which may send tokens to other experts; far less than of a wrong split
+                raise NotSupportedError
+
+
+def _backward(results: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+    pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if g is not None and r.requires_grad]
+    if pairs:
+        torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs])
+
+
+class _Recorder:
+    """Applies the rules while a decoder layer runs forward, and then backward.
+
+    Attributes:
+        norms: [sequence], float64: ‖∇L_n‖² over all the layer's parameters.
+    """
+
+    def __init__(self, rules: dict[nn.Module, Rule], sequences: int) -> None:
+        self._rules = rules
+        self._called: set[nn.Module] = set()
+        self._calls_valid = True
+        self._sequences = sequences
+        self._grams = GramCache()
+        self._handles: list[Any] = []
+        self.norms: Any = 0.0
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether every module was called once, with the sequences along the first axis."""
+        return self._calls_valid and self._called == self._rules.keys()
+
+    def __enter__(self) -> "_Recorder":
+        self._handles = [m.register_forward_hook(self._on_call, with_kwargs=True) for m in self._rules]
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not (self._is_by_sequence(x) and self._is_by_sequence(output)) or module in self._called:
+            self._calls_valid = False
+            return
+        self._called.add(module)
+        if not output.requires_grad:
+            output.requires_grad_(True)
+        call = Call(module, dict(module.named_parameters(recurse=False)), x.detach(), self._grams)
+        output.register_hook(partial(self._on_gradient, call, self._rules[module]))
+
+    def _is_by_sequence(self, value: Any) -> TypeGuard[torch.Tensor]:
+        return isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[0] == self._sequences
+
+    def _on_gradient(self, call: Call, rule: Rule, gradient: torch.Tensor) -> None:
+        self.norms = self.norms + rule(call, gradient)

@@ -1,0 +1,87 @@
+"""What every engine computes, and the reference engine: obviously right, slow, and with the whole model in memory."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from mergekit_fim.norms import squared_norm
+from mergekit_fim.samples import Samples, sequence_loss
+from mergekit_fim.weights import ResidentWeights, Weights
+
+
+class FisherEngine(Protocol):
+    """Measures squared gradient norms; every engine gives the same numbers as `autograd_engine`."""
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[nn.Module],
+        samples: Samples,
+        progress: Callable[[int], object],
+        weights: Weights = ...,
+    ) -> torch.Tensor:
+        """Measure ‖∇_{θ^l} L_n‖² for every sequence n and layer l.
+
+        Args:
+            model: a causal language model in evaluation mode.
+            layers: its decoder layers.
+            samples: the sequences.
+            progress: called with the number of steps that are done, a step being one layer's forward or backward pass
+                for one sequence.
+            weights: where the model's weights are.
+
+        Returns:
+            [sequence, layer], float64, on the CPU.
+        """
+        ...
+
+
+def autograd_engine(
+    model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    samples: Samples,
+    progress: Callable[[int], object],
+    weights: Weights | None = None,
+) -> torch.Tensor:
+    """The reference engine: one forward and one backward pass per sequence, as the paper does it (arXiv 2603.21705).
+
+    Each parameter's gradient is reduced to its squared norm and freed as soon as it is complete, so that the gradients
+    of about one layer exist at a time. See `FisherEngine` for arguments and result.
+    """
+    if not isinstance(weights, ResidentWeights | None):
+        raise ValueError("the reference engine needs a model whose weights are in memory")
+    norms: list[list[torch.Tensor]] = [[] for _ in layers]
+
+    def reduce(total: list[torch.Tensor]) -> Callable[[torch.Tensor], None]:
+        def hook(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            total.append(squared_norm(parameter.grad))
+            parameter.grad = None
+
+        return hook
+
+    handles = []
+    for layer, total in zip(layers, norms, strict=True):
+        for parameter in layer.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+                handles.append(parameter.register_post_accumulate_grad_hook(reduce(total)))
+    device = model.get_input_embeddings().weight.device
+    result = torch.zeros(len(samples.input_ids), len(layers), dtype=torch.float64)
+    try:
+        for n, ids in enumerate(samples.input_ids):
+            logits = model(input_ids=ids[None].to(device), use_cache=False).logits[0]
+            uniforms = None if samples.uniforms is None else samples.uniforms[n].to(logits.device)
+            sequence_loss(logits, ids.to(logits.device), uniforms).backward()
+            for index, total in enumerate(norms):
+                result[n, index] = math.fsum(float(norm) for norm in total)
+                total.clear()
+            progress(2 * len(layers))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result

@@ -1,0 +1,284 @@
+"""Where and in which dtype the base model runs, and its loading: whole onto accelerators, or layer by layer as it runs.
+
+The model is built without weights from its config. Its tensors are read by mergekit's own loader, exactly as the merge
+reads them: any file format, sharded or not, adapters applied.
+"""
+
+import copy
+import fnmatch
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import accelerate
+import torch
+import tqdm
+import transformers
+from accelerate.utils import get_balanced_memory, get_max_memory, infer_auto_device_map, set_module_tensor_to_device
+from mergekit.common import dtype_from_name
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from torch import nn
+from transformers import PreTrainedModel
+
+from mergekit_fim.errors import FimError
+from mergekit_fim.inputs import InputModel
+from mergekit_fim.weights import ResidentWeights, StreamedWeights, Weights
+
+# On the CPU a 16-bit dtype must be this many times faster than float32 to be worth its lost digits. The known CPUs are
+# far from it on either side: 0.002 and 0.6 without matrix units, 3 and more with them.
+_WORTH_IT = 1.5
+
+# What an accelerator needs beside the weights, for activations and chunks of logits, in bytes and as a part of the
+# weights. Where it turns out to be more, the measurement starts again with streamed weights.
+_RESERVE, _RESERVED_PART = 1 << 30, 0.1
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model is run.
+
+    Attributes:
+        device: the device, or the first of several.
+        spread: over all visible accelerators.
+        streamed: weights are brought to the device layer by layer.
+    """
+
+    device: torch.device
+    spread: bool
+    streamed: bool
+
+
+def placement(options: MergeOptions) -> Placement:
+    """Where the base model is to be measured, from what the user told mergekit.
+
+    `--multi-gpu` (and `--gpu-rich`) spreads it over all accelerators, `--cuda` or `--device` puts it on that device,
+    and without any of them it stays on the CPU, even where an accelerator exists. On the CPU weights are streamed.
+
+    Raises:
+        FimError: an accelerator was asked for that torch doesn't see.
+    """
+    try:
+        device = torch.device(str(options.device))
+    except RuntimeError:
+        raise FimError(
+            f"--device: expected a torch device such as cpu, cuda or cuda:1, found {options.device}"
+        ) from None
+    if options.multi_gpu or device.type == "cuda":
+        current = torch.accelerator.current_accelerator(check_available=True)
+        if current is None or (not options.multi_gpu and current.type != device.type):
+            option = "--multi-gpu" if options.multi_gpu else f"--device {options.device}"
+            raise FimError(f"{option} asks for an accelerator, but torch sees none; leave it out to merge on the CPU")
+        if options.multi_gpu:
+            return Placement(current, spread=True, streamed=False)
+    return Placement(device, spread=False, streamed=device.type == "cpu")
+
+
+def running_dtype(wanted: torch.dtype, device: torch.device) -> torch.dtype:
+    """What to run the model in: `wanted`, or float32 on a CPU that multiplies that faster, or nearly as fast.
+
+    Few CPUs have fast 16-bit matrix products. The others take up to hundreds of times as long as in float32
+    (pytorch/pytorch issue 146508), which would turn minutes into days.
+    """
+    if device.type != "cpu" or wanted.itemsize >= 4:
+        return wanted
+    name = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}[wanted]
+    query = getattr(torch.ops.mkldnn, name, None) if torch.backends.mkldnn.is_available() else None
+    if query is not None and not query():
+        return torch.float32
+    return wanted if _seconds(torch.float32) > _WORTH_IT * _seconds(wanted) else torch.float32
+
+
+def _seconds(dtype: torch.dtype) -> float:
+    """How long the CPU takes for a matrix product, at best."""
+    a, b = torch.zeros(256, 1024, dtype=dtype), torch.zeros(1024, 1024, dtype=dtype)
+    times = []
+    for _ in range(8):
+        start = time.perf_counter()
+        nn.functional.linear(a, b)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+class CheckpointTensors(Mapping[str, torch.Tensor]):
+    """A checkpoint's tensors by the names in transformers' state dict, each read when asked for."""
+
+    def __init__(self, base: InputModel, model: PreTrainedModel, dtype: str | None, options: MergeOptions) -> None:
+        """Read `base` for `model`, in the merge's `dtype` or, if None, the checkpoint's own."""
+        self._base, self._dtype, self._options = base, dtype, options
+        planned = {
+            name: tensor
+            for tensor in base.layout.all_tensors()
+            for name in (tensor.name, *(tensor.aliases or ()))
+            if tensor.name not in base.absent
+        }
+        names: dict[int, list[str]] = {}  # by the tensor, as tied ones have several
+        for name, value in model.state_dict(keep_vars=True).items():
+            names.setdefault(id(value), []).append(name)
+        self._tensors = {
+            name: planned[known]
+            for aliases in names.values()
+            if (known := next((alias for alias in aliases if alias in planned), None))
+            for name in aliases
+        }
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        LoaderCache().setup(self._options)  # one per thread, and autograd's are not the main one
+        tensor = self._base.load(self._tensors[name], self._dtype)
+        if tensor is None:
+            raise FimError(f"{self._base}: the checkpoint lacks the parameter {name}; download or save the model again")
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model that can be run.
+
+    Attributes:
+        model: in evaluation mode; without the weights that are streamed.
+        layers: its decoder layers.
+        weights: where its weights are.
+        placement: where it runs; `streamed` as it came out.
+    """
+
+    model: PreTrainedModel
+    layers: list[nn.Module]
+    weights: Weights
+    placement: Placement
+
+
+def load_model(
+    base: InputModel,
+    dtype: str | None,
+    options: MergeOptions,
+    where: Placement,
+    *,
+    running: torch.dtype | None = None,
+    each_layer: Callable[[int], object] | None = None,
+) -> LoadedModel:
+    """Make the base model ready to be run.
+
+    Args:
+        base: the model.
+        dtype: the merge's dtype, in which every tensor is read, or None for the checkpoint's own.
+        options: the merge's options.
+        where: the device, and whether to stream. Without `streamed`, weights are streamed all the same to an
+            accelerator that they don't fit on.
+        running: what to run it in; by default the `running_dtype` for the dtype in which it is read.
+        each_layer: called with every decoder layer's index: as it is first loaded if weights are streamed, otherwise
+            before anything is.
+
+    Raises:
+        FimError: it can't be built or read.
+    """
+    running = running or running_dtype(dtype_from_name(dtype) or base.stored_dtype(), where.device)
+    model = _without_weights(base, running, options.trust_remote_code)
+    layers = decoder_layers(model, base)
+    tensors = CheckpointTensors(base, model, dtype, options)
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    plain = type(ends[1]) is nn.Linear and isinstance(ends[0], nn.Embedding)  # of which single rows can be used
+    streamed = where.streamed and plain
+    device_map: dict[str, Any] | None = None
+    if not streamed and where.device.type != "cpu":
+        device_map = _fitting(model, layers, where)
+        streamed = device_map is None
+    where = replace(where, streamed=streamed, spread=where.spread and not streamed)
+    if streamed:
+        by_layer = {id(p) for layer in layers for p in layer.parameters()}
+        kept = by_layer | {id(end.weight) for end in ends if end is not None}
+        _fill(model, tensors, lambda _name: where.device, skip=kept)
+        weights: Weights = StreamedWeights(tensors, model, where.device, running, layers, each_layer)
+    else:
+        for index in range(len(layers) if each_layer else 0):
+            each_layer(index)  # type: ignore[misc]
+        spread = device_map or {"": where.device}
+        names = sorted(spread, key=len, reverse=True)
+        total = len(list(model.parameters()))
+        with tqdm.tqdm(total=total, desc="Loading the base model", unit="tensor", disable=options.quiet) as progress:
+            _fill(
+                model,
+                tensors,
+                lambda name: torch.device(
+                    next(spread[n] for n in names if n == "" or name == n or name.startswith(n + "."))
+                ),
+                progress=progress.update,
+            )
+        if device_map is not None and len(set(device_map.values())) > 1:
+            accelerate.dispatch_model(model, device_map, main_device=next(iter(device_map.values())))
+        weights = ResidentWeights()
+    return LoadedModel(model, layers, weights, where)
+
+
+def _without_weights(base: InputModel, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """The model on the meta device, in evaluation mode; buffers that are not part of the checkpoint are real."""
+    with torch.random.fork_rng(devices=[]), accelerate.init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+            copy.deepcopy(base.config), trust_remote_code=trust_remote_code, dtype=dtype
+        )
+    model.tie_weights()
+    # As from_pretrained does: what a model insists on keeping in float32.
+    patterns = set(model._keep_in_fp32_modules_strict or ())
+    patterns |= set(model._keep_in_fp32_modules or ()) if dtype is torch.float16 else set()
+    for name, parameter in model.named_parameters():
+        if dtype.itemsize < 4 and any(fnmatch.fnmatch(f".{name}.", f"*.{pattern}.*") for pattern in patterns):
+            parameter.data = parameter.data.float()
+    return model.eval()
+
+
+def _fitting(model: PreTrainedModel, layers: list[nn.Module], where: Placement) -> dict[str, Any] | None:
+    """accelerate's device map of the whole model on the accelerator or accelerators, or None if it doesn't fit."""
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    free = {index: size for index, size in get_max_memory().items() if index != "cpu"}
+    if not where.spread:
+        index = where.device.index if where.device.index is not None else torch.accelerator.current_device_index()
+        fits = needed * (1 + _RESERVED_PART) + _RESERVE < free.get(index, 0)
+        return {"": where.device} if fits else None
+    classes = sorted({type(layer).__name__ for layer in layers})
+    limits = {index: max(0, int(size * (1 - _RESERVED_PART)) - _RESERVE) for index, size in free.items()}
+    balanced = get_balanced_memory(model, max_memory=limits | {"cpu": 0}, no_split_module_classes=classes)
+    device_map: dict[str, Any] = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=classes)
+    if {"cpu", "disk"} & {str(place) for place in device_map.values()}:
+        return None
+    return {name: torch.device(where.device.type, int(place)) for name, place in device_map.items()}
+
+
+def _fill(
+    model: PreTrainedModel,
+    tensors: Mapping[str, torch.Tensor],
+    device_of: Callable[[str], torch.device],
+    *,
+    skip: set[int] = frozenset(),  # type: ignore[assignment]
+    progress: Callable[[], object] = lambda: None,
+) -> None:
+    """Load all parameters but those in `skip`, and put the buffers on their devices."""
+    for name, parameter in list(model.named_parameters()):
+        if id(parameter) not in skip:
+            set_module_tensor_to_device(model, name, device_of(name), value=tensors[name], dtype=parameter.dtype)
+            progress()
+    for name, buffer in list(model.named_buffers()):
+        value = tensors.get(name, buffer)
+        set_module_tensor_to_device(model, name, device_of(name), value=value, dtype=buffer.dtype)
+    if not skip:
+        model.tie_weights()
+
+
+def decoder_layers(model: PreTrainedModel, base: InputModel) -> list[nn.Module]:
+    """The modules of the base's decoder layers, found by the names that mergekit gives their tensors.
+
+    Raises:
+        FimError: transformers names its modules otherwise.
+    """
+    try:
+        return [model.get_submodule(layer.prefix.rstrip(".")) for layer in base.layout.layers]
+    except AttributeError:
+        raise FimError(
+            f"{base}: expected the decoder layer {base.layout.layers[0].prefix.rstrip('.')} in transformers' "
+            f"{type(model).__name__}, found none of that name; this architecture isn't supported"
+        ) from None

@@ -1,0 +1,122 @@
+"""Where the engine finds a model's weights: in the model, or brought from the checkpoint when they are needed."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import set_module_tensor_to_device
+from torch import nn
+
+from mergekit_fim.narrow import narrow_linear
+
+
+class Weights(Protocol):
+    """How the weights of a model's parts are had."""
+
+    def layer(self, module: nn.Module, *, widen: bool = False) -> contextlib.AbstractContextManager[None]:
+        """A context in which a decoder layer has its weights.
+
+        Args:
+            module: the decoder layer.
+            widen: all of them in the dtype that the model runs in. Otherwise the weights of linear layers may be in
+                the narrower one of the checkpoint, for `narrow_linear`.
+        """
+        ...
+
+    def rows(self, module: nn.Module, index: torch.Tensor | slice) -> torch.Tensor:
+        """Rows of the weight of an embedding or the output head, as stored, on the device that the module runs on."""
+        ...
+
+
+class ResidentWeights:
+    """The weights of a model that is in memory."""
+
+    def layer(self, module: nn.Module, *, widen: bool = False) -> contextlib.AbstractContextManager[None]:
+        """Nothing to do."""
+        return contextlib.nullcontext()
+
+    def rows(self, module: nn.Module, index: torch.Tensor | slice) -> torch.Tensor:
+        """Rows of the module's weight."""
+        weight = module.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.detach()[index]
+
+
+class StreamedWeights:
+    """Weights that come from the checkpoint when needed and go when done: what is in memory is one decoder layer.
+
+    On the CPU, tensors of safetensors files that need no conversion are mapped, not copied.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        model: nn.Module,
+        device: torch.device,
+        dtype: torch.dtype,
+        layers: Sequence[nn.Module] = (),
+        each_layer: Callable[[int], object] | None = None,
+    ) -> None:
+        """Stream weights.
+
+        Args:
+            tensors: the weights by their names in the model's state dict.
+            model: the model.
+            device: where it runs.
+            dtype: what it runs in.
+            layers: its decoder layers.
+            each_layer: called with the index of each of them before it is loaded for the first time.
+        """
+        self._tensors = tensors
+        self._first = {layer: partial(each_layer, i) for i, layer in enumerate(layers)} if each_layer else {}
+        self._names = {module: name for name, module in model.named_modules()}
+        self._device = device
+        self._dtype = dtype
+
+    @contextlib.contextmanager
+    def layer(self, module: nn.Module, *, widen: bool = False) -> Iterator[None]:
+        """Load the weights of a decoder layer, and let them go at the end."""
+        self._first.pop(module, lambda: None)()
+        loaded = []
+        with contextlib.ExitStack() as stack:
+            try:
+                for prefix, part in module.named_modules(prefix=self._names[module]):
+                    narrow = not widen and isinstance(part, nn.Linear) and type(part).forward is nn.Linear.forward
+                    for name, parameter in part.named_parameters(recurse=False):
+                        value = self._tensors[f"{prefix}.{name}"]
+                        dtype = value.dtype if narrow and name == "weight" else parameter.dtype
+                        set_module_tensor_to_device(part, name, self._device, value=value, dtype=dtype)
+                        loaded.append((part, name, parameter))
+                    if narrow and part.weight.dtype != self._dtype:
+                        stack.enter_context(replaced(part, _narrow(part)))
+                yield
+            finally:
+                for part, name, parameter in loaded:
+                    setattr(part, name, parameter)
+
+    def rows(self, module: nn.Module, index: torch.Tensor | slice) -> torch.Tensor:
+        """Rows of the module's weight, the only ones that are read."""
+        weight = self._tensors[f"{self._names[module]}.weight"]
+        rows = weight[index.cpu() if isinstance(index, torch.Tensor) else index]
+        return rows.to(self._device)
+
+
+def _narrow(module: nn.Linear) -> Callable[..., torch.Tensor]:
+    return lambda _original, x: narrow_linear(module, x)
+
+
+@contextlib.contextmanager
+def replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """`forward(original, ...)` in place of the module's forward pass."""
+    own = module.__dict__.get("forward")
+    original = module.forward
+    module.forward = partial(forward, original)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
