@@ -304,8 +304,10 @@ def test_activations_that_overflow(merge, tmp_path, monkeypatch):
 
     shutil.copytree(paths[0], tmp_path / "wild")
     for name in ("up", "down"):
-        change_tensor(tmp_path / "wild", f"model.layers.3.mlp.{name}_proj.weight", lambda t: t * 1e12)
-    config |= {"base_model": str(tmp_path / "wild"), "models": [{"model": str(paths[0])}]}
+        change_tensor(tmp_path / "wild", f"model.layers.3.mlp.{name}_proj.weight", lambda t: t * 1e17)
+    shutil.copytree(tmp_path / "wild", tmp_path / "tuned")
+    change_tensor(tmp_path / "tuned", "model.layers.0.input_layernorm.weight", lambda t: t * 1.1)
+    config |= {"base_model": str(tmp_path / "wild"), "models": [{"model": str(tmp_path / "tuned")}]}
     target, result = merge(config | {"dtype": "float32"}, out="overflow")
     ends_in_one_line(result, target, str(tmp_path / "wild"), "decoder layer 0", "float32", "isn't finite")
 
