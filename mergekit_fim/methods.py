@@ -25,7 +25,7 @@ from mergekit.merge_methods.base import (
 from mergekit_fim.errors import FimError
 from mergekit_fim.norms import squared_norm
 from mergekit_fim.parameters import METHODS, PARAMETERS, Scope
-from mergekit_fim.trim import trim_
+from mergekit_fim.trim import Threshold, find_threshold, runs, trim_run
 
 PAPER = "https://arxiv.org/abs/2603.21705"
 _PRETTY_NAMES = {"fim_ties": "FIM-TIES", "fim_ta": "FIM Task Arithmetic"}
@@ -98,28 +98,44 @@ class FimMerge(GroupMergeMethod):
         alphas = [gate * parameters["alpha"][entry.id] for entry in entries]
         weights = [parameters["weight"][entry.id] for entry in entries]
 
-        theta0 = base.to(dtype)
-        deltas = []
-        for entry in entries:
-            delta = entry.tensor.to(dtype).sub(theta0)  # never in place: `to` may have returned the input itself
-            if self.trims:
-                trim_(delta, parameters["density"][entry.id])
-            deltas.append(delta)
-        calibrate = parameters["norm_tolerance"] > 0
-        entering = weights
-        if (
-            calibrate and self.trims
-        ):  # the disjoint merge passes over a model that has nothing to add; so must the target
-            entering = [w if bool(d.any()) else 0.0 for w, d in zip(weights, deltas, strict=True)]
-        combine = _disjoint_merge if self.trims else _sum
-        task_vector = combine(deltas, alphas, weights, parameters["normalize"])
-        merged = task_vector.mul_(parameters["lambda"]).add_(theta0)
+        theta0 = base.reshape(-1)
+        tuned = [entry.tensor.reshape(-1) for entry in entries]
+        densities = [parameters["density"][entry.id] if self.trims else 1.0 for entry in entries]
+        thresholds = [_threshold(theta0, t, d, dtype) for t, d in zip(tuned, densities, strict=True)]
 
+        moves_any = [not self.trims] * len(entries)
+
+        def part(run: slice) -> torch.Tensor:
+            start = theta0[run].to(dtype)
+            deltas = [trim_run(t[run].to(dtype).sub(start), run, k) for t, k in zip(tuned, thresholds, strict=True)]
+            for i, delta in enumerate(deltas):
+                moves_any[i] = moves_any[i] or bool(delta.any())
+            combine = _disjoint_merge if self.trims else _sum
+            task_vector = combine(deltas, alphas, weights, parameters["normalize"])
+            return task_vector.mul_(parameters["lambda"]).add_(start)
+
+        merged = torch.empty_like(theta0)
+        calibrate = parameters["norm_tolerance"] > 0
+        norm = torch.zeros((), dtype=torch.float64, device=base.device)
+        for run in runs(len(merged), base.device):
+            values = part(run)
+            if calibrate:
+                norm += squared_norm(values)
+            merged[run] = values
         if calibrate:
+            # The disjoint merge passes over a model that has nothing to add; so must the target.
+            entering = [weight if moved else 0.0 for weight, moved in zip(weights, moves_any, strict=True)]
             shares = _shares(entering, parameters["normalize"])
             moves = [parameters["lambda"] * share * alpha for share, alpha in zip(shares, alphas, strict=True)]
-            _calibrate_norm_(merged, theta0, [e.tensor for e in entries], moves, parameters["norm_tolerance"])
-        return merged.to(base.dtype)
+            factor = _norm_factor(float(norm) ** 0.5, theta0, tuned, moves, parameters["norm_tolerance"])
+            if factor != 1:
+                for run in runs(len(merged), base.device):
+                    merged[run] = part(run).mul_(factor)
+        return merged.view(base.shape)
+
+
+def _threshold(theta0: torch.Tensor, tuned: torch.Tensor, density: float, dtype: torch.dtype) -> Threshold | None:
+    return find_threshold(lambda run: tuned[run].to(dtype).sub(theta0[run]), len(theta0), density, theta0.device)
 
 
 def _parameter_specs(method: str) -> list[ParameterSpec]:
@@ -184,14 +200,10 @@ def _shares(weights: list[float], normalize: bool) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _calibrate_norm_(
-    merged: torch.Tensor,
-    theta0: torch.Tensor,
-    tuned: list[torch.Tensor],
-    moves: list[float],
-    tolerance: float,
-) -> None:
-    """Rescale `merged` in place to the interpolated norm of its inputs where it is off by more than `tolerance`.
+def _norm_factor(
+    norm: float, theta0: torch.Tensor, tuned: list[torch.Tensor], moves: list[float], tolerance: float
+) -> float:
+    """By what to multiply a merged tensor whose norm is off by more than `tolerance`: else 1.
 
     The target is ‖θ0‖ + Σ_m c_m (‖θ_m‖ − ‖θ0‖), c_m the coefficient by which the merge moves to model m: for one model
     (1 − α)‖θ0‖ + α‖θ1‖. That a merged tensor off by more than 5 % is rescaled is the paper's (arXiv 2603.21705, as
@@ -199,9 +211,7 @@ def _calibrate_norm_(
     """
     norm0 = _norm(theta0)
     target = norm0 + sum(move * (_norm(tensor) - norm0) for move, tensor in zip(moves, tuned, strict=True))
-    norm = _norm(merged)
-    if target > 0 and norm > 0 and abs(norm / target - 1) > tolerance:
-        merged.mul_(target / norm)
+    return target / norm if target > 0 and norm > 0 and abs(norm / target - 1) > tolerance else 1.0
 
 
 def _norm(tensor: torch.Tensor) -> float:

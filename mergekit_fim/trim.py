@@ -1,31 +1,122 @@
-"""TIES' trimming: keep a task vector's largest entries, found by selection instead of a sort."""
+"""TIES' trimming: keep a task vector's largest entries, found by selection instead of a sort, run by run.
+
+The task vector never exists whole: what it takes are two passes over the tensors that it is the difference of, in runs
+that stay in the processor's caches.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+
+# The k-th largest magnitude is looked for between two quantiles of a sample of about this many entries, so far on
+# either side of it that it lies outside about once in a million tensors; then all the entries are looked at.
+_SAMPLE = 1 << 16
+_DEVIATIONS = 5.0
+
+# part of a task vector -> its entries, which the callee may overwrite
+Part = Callable[[slice], torch.Tensor]
 
 
-def trim_(delta: torch.Tensor, density: float) -> torch.Tensor:
-    """Set all but the largest entries of `delta` to zero, in place (TIES, arXiv 2306.01708, section 4, step 1).
+@dataclass(frozen=True)
+class Threshold:
+    """Which entries of a task vector are kept: all from a magnitude up, but for some that have just this magnitude.
+
+    Attributes:
+        magnitude: of the smallest entry that is kept.
+        dropped: [entry], where the entries of this magnitude are that are not kept, in order.
+    """
+
+    magnitude: float
+    dropped: torch.Tensor
+
+
+def runs(entries: int, device: torch.device) -> Iterator[slice]:
+    """Runs of consecutive entries that cover a tensor: on a CPU, so short that they stay in its caches."""
+    step = 1 << 18 if device.type == "cpu" else 1 << 24  # at most 2^24: `_compare`'s sums are exact up to there
+    for start in range(0, max(1, entries), step):
+        yield slice(start, min(start + step, entries))
+
+
+def find_threshold(part: Part, entries: int, density: float, device: torch.device) -> Threshold | None:
+    """Find what TIES' trimming keeps of a task vector (arXiv 2306.01708, section 4, step 1).
 
     Exactly k = max(1, ⌊density · n⌋) entries are kept, as in mergekit. Differences of 16-bit weights take few distinct
     magnitudes, so that many entries can equal the k-th largest: of these, a choice spread evenly over the tensor is
     kept, the same one every time, where mergekit's choice is the sort's.
 
     Args:
-        delta: a task vector of n entries, any shape.
+        part: the task vector's entries in a slice of 0 to n.
+        entries: n.
         density: fraction to keep, in (0, 1].
+        device: where the parts are.
 
     Returns:
-        `delta`.
+        The threshold, or None where everything is kept.
     """
-    n = delta.numel()
-    keep = max(1, int(density * n))
-    if keep >= n:
+    keep = max(1, int(density * entries))
+    if keep >= entries:
+        return None
+    low, high = _bracket(part, entries, keep)
+    while True:
+        above, magnitudes, positions = 0, [], []
+        for run in runs(entries, device):
+            magnitude = part(run).abs_()
+            over = _compare(torch.gt, magnitude, high)
+            above += int(over.sum())
+            inside = _compare(torch.ge, magnitude, low).sub_(over).nonzero()[:, 0]
+            magnitudes.append(magnitude[inside])
+            positions.append(inside.add_(run.start))
+        near = torch.cat(magnitudes)
+        if above < keep <= above + len(near):
+            break
+        low, high = 0.0, math.inf
+    threshold = near.kthvalue(len(near) - (keep - above) + 1).values
+    equal = torch.cat(positions)[near == threshold]
+    kept = keep - above - int(torch.count_nonzero(near > threshold))
+    # Of E equal entries W are kept: the i-th where ⌈(i + 1)W/E⌉ − ⌈iW/E⌉ is 1.
+    quota = -torch.div(-torch.arange(len(equal) + 1, device=device) * kept, len(equal), rounding_mode="floor")
+    return Threshold(float(threshold), equal[quota.diff() == 0])
+
+
+def _compare(comparison: Callable[..., torch.Tensor], entries: torch.Tensor, value: float) -> torch.Tensor:
+    """1 or 0 in the entries' dtype, which torch writes several times faster than booleans."""
+    return comparison(entries, value, out=torch.empty_like(entries))
+
+
+def _bracket(part: Part, entries: int, keep: int) -> tuple[float, float]:
+    """Two magnitudes between which the k-th largest is expected, from an evenly spread sample."""
+    stride = entries // _SAMPLE
+    if stride < 2:
+        return 0.0, math.inf
+    sample = part(slice(0, entries, stride)).abs_().sort(descending=True).values
+    expected, n = keep / entries * len(sample), len(sample)
+    margin = _DEVIATIONS * math.sqrt(expected * (1 - keep / entries)) + 1
+    first, last = math.floor(expected - margin), math.ceil(expected + margin)
+    return float(sample[last]) if last < n else 0.0, float(sample[first]) if first >= 0 else math.inf
+
+
+def trim_run(delta: torch.Tensor, run: slice, threshold: Threshold | None) -> torch.Tensor:
+    """Set the entries of a run of a task vector, [entry], that are not kept to zero; `delta` may be overwritten."""
+    if threshold is None:
         return delta
-    magnitude = delta.abs().reshape(-1)
-    threshold = magnitude.kthvalue(n - keep + 1).values
-    above = magnitude > threshold
-    equal = (magnitude == threshold).nonzero()[:, 0]
-    wanted = keep - int(above.sum())
-    kept = equal[torch.arange(wanted, device=equal.device) * len(equal) // wanted]
-    above[kept] = True
-    return delta.masked_fill_(~above.view(delta.shape), 0)
+    first, last = torch.searchsorted(
+        threshold.dropped, torch.tensor([run.start, run.stop], device=delta.device)
+    ).tolist()
+    if first < last:
+        delta.index_fill_(0, threshold.dropped[first:last] - run.start, 0)
+    if threshold.magnitude == 0:
+        return delta
+    # The largest number below, in the entries' dtype: `hardshrink` keeps what is larger than its argument.
+    below = torch.nextafter(torch.tensor(threshold.magnitude, dtype=delta.dtype), torch.tensor(0, dtype=delta.dtype))
+    return F.hardshrink(delta, float(below))
+
+
+def trim(delta: torch.Tensor, density: float) -> torch.Tensor:
+    """A task vector of any shape with all but its largest entries set to zero, as by `find_threshold`."""
+    flat = delta.reshape(-1)
+    threshold = find_threshold(lambda run: flat[run].clone(), len(flat), density, delta.device)
+    trimmed = [trim_run(flat[run].clone(), run, threshold) for run in runs(len(flat), delta.device)]
+    return torch.cat(trimmed).view(delta.shape)

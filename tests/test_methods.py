@@ -7,7 +7,7 @@ import torch
 from mergekit.merge_methods import TensorGroup, get
 
 from mergekit_fim.methods import is_gate_projection
-from mergekit_fim.trim import trim_
+from mergekit_fim.trim import trim
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
@@ -151,7 +151,7 @@ def test_without_alpha_there_is_no_merge(method):
 @pytest.mark.parametrize("density", [1e-9, 0.2, 0.5, 0.999, 1.0])
 def test_trim_keeps_the_largest(shape, density):
     delta = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    kept = trim_(delta.clone(), density)
+    kept = trim(delta.clone(), density)
     n = delta.numel()
     keep = min(n, max(1, int(density * n)))
     assert int((kept != 0).sum()) == keep
@@ -161,10 +161,10 @@ def test_trim_keeps_the_largest(shape, density):
 
 
 def test_trim_spreads_its_choice_among_equals_over_the_tensor():
-    assert trim_(torch.tensor([1.0, -2.0, 2.0, 2.0, 0.5]), 0.4).tolist() == [0, -2, 2, 0, 0]
-    kept = trim_(torch.ones(1000), 0.1).nonzero()[:, 0]
+    assert trim(torch.tensor([1.0, -2.0, 2.0, 2.0, 0.5]), 0.4).tolist() == [0, -2, 2, 0, 0]
+    kept = trim(torch.ones(1000), 0.1).nonzero()[:, 0]
     assert kept.tolist() == list(range(0, 1000, 10))
-    assert trim_(torch.zeros(6), 0.5).tolist() == [0] * 6
+    assert trim(torch.zeros(6), 0.5).tolist() == [0] * 6
 
 
 def test_trim_keeps_the_density_on_the_few_levels_of_16_bit_differences():
@@ -172,7 +172,7 @@ def test_trim_keeps_the_density_on_the_few_levels_of_16_bit_differences():
     base = (0.02 * torch.randn(100_000, generator=generator)).bfloat16()
     tuned = (base + 1e-4 * torch.randn(100_000, generator=generator)).bfloat16()
     delta = tuned.float() - base.float()
-    kept = trim_(delta.clone(), 0.2)
+    kept = trim(delta.clone(), 0.2)
     assert int((kept != 0).sum()) == 20_000
     dropped = delta[kept == 0].abs().max()
     assert kept[kept != 0].abs().min() >= dropped
