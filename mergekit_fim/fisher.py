@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import tqdm
+from mergekit.common import dtype_from_name
 from mergekit.options import MergeOptions
 from torch import nn
 from transformers import PreTrainedModel
@@ -184,6 +185,11 @@ def check_measurable(base: InputModel, settings: FisherSettings) -> None:
         raise FimError(f"fisher_seq_len must be at most the {limit} positions of {base}, found {settings.seq_len}")
 
 
+def reading_dtype(base: InputModel, dtype: str | None) -> torch.dtype:
+    """What most of the weights are read as: the merge's dtype, or the checkpoint's own."""
+    return dtype_from_name(dtype) or base.stored_dtype()
+
+
 def measure_base(
     base: InputModel,
     settings: FisherSettings,
@@ -192,6 +198,7 @@ def measure_base(
     *,
     engine: FisherEngine = batched_engine,
     share: Callable[[Callable[[Samples], torch.Tensor]], torch.Tensor] | None = None,
+    running: torch.dtype | None = None,
     each_layer: Callable[[int], object] | None = None,
 ) -> FisherMeasurement:
     """Load the base model, measure it, and let it go.
@@ -202,13 +209,13 @@ def measure_base(
         dtype: the merge's dtype, or None for the checkpoint's own.
         options: the merge's options, which say where it runs.
         engine: how the gradient norms are computed.
+        running: what to run it in; by default the `running_dtype` for the `reading_dtype`.
         each_layer: called once with every decoder layer's index, when its weights are about to be read.
 
     Raises:
         FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
     where = placement.placement(options)
-    running = None
     warnings: list[str] = []
     while True:
         loaded = load_model(base, dtype, options, where, running=running, each_layer=each_layer)

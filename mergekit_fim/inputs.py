@@ -11,10 +11,12 @@ import accelerate
 import safetensors
 import torch
 import transformers
-from mergekit.architecture import ModelArchitecture, WeightInfo
+from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
+from mergekit.config import InputModelDefinition, MergeConfiguration
 from mergekit.io.tasks import LoaderCache, LoadTensor
+from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -133,6 +135,30 @@ def open_models(
     for model in models.values():
         _check_complete(model, trust_remote_code)
     return models
+
+
+def open_model(name: str, revision: str | None, options: MergeOptions) -> InputModel:
+    """Open a single model, by the name that a merge config would give it.
+
+    Raises:
+        FimError: there is no such model, or it can't be measured.
+    """
+    try:
+        reference = ModelReference.parse(name)
+        if revision:
+            reference = reference.model_copy(
+                update={"model": reference.model.model_copy(update={"revision": revision})}
+            )
+        config = MergeConfiguration(merge_method="linear", models=[InputModelDefinition(model=reference)])
+        architecture = get_architecture_info(config, options)
+    except FimError:
+        raise
+    except Exception as error:  # transformers, huggingface_hub and mergekit each have their own
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise FimError(
+            f"{name}: expected the folder of a model or its name on the Hub, found neither ({reason}); check the name"
+        ) from error
+    return open_models([reference], architecture, options.trust_remote_code)[reference]
 
 
 def _open_model(reference: ModelReference, config: PretrainedConfig, architecture: ModelArchitecture) -> InputModel:

@@ -4,10 +4,8 @@ import json
 import logging
 import math
 import os
-import platform
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import click
@@ -15,7 +13,7 @@ from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel
 from pydantic import BaseModel
 
-import mergekit_fim
+from mergekit_fim.measurement import layers_as_json, versions
 from mergekit_fim.methods import is_gate_projection
 from mergekit_fim.prepass import BaseCoefficients, ModelCoefficients, PrePass
 
@@ -141,11 +139,7 @@ def as_json(pre_pass: PrePass) -> dict[str, Any]:
             {"key": d.key, "values": dict(d.values), "written": d.written} for d in pre_pass.differences
         ],
         "warnings": list(pre_pass.warnings),
-        "versions": {
-            "mergekit-fim": mergekit_fim.__version__,
-            **{name: version(name) for name in ("mergekit", "torch", "transformers", "accelerate")},
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
 
 
@@ -167,16 +161,7 @@ def _fisher(coefficients: BaseCoefficients) -> dict[str, Any]:
         "vocab_size": coefficients.fisher.vocab_size,
         "dtype": coefficients.fisher.dtype,
         "num_layers": len(coefficients.fisher.layers),
-        "layers": [
-            {
-                "index": layer.index,
-                "parameters": layer.parameters,
-                "fisher": layer.fisher,
-                "fisher_stderr": layer.stderr,
-                "squared_norms": list(layer.squared_norms),
-            }
-            for layer in coefficients.fisher.layers
-        ],
+        "layers": layers_as_json(coefficients.fisher),
     }
 
 

@@ -1,0 +1,110 @@
+"""One measurement by several processes, on one machine or many: each takes some of the sequences.
+
+The processes are started by `accelerate launch` or, on CPUs, by `torchrun`; accelerate sets up their communication.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import PreTrainedModel
+
+from mergekit_fim.batched import NotSupportedError, batched_engine
+from mergekit_fim.engines import FisherEngine
+from mergekit_fim.errors import FimError
+from mergekit_fim.samples import Samples
+from mergekit_fim.weights import ResidentWeights, Weights
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[PartialState | None]:
+    """The processes that this one was started with, or None where it is alone.
+
+    Raises:
+        FimError: they can't reach each other.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield None
+        return
+    no_accelerator = torch.accelerator.current_accelerator(check_available=True) is None
+    try:
+        state = PartialState(cpu=no_accelerator or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"))
+    except (RuntimeError, ValueError) as error:
+        raise FimError(
+            f"the processes can't reach each other ({_line(error)}); check the launcher's options"
+        ) from error
+    try:
+        yield state
+    finally:
+        state.destroy_process_group()  # without it a process aborts at exit now and then
+
+
+class SharedError(FimError):
+    """An error that all the processes know of, so that the main one alone reports it."""
+
+
+def in_all(state: PartialState | None, work: Callable[[], T]) -> list[T]:
+    """Do `work` in every process: the results of all, in their order, which are sent between them.
+
+    Raises:
+        SharedError: it failed in one of them, which is named.
+        NotSupportedError: raised by one of them.
+        torch.OutOfMemoryError: likewise.
+    """
+    if state is None:
+        return [work()]
+    outcome: tuple[T | None, str, str]
+    try:
+        outcome = work(), "", ""
+    except Exception as error:  # whatever it is, the other processes must not wait for this one
+        outcome = None, type(error).__name__, _line(error)
+    try:
+        outcomes = gather_object([outcome])
+    except RuntimeError as error:
+        raise FimError(f"another process ended before it was done ({_line(error)}); nothing was written") from error
+    for rank, (_, name, reason) in enumerate(outcomes):
+        if name == NotSupportedError.__name__:
+            raise NotSupportedError
+        if name == torch.OutOfMemoryError.__name__:
+            raise torch.OutOfMemoryError(reason)
+        if name:
+            raise SharedError(f"process {rank} of {state.num_processes}: {reason}")
+    return [result for result, _, _ in outcomes]
+
+
+def shared_engine(state: PartialState | None, engine: FisherEngine = batched_engine) -> FisherEngine:
+    """An engine that measures its process's share of the sequences with `engine` and returns those of all."""
+    if state is None:
+        return engine
+
+    def share(
+        model: PreTrainedModel,
+        layers: Sequence[nn.Module],
+        samples: Samples,
+        progress: Callable[[int], object],
+        weights: Weights | None = None,
+    ) -> torch.Tensor:
+        count = len(samples.input_ids)
+        with state.split_between_processes(list(range(count))) as mine:
+            part = samples.part(mine[0], mine[-1] + 1) if mine else None
+
+        def measure() -> torch.Tensor:
+            if part is None:
+                return torch.zeros(0, len(layers), dtype=torch.float64)
+            scale = count / len(mine)
+            return engine(model, layers, part, lambda n: progress(round(n * scale)), weights or ResidentWeights())
+
+        return torch.cat(in_all(state, measure))
+
+    return share
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
