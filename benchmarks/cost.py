@@ -1,0 +1,290 @@
+"""What the pre-pass and the merges cost, beside the ways that they replace, on a synthetic pair of models.
+
+    python benchmarks/cost.py                        # the shape of Qwen2.5-1.5B: 7 GB of disk, about 15 minutes
+    python benchmarks/cost.py --shape 7b --only fim_ties,ties
+    python benchmarks/cost.py --layers 56 --only fast
+
+Every side runs in a process of its own. Memory is the peak of anonymous pages, sampled every 20 ms: mapped files, which
+the system can drop at any time, don't count.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+SHAPES = {
+    "tiny": {"vocab": 1000, "hidden": 64, "inter": 192, "layers": 4, "heads": 4, "kv": 2, "tied": True},
+    "1.5b": {"vocab": 151936, "hidden": 1536, "inter": 8960, "layers": 28, "heads": 12, "kv": 2, "tied": True},
+    "7b": {"vocab": 152064, "hidden": 3584, "inter": 18944, "layers": 28, "heads": 28, "kv": 4, "tied": False},
+}
+SIDES = ["matmul", "paper", "reference", "fast", "ties", "fim_ties", "task_arithmetic", "fim_ta"]
+SEQUENCES, LENGTH = 8, 64
+
+
+def make_pair(folder: Path, shape: dict, dtype_name: str) -> None:
+    """Write base/ and long/: Qwen2 models of random weights, the second near the first."""
+    import accelerate
+    import torch
+    import transformers
+    from safetensors.torch import save_file
+
+    config = transformers.Qwen2Config(
+        vocab_size=shape["vocab"],
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["inter"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv"],
+        tie_word_embeddings=shape["tied"],
+        max_position_embeddings=4096,
+        architectures=["Qwen2ForCausalLM"],
+        dtype=dtype_name,
+    )
+    with accelerate.init_empty_weights():
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    model.tie_weights()
+    dtype = getattr(torch, dtype_name)
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(1 << 24, generator=generator)
+    tensors: tuple[dict, dict] = ({}, {})
+    names: dict[str, str] = {}
+    shards = 0
+
+    def flush() -> None:
+        nonlocal shards
+        shards += 1
+        file = f"model-{shards:05d}.safetensors"
+        for part, which in zip(tensors, ("base", "long"), strict=True):
+            save_file(part, folder / which / file, metadata={"format": "pt"})
+            names.update(dict.fromkeys(part, file))
+            part.clear()
+
+    for which in ("base", "long"):
+        (folder / which).mkdir(parents=True)
+        config.save_pretrained(folder / which)
+    for name, parameter in model.named_parameters():
+        pair = []
+        for scale in (0.02, 0.003):
+            start = int(torch.randint(0, len(normal), (), generator=generator))
+            pair.append(scale * normal.roll(start).repeat(-(-parameter.numel() // len(normal)))[: parameter.numel()])
+        base = (pair[0] + 1 if "norm" in name else pair[0]).view(parameter.shape).to(dtype)
+        tensors[0][name], tensors[1][name] = base, (base.float() + pair[1].view(parameter.shape)).to(dtype)
+        if sum(t.nbytes for t in tensors[0].values()) > 2**30:
+            flush()
+    flush()
+    for which in ("base", "long"):
+        index = {"metadata": {}, "weight_map": names}
+        (folder / which / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def worker(side: str, folder: Path, dtype_name: str, device: str) -> dict:
+    """One side, in its own process: seconds without start and imports, and [layer, sequence] squared norms."""
+    import torch
+    import transformers
+
+    dtype = getattr(torch, dtype_name)
+    if side == "matmul":
+        return {"gflops": {d: rate(folder, getattr(torch, d), device) for d in {"float32", dtype_name}}}
+    if side == "fast":
+        return fast(folder, dtype_name, device)
+    from mergekit_fim.engines import autograd_engine
+    from mergekit_fim.fisher import measure
+    from mergekit_fim.samples import draw_samples
+    from mergekit_fim.settings import FisherSettings
+
+    transformers.utils.logging.disable_progress_bar()
+    begin = time.perf_counter()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype, device_map=device)
+    loaded = time.perf_counter()
+    settings = FisherSettings(SEQUENCES, LENGTH)
+    layers = list(model.model.layers)
+    if side == "reference":
+        found = measure(model, layers, settings, engine=autograd_engine, quiet=True)
+        norms = [layer.squared_norms for layer in found.layers]
+    else:  # as the paper describes it, with what PyTorch offers
+        columns = []
+        for ids in draw_samples(settings, model.config.vocab_size).input_ids.to(device):
+            model.zero_grad()
+            model(input_ids=ids[None], labels=ids[None]).loss.backward()
+            columns.append([sum(float(p.grad.float().square().sum()) for p in layer.parameters()) for layer in layers])
+        norms = [list(row) for row in zip(*columns, strict=True)]
+    return {"load": loaded - begin, "measure": time.perf_counter() - loaded, "norms": norms}
+
+
+def fast(folder: Path, dtype_name: str, device: str) -> dict:
+    from mergekit.options import MergeOptions
+
+    from mergekit_fim.fisher import measure_base
+    from mergekit_fim.inputs import open_model
+    from mergekit_fim.settings import FisherSettings
+    from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
+
+    options = MergeOptions(device=device, quiet=True)
+    begin = time.perf_counter()
+    base, tuned = (open_model(str(folder / which), None, options) for which in ("base", "long"))
+    pairs = [LayerPair(layer.index, layer.index) for layer in base.layout.layers]
+    sweep = TaskVectorSweep(base, {tuned: pairs}, dtype_name)
+    sweep.outside()
+    settings = FisherSettings(SEQUENCES, LENGTH)
+    found = measure_base(base, settings, dtype_name, options, each_layer=sweep.layer)
+    seconds = time.perf_counter() - begin
+    return {"measure": seconds, "dtype": found.dtype, "norms": [layer.squared_norms for layer in found.layers]}
+
+
+def rate(folder: Path, dtype: "object", device: str) -> float:
+    """GFLOP/s of the MLP's product for all the tokens: the best of many."""
+    import torch
+
+    config = json.loads((folder / "base" / "config.json").read_text())
+    a = torch.randn(SEQUENCES * LENGTH, config["hidden_size"], device=device).to(dtype)
+    b = torch.randn(config["intermediate_size"], config["hidden_size"], device=device).to(dtype)
+    best, end = float("inf"), time.perf_counter() + 3
+    while time.perf_counter() < end:
+        begin = time.perf_counter()
+        torch.nn.functional.linear(a, b)
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        best = min(best, time.perf_counter() - begin)
+    return 2 * a.shape[0] * a.shape[1] * b.shape[0] / best / 1e9
+
+
+def floor_flops(shape: dict) -> tuple[float, float]:
+    """Operations of one forward and one backward pass to activations, without and with recomputing the layers."""
+    kv = shape["hidden"] // shape["heads"] * shape["kv"]
+    layer = shape["hidden"] * (2 * shape["hidden"] + 2 * kv + 3 * shape["inter"])
+    tokens = SEQUENCES * LENGTH
+    once, head = 2 * tokens * layer * shape["layers"], 2 * tokens * shape["hidden"] * shape["vocab"]
+    return 2 * once + 2 * head, 3 * once + 2 * head
+
+
+def run(command: list[str], log: Path) -> tuple[float, float]:
+    """Seconds, and the peak of anonymous memory in GB."""
+    begin, peak = time.perf_counter(), 0
+    with log.open("w") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            peak = max(peak, anonymous(process.pid))
+            time.sleep(0.02)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text()[-3000:]}")
+    return time.perf_counter() - begin, peak / 1e9
+
+
+def anonymous(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/status").read_text().split("RssAnon:")[1].split()[0]) * 1024
+    except (OSError, IndexError):
+        return 0
+
+
+def merge_config(method: str, folder: Path, dtype: str) -> str:
+    own = {"ties": "density: 0.2, weight: 1.0", "fim_ties": "density: 0.2", "task_arithmetic": "weight: 0.5"}
+    parameters = f"\n    parameters: {{{own[method]}}}" if method in own else ""
+    return (
+        f"merge_method: {method}\nbase_model: {folder / 'base'}\nmodels:\n"
+        f"  - model: {folder / 'long'}{parameters}\ndtype: {dtype}\n"
+    )
+
+
+def measure_side(side: str, folder: Path, args: argparse.Namespace) -> dict:
+    log = folder / f"{side}.log"
+    if side in ("matmul", "paper", "reference", "fast"):
+        result = folder / f"{side}.json"
+        options = ["--dtype", args.dtype, "--device", args.device]
+        command = [sys.executable, __file__, "--worker", side, "--folder", str(folder), *options]
+        seconds, peak = run(command, log)
+        return {"whole": seconds, "peak_gb": peak, **json.loads(result.read_text())}
+    config, out = folder / f"{side}.yml", folder / "merged"
+    config.write_text(merge_config(side, folder, args.dtype))
+    shutil.rmtree(out, ignore_errors=True)
+    command = [str(Path(sys.executable).parent / "mergekit-yaml"), str(config), str(out), "--no-write-model-card"]
+    command += [] if args.device == "cpu" else ["--device", args.device]
+    seconds, peak = run([*command, "--no-copy-tokenizer", "--quiet"], log)
+    shutil.rmtree(out)
+    return {"whole": seconds, "peak_gb": peak}
+
+
+def difference(found: list, expected: list) -> float:
+    """Largest relative difference of a layer's Fisher information."""
+    return max(abs(sum(a) / sum(b) - 1) for a, b in zip(found, expected, strict=True))
+
+
+def table(results: dict, shape: dict) -> str:
+    lines = ["| side | seconds | of which measuring | peak anonymous memory |", "| --- | --- | --- | --- |"]
+    for side, found in results.items():
+        if side != "matmul":
+            own = f"{found['measure']:.1f}" if "measure" in found else ""
+            lines.append(f"| {side} | {found['whole']:.1f} | {own} | {found['peak_gb']:.2f} GB |")
+    lines.append("")
+
+    def ratio(text: str, a: float, b: float) -> None:
+        lines.append(f"- {text}: {a / b:.2f}")
+
+    have = results.keys()
+    if {"fast", "paper"} <= have:
+        ratio("pre-pass / the paper's eight passes", results["fast"]["measure"], results["paper"]["measure"])
+    if {"fast", "reference"} <= have:
+        ratio("pre-pass / reference engine", results["fast"]["measure"], results["reference"]["measure"])
+        worst = difference(results["fast"]["norms"], results["reference"]["norms"])
+        lines.append(f"- largest difference of a layer's Fisher information from the reference engine: {worst:.1e}")
+    if {"fast", "matmul"} <= have:
+        rates = results["matmul"]["gflops"]
+        lines.append("- matrix products: " + ", ".join(f"{r:.0f} GFLOP/s in {d}" for d, r in sorted(rates.items())))
+        speed = rates[results["fast"]["dtype"]] * 1e9
+        for text, flops in zip(("without", "with"), floor_flops(shape), strict=True):
+            floor = flops / speed
+            ratio(f"pre-pass / arithmetic alone ({floor:.1f} s, {text} recomputing)", results["fast"]["measure"], floor)
+    if {"fim_ties", "ties"} <= have:
+        ratio("fim_ties / ties, whole commands", results["fim_ties"]["whole"], results["ties"]["whole"])
+    if {"fim_ta", "task_arithmetic", "fast"} <= have:
+        both = results["task_arithmetic"]["whole"] + results["fast"]["measure"]
+        ratio("fim_ta / (task_arithmetic + pre-pass), whole commands", results["fim_ta"]["whole"], both)
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="1.5b")
+    parser.add_argument("--layers", type=int, help="another number of decoder layers")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", default=",".join(SIDES), help="some of " + ",".join(SIDES))
+    parser.add_argument("--folder", type=Path, help="where to make the pair, or where one is (kept)")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    if args.worker:
+        found = worker(args.worker, args.folder, args.dtype, args.device)
+        (args.folder / f"{args.worker}.json").write_text(json.dumps(found))
+        return
+    shape = SHAPES[args.shape] | ({"layers": args.layers} if args.layers else {})
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (args.folder or Path(scratch)).absolute()
+        if not (folder / "base").exists():
+            print(f"making a pair of shape {args.shape} with {shape['layers']} layers in {folder}", file=sys.stderr)
+            make_pair(folder, shape, args.dtype)
+        results = {}
+        for side in args.only.split(","):
+            print(f"{side} ...", file=sys.stderr, flush=True)
+            results[side] = measure_side(side, folder, args)
+            print(f"  {results[side]['whole']:.1f} s", file=sys.stderr, flush=True)
+    print(f"{args.shape}, {shape['layers']} layers, {args.dtype}, {args.device}, {os.cpu_count()} cores\n")
+    print(table(results, shape))
+    if args.json:
+        machine = {"platform": platform.platform(), "cores": os.cpu_count(), "memory": psutil.virtual_memory().total}
+        content = {"shape": shape, "dtype": args.dtype, "device": args.device, "machine": machine, "results": results}
+        args.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
