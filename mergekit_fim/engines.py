@@ -56,20 +56,25 @@ def autograd_engine(
         raise ValueError("the reference engine needs a model whose weights are in memory")
     norms: list[list[torch.Tensor]] = [[] for _ in layers]
 
-    def reduce(total: list[torch.Tensor]) -> Callable[[torch.Tensor], None]:
+    def reduce(totals: list[list[torch.Tensor]]) -> Callable[[torch.Tensor], None]:
         def hook(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
-            total.append(squared_norm(parameter.grad))
+            norm = squared_norm(parameter.grad)
+            for total in totals:
+                total.append(norm)
             parameter.grad = None
 
         return hook
 
-    handles = []
+    owners: dict[nn.Parameter, list[list[torch.Tensor]]] = {}  # several where layers share a parameter
     for layer, total in zip(layers, norms, strict=True):
         for parameter in layer.parameters():
             if parameter.is_floating_point():
-                parameter.requires_grad_(True)
-                handles.append(parameter.register_post_accumulate_grad_hook(reduce(total)))
+                owners.setdefault(parameter, []).append(total)
+    handles = [
+        parameter.requires_grad_(True).register_post_accumulate_grad_hook(reduce(totals))
+        for parameter, totals in owners.items()
+    ]
     device = model.get_input_embeddings().weight.device
     result = torch.zeros(len(samples.input_ids), len(layers), dtype=torch.float64)
     try:

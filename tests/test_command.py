@@ -1,0 +1,118 @@
+"""`python -m mergekit_fim fisher`, alone and by several processes."""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import tiny
+from click.testing import CliRunner
+
+from mergekit_fim.cli import main
+from mergekit_fim.engines import autograd_engine
+from mergekit_fim.fisher import measure
+from mergekit_fim.settings import FisherSettings
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny.save(tiny.build(tiny.config("llama")), tmp_path_factory.mktemp("command") / "model")
+
+
+def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+    torchrun = Path(sysconfig.get_path("scripts")) / "torchrun"
+    command = [sys.executable, str(torchrun), "--nproc_per_node", str(processes), "--master_port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+
+
+def norms(path: Path) -> list[float]:
+    return [norm for layer in json.loads(path.read_text())["layers"] for norm in layer["squared_norms"]]
+
+
+def test_one_process(model, tmp_path):
+    out = tmp_path / "fisher.json"
+    options = ["--samples", "3", "--seq-len", "12", "--seed", "4", "--labels", "sampled", "--dtype", "float32"]
+    result = CliRunner().invoke(main, ["fisher", str(model), "-o", str(out), *options])
+    assert result.exit_code == 0, result.output
+    assert f"{out}: 5 decoder layers of {model}, in float32" in result.output
+    found = json.loads(out.read_text())
+    assert (found["format"], found["version"]) == ("mergekit-fim/fisher", 1)
+    assert found["model"] == {
+        "id": str(model),
+        "revision": None,
+        "architecture": "LlamaForCausalLM",
+        "num_layers": 5,
+        "vocab_size": tiny.VOCAB,
+    }
+    assert found["settings"] == {"samples": 3, "seq_len": 12, "seed": 4, "labels": "sampled", "dtype": "float32"}
+    built = tiny.build(tiny.config("llama"))
+    settings = FisherSettings(3, 12, 4, "sampled")
+    expected = measure(built, list(built.model.layers), settings, engine=autograd_engine, quiet=True)
+    assert norms(out) == pytest.approx([n for layer in expected.layers for n in layer.squared_norms], rel=1e-4)
+    assert [layer["fisher"] for layer in found["layers"]] == pytest.approx([x.fisher for x in expected.layers])
+    assert os.listdir(tmp_path) == ["fisher.json"]
+
+
+@pytest.mark.parametrize(("processes", "samples"), [(2, 5), (3, 2)])
+def test_several_processes_measure_the_same(processes, samples, model, tmp_path):
+    """Also where there are more processes than sequences."""
+    options = ["fisher", str(model), "--samples", str(samples), "-q"]
+    assert CliRunner().invoke(main, [*options, "-o", str(tmp_path / "one.json")]).exit_code == 0
+    done = launch(processes, "-m", "mergekit_fim", *options, "-o", str(tmp_path / "many.json"))
+    assert done.returncode == 0, done.stderr
+    assert norms(tmp_path / "many.json") == pytest.approx(norms(tmp_path / "one.json"), rel=1e-6)
+    assert sorted(os.listdir(tmp_path)) == ["many.json", "one.json"]
+
+
+FAILING = """
+import os, sys
+import mergekit_fim.batched as batched
+from mergekit_fim.cli import main
+original = batched._Run.measure
+def measure(self, *args):
+    if os.environ["RANK"] == "1":
+        {action}
+    return original(self, *args)
+batched._Run.measure = measure
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("action", ["raise ValueError('no such luck')", "os._exit(9)"])
+def test_one_process_failing_ends_all(action, model, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(action=action))
+    out = tmp_path / "out" / "fisher.json"
+    out.parent.mkdir()
+    done = launch(2, str(script), "fisher", str(model), "-o", str(out), "-q")
+    assert done.returncode != 0
+    assert os.listdir(out.parent) == []
+    if "raise" in action:
+        assert done.stderr.count("Error: ") == 1
+        assert "Error: process 1 of 2: no such luck" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{m}", "-o", "{t}/missing/f.json"], ["missing", "doesn't exist"]),
+        (["{m}", "-o", "{t}"], ["found a folder"]),
+        (["{t}/nothing", "-o", "{t}/f.json"], ["nothing", "folder of a model"]),
+        (["{m}", "-o", "{t}/f.json", "--seq-len", "1000"], ["128 positions"]),
+        (["{m}", "-o", "{t}/f.json", "--device", "warp"], ["--device", "warp"]),
+    ],
+)
+def test_bad_arguments_end_in_one_line(arguments, words, model, tmp_path):
+    arguments = [argument.format(m=model, t=tmp_path) for argument in arguments]
+    result = CliRunner().invoke(main, ["fisher", *arguments])
+    assert result.exit_code == 1, result.output
+    lines = [line for line in result.stderr.splitlines() if line]
+    assert len(lines) == 1
+    assert lines[0].startswith("Error: ")
+    for word in words:
+        assert word in lines[0]
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,286 @@
+"""The fast engine against the reference engine: models, formats, micro-batches, and what it must not trust."""
+
+import re
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+from torch import nn
+
+from mergekit_fim import batched, head
+from mergekit_fim.batched import NotSupportedError, batched_engine
+from mergekit_fim.engines import autograd_engine
+from mergekit_fim.fisher import measure, measure_base
+from mergekit_fim.gradient_norms import GramCache, product_squared_norm
+from mergekit_fim.inputs import open_model
+from mergekit_fim.narrow import narrow_linear
+from mergekit_fim.placement import Placement, load_model
+from mergekit_fim.samples import Samples, draw_samples
+from mergekit_fim.settings import FisherSettings
+from mergekit_fim.weights import StreamedWeights
+
+SETTINGS = FisherSettings(samples=5, seq_len=12, seed=3)
+
+
+def layers_of(model):
+    return list(model.transformer.h if hasattr(model, "transformer") else model.model.layers)
+
+
+def both(model, settings=SETTINGS, **options):
+    samples = draw_samples(settings, tiny.VOCAB)
+    model.eval()
+    expected = autograd_engine(model, layers_of(model), samples, lambda _n: None)
+    return batched_engine(model, layers_of(model), samples, lambda _n: None, **options), expected
+
+
+@pytest.mark.parametrize("labels", ["inputs", "sampled"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gpt2", "mixtral"])
+def test_float32(kind, labels):
+    found, expected = both(tiny.build(tiny.config(kind)), FisherSettings(5, 12, 3, labels))
+    assert found.numpy() == pytest.approx(expected.numpy(), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gemma2", "gpt2"])
+def test_bfloat16(kind):
+    found, expected = both(tiny.build(tiny.config(kind)).bfloat16())
+    assert found.mean(0).numpy() == pytest.approx(expected.mean(0).numpy(), rel=2e-2)
+
+
+@pytest.mark.parametrize("tokens", [1, 24, 40])
+def test_micro_batches(tokens):
+    model = tiny.build(tiny.config("llama"))
+    found, expected = both(model, tokens=tokens)
+    assert found.numpy() == pytest.approx(expected.numpy(), rel=1e-5)
+
+
+def test_no_weight_gradient_is_formed_where_the_rules_hold(monkeypatch):
+    model = tiny.build(tiny.config("qwen3"))
+    calls = []
+    original = batched._Layer._by_autograd
+    monkeypatch.setattr(
+        batched._Layer,
+        "_by_autograd",
+        lambda self, *args, first_only=False: calls.append(first_only) or original(self, *args, first_only=first_only),
+    )
+    both(model)
+    assert calls == [True]  # the check of the one kind of layer, on one sequence
+
+
+def test_long_sequences_take_the_product_itself():
+    generator = torch.Generator().manual_seed(0)
+    for length, inputs, outputs in [(4, 9, 7), (50, 9, 7), (33, 2, 40)]:
+        a = torch.randn(3, length, inputs, generator=generator)
+        b = torch.randn(3, length, outputs, generator=generator)
+        expected = torch.einsum("nti,nto->nio", a.double(), b.double()).square().sum((1, 2))
+        assert product_squared_norm(a, b, GramCache()).numpy() == pytest.approx(expected.numpy(), rel=1e-5)
+    found, expected = both(tiny.build(tiny.config("llama")), FisherSettings(2, 100, 0))
+    assert found.numpy() == pytest.approx(expected.numpy(), rel=1e-5)
+
+
+def test_the_vocabulary_is_never_whole(monkeypatch):
+    sizes = []
+    original = head.Head.__call__
+    monkeypatch.setattr(head, "_LOGITS", 5 * 11 * 10)
+    monkeypatch.setattr(head.Head, "__call__", lambda self, h, a, b: sizes.append(b - a) or original(self, h, a, b))
+    for labels in ("inputs", "sampled"):
+        sizes.clear()
+        found, expected = both(tiny.build(tiny.config("gemma2")), FisherSettings(5, 12, 3, labels))
+        assert found.numpy() == pytest.approx(expected.numpy(), rel=1e-5)
+        assert max(sizes[3:]) == 10  # after the three of the check whether chunks are possible
+        assert sum(sizes[3:]) == (1 if labels == "inputs" else 2) * tiny.VOCAB
+
+
+def test_a_tail_that_mixes_the_vocabulary():
+    model = tiny.build(tiny.config("llama"))
+    original = model.forward
+
+    def forward(*args, **kwargs):
+        output = original(*args, **kwargs)
+        output.logits = output.logits - 0.3 * output.logits.mean(-1, keepdim=True).tanh() * output.logits
+        return output
+
+    model.forward = forward
+    for labels in ("inputs", "sampled"):
+        found, expected = both(model, FisherSettings(5, 12, 3, labels))
+        assert found.numpy() == pytest.approx(expected.numpy(), rel=1e-5)
+
+
+class Twice(nn.Module):
+    """A projection that is used twice, and once by its weight alone: no rule holds, and one call looks like a rule."""
+
+    def __init__(self, inner, functional):
+        super().__init__()
+        self.inner, self.functional = inner, functional
+
+    def forward(self, x):
+        once = self.inner(x)
+        return once + (
+            nn.functional.linear(x, self.inner.weight).tanh() if self.functional else self.inner(-2 * x).tanh()
+        )
+
+
+class Scale(nn.Module):
+    def __init__(self, inner, size):
+        super().__init__()
+        self.inner = inner
+        self.table = nn.Embedding(4, size)
+        self.kernel = nn.Parameter(torch.randn(size, size, 1))
+
+    def forward(self, x):
+        ids = torch.arange(x.shape[1]) % 4
+        return self.inner(x + self.table(ids.expand(len(x), -1)) + x @ self.kernel[..., 0])
+
+
+@pytest.mark.parametrize("change", ["twice", "functional", "parameter", "embedding"])
+def test_modules_without_a_rule_or_that_break_it(change):
+    model = tiny.build(tiny.config("llama"))
+    for layer in model.model.layers[1:3]:
+        if change in ("twice", "functional"):
+            layer.mlp.up_proj = Twice(layer.mlp.up_proj, change == "functional")
+        else:
+            layer.mlp.down_proj = Scale(layer.mlp.down_proj, 48)
+            if change == "embedding":
+                layer.mlp.down_proj.kernel = nn.Parameter(torch.zeros(0, 0, 1), requires_grad=False)
+                layer.mlp.down_proj.forward = lambda x, m=layer.mlp.down_proj: m.inner(
+                    x + m.table((torch.arange(x.shape[1]) % 4).expand(len(x), -1))
+                )
+    found, expected = both(model)
+    assert found.numpy() == pytest.approx(expected.numpy(), rel=1e-4)
+
+
+def test_layers_that_hand_on_more_than_their_result():
+    """State that passes the layers by can't be recomputed layer by layer: the reference engine measures the model."""
+    model = tiny.build(tiny.config("llama"))
+    shared = model.model.layers[2].mlp
+    model.model.layers[3].mlp = shared
+    with pytest.raises(NotSupportedError):
+        batched_engine(model, layers_of(model), draw_samples(SETTINGS, tiny.VOCAB), lambda _n: None)
+    found = measure(model, layers_of(model), SETTINGS, quiet=True)
+    expected = measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
+    assert found == expected
+
+
+def test_narrow_weights_are_multiplied_in_the_inputs_dtype(monkeypatch):
+    monkeypatch.setattr("mergekit_fim.narrow._ELEMENTS", 40)
+    module = nn.Linear(12, 30)
+    x = torch.randn(2, 5, 12, requires_grad=True)
+    module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)
+    expected = nn.functional.linear(x, module.weight.float(), module.bias)
+    gradient = torch.randn_like(expected)
+    (dx,) = torch.autograd.grad(expected, x, gradient)
+    found = narrow_linear(module, x)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, x, gradient)[0], dx)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("storage", ["one file", "shards", "bin"])
+def test_streamed_from_the_checkpoint(kind, storage, tied, tmp_path):
+    model = tiny.build(tiny.config(kind, tie_word_embeddings=tied), spread=False)
+    options = {"max_shard_size": "30KB"} if storage == "shards" else {}
+    tiny.save(model, tmp_path / "m", **options)
+    if storage == "bin":
+        (file,) = (tmp_path / "m").glob("*.safetensors")
+        from safetensors.torch import load_file
+
+        torch.save(load_file(file), tmp_path / "m" / "pytorch_model.bin")
+        file.unlink()
+    base = open_model(str(tmp_path / "m"), None, MergeOptions())
+    seen = []
+    found = measure_base(base, SETTINGS, None, MergeOptions(quiet=True), each_layer=seen.append)
+    expected = measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
+    assert [layer.parameters for layer in found.layers] == [layer.parameters for layer in expected.layers]
+    for a, b in zip(found.layers, expected.layers, strict=True):
+        assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-4)
+    assert seen == [0, 1, 2, 3, 4]
+    assert found.warnings == ()
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    path = tiny.save(tiny.build(tiny.config("llama")), tmp_path / "m", torch.bfloat16)
+    base = open_model(str(path), None, MergeOptions())
+    where = Placement(torch.device("cpu"), spread=False, streamed=True)
+    loaded = load_model(base, None, MergeOptions(), where, running=torch.float32)
+    weights = loaded.weights
+    assert isinstance(weights, StreamedWeights)
+    original = StreamedWeights.layer
+    most = []
+
+    def layer(self, module, **options):
+        context = original(self, module, **options)
+
+        class Watched:
+            def __enter__(self):
+                context.__enter__()
+                most.append(sum(any(p.device.type != "meta" for p in x.parameters()) for x in loaded.layers))
+                kinds = {n: p.dtype for n, p in module.named_parameters()}
+                narrow = torch.float32 if options.get("widen") else torch.bfloat16
+                assert kinds["mlp.up_proj.weight"] is narrow
+                assert kinds["input_layernorm.weight"] is torch.float32
+
+            def __exit__(self, *error):
+                context.__exit__(*error)
+
+        return Watched()
+
+    monkeypatch.setattr(StreamedWeights, "layer", layer)
+    found = measure(loaded.model, loaded.layers, SETTINGS, weights=weights, quiet=True)
+    assert set(most) == {1}
+    assert all(p.device.type == "meta" for x in loaded.layers for p in x.parameters())
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    expected = measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
+    for a, b in zip(found.layers, expected.layers, strict=True):
+        assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-4)
+
+
+def test_resident_and_streamed_agree(tmp_path):
+    path = tiny.save(tiny.build(tiny.config("qwen2", tie_word_embeddings=True)), tmp_path / "m")
+    base = open_model(str(path), None, MergeOptions())
+    norms = []
+    for streamed in (True, False):
+        where = Placement(torch.device("cpu"), spread=False, streamed=streamed)
+        loaded = load_model(base, None, MergeOptions(quiet=True), where)
+        found = measure(loaded.model, loaded.layers, SETTINGS, weights=loaded.weights, quiet=True)
+        norms.append([layer.squared_norms for layer in found.layers])
+    assert np.array(norms[0]) == pytest.approx(np.array(norms[1]), rel=1e-6)
+
+
+def test_a_model_that_runs_out_of_memory_is_halved_and_then_streamed(tmp_path, monkeypatch):
+    path = tiny.save(tiny.build(tiny.config("llama")), tmp_path / "m")
+    base = open_model(str(path), None, MergeOptions())
+    expected = measure_base(base, SETTINGS, None, MergeOptions(quiet=True))
+    sizes = []
+    original = batched._Run.measure
+
+    def small(self, samples: Samples, device):
+        sizes.append(len(samples.input_ids))
+        if len(samples.input_ids) > 2:
+            raise torch.OutOfMemoryError
+        return original(self, samples, device)
+
+    monkeypatch.setattr(batched._Run, "measure", small)
+    LoaderCache.loaders.clear()
+    found = measure_base(base, SETTINGS, None, MergeOptions(quiet=True))
+    assert sizes == [5, 3, 2, 2, 1]
+    for a, b in zip(found.layers, expected.layers, strict=True):
+        assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-5)
+
+
+def test_progress_counts_every_layer_of_every_sequence():
+    model = tiny.build(tiny.config("llama"))
+    steps = []
+    batched_engine(model, layers_of(model), draw_samples(SETTINGS, tiny.VOCAB), steps.append)
+    assert sum(steps) == 2 * 5 * SETTINGS.samples
+
+
+def test_a_measurement_leaves_the_model_unpatched():
+    model = tiny.build(tiny.config("llama"))
+    measure(model, layers_of(model), SETTINGS, quiet=True)
+    assert not [name for name, module in model.named_modules() if "forward" in module.__dict__]
+    assert not [name for name, module in model.named_modules() if module._forward_hooks]
+    assert re.fullmatch(r"meta|cpu", next(model.parameters()).device.type)
