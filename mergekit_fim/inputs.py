@@ -52,6 +52,16 @@ class TensorHeader:
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype, where it is one of floating-point numbers that can be merged."""
+        return _FLOAT_DTYPES.get(self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of its values, taken as bytes where they aren't floating-point numbers."""
+        return math.prod(self.shape) * (self.torch_dtype.itemsize if self.torch_dtype else 1)
+
 
 @dataclass(frozen=True, eq=False)
 class InputModel:
@@ -86,10 +96,10 @@ class InputModel:
 
     def stored_dtype(self) -> torch.dtype:
         """The dtype of most of the checkpoint's parameters."""
-        elements: dict[str, int] = {}
+        elements: dict[torch.dtype | None, int] = {}
         for header in self.headers.values():
-            elements[header.dtype] = elements.get(header.dtype, 0) + math.prod(header.shape)
-        return _FLOAT_DTYPES.get(max(elements, key=elements.__getitem__), torch.float32)
+            elements[header.torch_dtype] = elements.get(header.torch_dtype, 0) + math.prod(header.shape)
+        return max(elements, key=elements.__getitem__) or torch.float32
 
     def load(self, tensor: WeightInfo, dtype: str | None) -> torch.Tensor | None:
         """Read a tensor exactly as the merge will, by mergekit's own task, or None where it is optional and absent."""
@@ -169,7 +179,7 @@ def _open_model(reference: ModelReference, config: PretrainedConfig, architectur
         for tensor in layer.tensors if layer else layout.other:
             name = _stored_name(headers, tensor, tied=True)
             if name is not None:
-                if headers[name].dtype not in _FLOAT_DTYPES:
+                if headers[name].torch_dtype is None:
                     raise FimError(
                         f"{reference}: tensor {name} is stored as {headers[name].dtype}, expected float16, bfloat16, "
                         "float32 or float64; use the model's unquantised checkpoint"

@@ -1,0 +1,110 @@
+"""A model's checkpoint -> its fingerprint: the same for every copy of the weights, another one for other weights.
+
+It is made of the checkpoint's headers and of samples of every tensor's bytes, so that it costs seconds however large
+the checkpoint is. What it can miss is said in docs/measurements.md.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from mergekit.io.tasks import LoaderCache
+
+from mergekit_fim.errors import FimError
+from mergekit_fim.inputs import InputModel
+
+# Bytes that are read at a time, how many such blocks of a whole checkpoint, and the least of a single tensor.
+_BLOCK = 4096
+_BLOCKS = 1024
+_LEAST = 2
+
+# Keys of config.json that say where it came from or how text is generated, not what the model computes.
+_IMMATERIAL = {
+    *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+}
+
+
+def fingerprint(model: InputModel) -> str:
+    """Identify a model by its weights and its config, wherever they are and however they are split into files.
+
+    Returns:
+        "<weights>-<config>", two hexadecimal numbers of 32 and 16 digits. The first covers every tensor's name, dtype
+        and shape, and evenly spaced blocks of its bytes, the first and the last among them; the second what config.json
+        says of the computation.
+
+    Raises:
+        FimError: a file can't be read.
+    """
+    index = LoaderCache().get(model.reference).index
+    total = sum(math.prod(header.shape) for header in model.headers.values())
+    digests: dict[str, bytes] = {}
+    for shard in index.shards:
+        path = os.path.join(index.base_path, shard.filename)
+        try:
+            tensors = _safetensors(path) if path.endswith(".safetensors") else _pickled(path)
+            for name, size, read in tensors:
+                if name not in model.headers:
+                    continue
+                header = model.headers[name]
+                digest = hashlib.sha256(f"{name} {header.torch_dtype} {list(header.shape)}\n".encode())
+                share = math.ceil(_BLOCKS * math.prod(header.shape) / max(1, total))
+                for start in _starts(size, max(_LEAST, share)):
+                    digest.update(read(start, min(_BLOCK, size - start)))
+                digests[name] = digest.digest()
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise FimError(f"{model}: can't read {path} ({reason}); download or save the model again") from error
+    weights = hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()[:32]
+    return f"{weights}-{_config_digest(os.path.join(index.base_path, 'config.json'))}"
+
+
+def _starts(size: int, blocks: int) -> list[int]:
+    """Where `blocks` evenly spaced blocks of a tensor of `size` bytes begin; all of it where it is short."""
+    if size <= blocks * _BLOCK:
+        return list(range(0, size, _BLOCK))
+    return [(size - _BLOCK) * i // (blocks - 1) for i in range(blocks)]
+
+
+def _safetensors(path: str) -> Iterator[tuple[str, int, Any]]:
+    """(name, bytes, read(start, length)) of every tensor, in the file's own little-endian layout."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+
+        def reader(begin: int) -> Any:
+            def read(start: int, count: int) -> bytes:
+                file.seek(8 + length + begin + start)
+                return file.read(count)
+
+            return read
+
+        for name in header.keys() - {"__metadata__"}:
+            begin, end = header[name]["data_offsets"]
+            yield name, end - begin, reader(begin)
+
+
+def _pickled(path: str) -> Iterator[tuple[str, int, Any]]:
+    """The same of a `.bin` file, mapped where its format allows it, else read whole."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # the format from before torch 1.6
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor):
+            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+            yield name, len(flat), lambda start, count, flat=flat: flat[start : start + count].numpy().tobytes()
+
+
+def _config_digest(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError) as error:
+        raise FimError(f"{path}: can't be read ({error}); download or save the model again") from error
+    material = {key: value for key, value in config.items() if key not in _IMMATERIAL}
+    return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()[:16]
