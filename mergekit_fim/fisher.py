@@ -185,9 +185,13 @@ def check_measurable(base: InputModel, settings: FisherSettings) -> None:
         raise FimError(f"fisher_seq_len must be at most the {limit} positions of {base}, found {settings.seq_len}")
 
 
-def reading_dtype(base: InputModel, dtype: str | None) -> torch.dtype:
-    """What most of the weights are read as: the merge's dtype, or the checkpoint's own."""
-    return dtype_from_name(dtype) or base.stored_dtype()
+def dtypes(base: InputModel, dtype: str | None, options: MergeOptions) -> tuple[torch.dtype, torch.dtype]:
+    """What most of the weights are read as, the merge's dtype or the checkpoint's own, and what the model runs in.
+
+    Which is the faster on a CPU is timed, so that two machines might choose differently.
+    """
+    reading = dtype_from_name(dtype) or base.stored_dtype()
+    return reading, placement.running_dtype(reading, placement.placement(options).device)
 
 
 def measure_base(
@@ -197,7 +201,6 @@ def measure_base(
     options: MergeOptions,
     *,
     engine: FisherEngine = batched_engine,
-    share: Callable[[Callable[[Samples], torch.Tensor]], torch.Tensor] | None = None,
     running: torch.dtype | None = None,
     each_layer: Callable[[int], object] | None = None,
 ) -> FisherMeasurement:
@@ -209,7 +212,7 @@ def measure_base(
         dtype: the merge's dtype, or None for the checkpoint's own.
         options: the merge's options, which say where it runs.
         engine: how the gradient norms are computed.
-        running: what to run it in; by default the `running_dtype` for the `reading_dtype`.
+        running: what to run it in; by default as `dtypes` has it.
         each_layer: called once with every decoder layer's index, when its weights are about to be read.
 
     Raises:

@@ -79,6 +79,10 @@ def _parameters() -> dict[str, Parameter]:
     merge, tensor, model = Scope.MERGE, Scope.TENSOR, Scope.MODEL
     # fmt: off
     table = [
+        Parameter("fisher", str, "a file, or user/repo or user/repo/FILE on the Hub", bool, merge, None, "ours",
+                  "a saved measurement to use instead of measuring"),
+        Parameter("fisher_cache", bool, "true or false", _any, merge, True, "ours",
+                  "keep the measurement for the next merge on this base, and use what was kept"),
         Parameter("fisher_samples", int, "a whole number of at least 1", lambda v: v >= 1, merge, 8, "paper",
                   "number N of random-token sequences"),
         Parameter("fisher_seq_len", int, "a whole number of at least 2", lambda v: v >= 2, merge, 64, "paper",

@@ -7,9 +7,10 @@ resolves with the names of the source layers: slices that drop, repeat or shift 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import tqdm
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference
 from mergekit.config import (
@@ -25,12 +26,15 @@ from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
 from mergekit_fim import fisher, placement, task_vectors
+from mergekit_fim.cache import CacheEntry
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher import FisherMeasurement
 from mergekit_fim.inputs import InputModel, check_compatible, open_models
+from mergekit_fim.measurement import Measurement, ModelIdentity
 from mergekit_fim.output_config import ConfigDifference, adapt_output_config
 from mergekit_fim.parameters import PARAMETERS, Scope
+from mergekit_fim.saved import load_measurement
 from mergekit_fim.settings import Settings, conditions, read_settings
 from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms
 
@@ -66,10 +70,20 @@ class ModelCoefficients:
 
 @dataclass(frozen=True)
 class BaseCoefficients:
-    """The measurement of one base model, and what followed for the models that are merged into it."""
+    """The measurement of one base model, and what followed for the models that are merged into it.
+
+    Attributes:
+        base: the base model.
+        identity: which model that is, wherever it lies.
+        fisher: its measurement.
+        origin: where that comes from, in words; empty where it was measured just now.
+        models: the coefficients of each fine-tuned model.
+    """
 
     base: InputModel
+    identity: ModelIdentity
     fisher: FisherMeasurement
+    origin: str
     models: tuple[ModelCoefficients, ...]
 
 
@@ -216,11 +230,24 @@ def run(
     needed = _distinct((s.base, s.source.model) for s in automatic)
     measured = [s for s in sources if (s.base, s.source.model) in needed]
     bases = _distinct(s.base for s in measured)
+    identities = {base: ModelIdentity.of(inputs[base]) for base in bases}
+    saved = _saved_measurement(settings, identities, options) if bases else None
+    if saved is not None:
+        settings = replace(settings, fisher=saved.fisher.settings)
     for base in bases:
         fisher.check_measurable(inputs[base], settings.fisher)
     coefficients = tuple(
-        _measure(inputs[base], [s for s in measured if s.base == base], inputs, settings, config.dtype, options)
-        for base in bases
+        _measure(
+            inputs[base],
+            identity,
+            [s for s in measured if s.base == base],
+            inputs,
+            settings,
+            saved if saved is not None and not saved.model.difference(identity) else None,
+            config.dtype,
+            options,
+        )
+        for base, identity in identities.items()
     )
     warnings += [warning for found in coefficients for warning in found.fisher.warnings]
     for found in (m for c in coefficients for m in c.models):
@@ -335,11 +362,37 @@ def _is_set_by_hand(source: SourceSlice, model: InputModel) -> bool:
     return all(evaluate_setting(name, by_hand, validate=float) is not None for name in names)
 
 
+def _saved_measurement(
+    settings: Settings, bases: Mapping[ModelReference, ModelIdentity], options: MergeOptions
+) -> Measurement | None:
+    """What the config's `fisher` names, if it is a measurement of one of the bases and as the config wants it."""
+    if settings.saved is None:
+        return None
+    found = load_measurement(settings.saved, options.transformers_cache)
+    for name in sorted(settings.given):
+        wanted, has = getattr(settings.fisher, name), getattr(found.fisher.settings, name)
+        if wanted != has:
+            raise FimError(
+                f"fisher: {settings.saved} was measured with {name} {has}, but the config sets fisher_{name} to "
+                f"{wanted}; leave out one of the two"
+            )
+    differences = [found.model.difference(identity) for identity in bases.values()]
+    if all(differences):
+        raise FimError(
+            f"fisher: {settings.saved} is a measurement of {found.model.id}, which differs from the base "
+            f"{next(iter(bases))} in its {differences[0]}; measure the base with `mergekit-fim fisher`, or leave "
+            "`fisher` out"
+        )
+    return found
+
+
 def _measure(
     base: InputModel,
+    identity: ModelIdentity,
     sources: Sequence[SourceSlice],
     inputs: Mapping[ModelReference, InputModel],
     settings: Settings,
+    saved: Measurement | None,
     dtype: str | None,
     options: MergeOptions,
 ) -> BaseCoefficients:
@@ -348,11 +401,9 @@ def _measure(
         inputs[reference]: _population([s for s in sources if s.source.model == reference], len(base.layout.layers))
         for reference in references
     }
-    # Along with the forward pass, so that the base's layers are read once for both. Broken weights end it there, before
-    # the costlier backward pass.
     sweep = task_vectors.TaskVectorSweep(base, pairs, dtype)
     norms = sweep.outside()
-    measurement = fisher.measure_base(base, settings.fisher, dtype, options, each_layer=sweep.layer)
+    measurement, origin = _fisher(base, identity, settings, saved, dtype, options, sweep)
     LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
     models = []
     for model, layer_pairs in pairs.items():
@@ -368,7 +419,39 @@ def _measure(
         models.append(
             ModelCoefficients(model, tuple(layer_pairs), norms[model], tuple(scores), tuple(alphas), tuple(used), other)
         )
-    return BaseCoefficients(base, measurement, tuple(models))
+    return BaseCoefficients(base, identity, measurement, origin, tuple(models))
+
+
+def _fisher(
+    base: InputModel,
+    identity: ModelIdentity,
+    settings: Settings,
+    saved: Measurement | None,
+    dtype: str | None,
+    options: MergeOptions,
+    sweep: task_vectors.TaskVectorSweep,
+) -> tuple[FisherMeasurement, str]:
+    """The base's measurement and where it comes from; in any case the sweep over its layers is made."""
+    reading, running = fisher.dtypes(base, dtype, options)
+    entry = CacheEntry(identity, settings.fisher, reading, running)
+    known, origin = None, ""
+    if saved is not None:
+        known, origin = saved.fisher, f"from {settings.saved}"
+    elif settings.cache:
+        known, origin = entry.read(), f"kept from an earlier measurement: {entry.path}"
+    if known is not None:
+        layers = tqdm.trange(
+            len(base.layout.layers), desc="Measuring task vectors", unit="layer", disable=options.quiet
+        )
+        for layer in layers:
+            sweep.layer(layer)
+        return known, origin
+    # Along with the forward pass, so that the base's layers are read once for both. Broken weights end it there, before
+    # the costlier backward pass.
+    found = fisher.measure_base(base, settings.fisher, dtype, options, running=running, each_layer=sweep.layer)
+    if settings.cache:
+        entry.write(found)
+    return found, ""
 
 
 def _used_alphas(

@@ -4,11 +4,9 @@ import json
 import logging
 import math
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import click
 from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel
 from pydantic import BaseModel
@@ -16,11 +14,11 @@ from pydantic import BaseModel
 from mergekit_fim.measurement import layers_as_json, versions
 from mergekit_fim.methods import is_gate_projection
 from mergekit_fim.prepass import BaseCoefficients, ModelCoefficients, PrePass
+from mergekit_fim.text import echo, width, wrapped
 
 LOG = logging.getLogger("mergekit_fim")
 
 REPORT_NAME = "fim_report.json"
-_WIDTH = 100
 
 
 def show(pre_pass: PrePass, *, quiet: bool) -> None:
@@ -28,8 +26,7 @@ def show(pre_pass: PrePass, *, quiet: bool) -> None:
     for warning in pre_pass.warnings:
         LOG.warning("%s", warning)
     if not quiet:
-        encoding = sys.stdout.encoding or "utf-8"  # a terminal without ‖δ‖ and α must not cost the merge
-        click.echo(render(pre_pass).encode(encoding, "replace").decode(encoding))
+        echo(render(pre_pass))
 
 
 def render(pre_pass: PrePass) -> str:
@@ -37,13 +34,15 @@ def render(pre_pass: PrePass) -> str:
     lines = [""]
     for coefficients in pre_pass.coefficients:
         settings = pre_pass.settings.fisher
-        lines.append(
+        lines += wrapped(
             f"Fisher information of {coefficients.base} on {settings.samples} × {settings.seq_len} random tokens "
             f"(seed {settings.seed}, labels: {settings.labels}, in {coefficients.fisher.dtype})"
         )
+        if coefficients.origin:
+            lines += wrapped(f"({coefficients.origin})")
         lines += _table(coefficients)
         lines.append("")
-    lines += [f"- {note}" for note in _notes(pre_pass)]
+    lines += [line for note in _notes(pre_pass) for line in wrapped(f"- {note}")]
     return "\n".join(lines) + "\n"
 
 
@@ -51,7 +50,7 @@ def _table(coefficients: BaseCoefficients) -> Iterator[str]:
     """As many models side by side as fit, the Fisher columns with the first of each block."""
     group = 28
     left = 30
-    per_block = max(1, (_WIDTH - left) // group)
+    per_block = max(1, (width() - left) // group)
     models = coefficients.models
     for start in range(0, len(models), per_block):
         block = models[start : start + per_block]
@@ -146,6 +145,7 @@ def as_json(pre_pass: PrePass) -> dict[str, Any]:
 def _settings(pre_pass: PrePass) -> dict[str, Any]:
     fisher, mapping = pre_pass.settings.fisher, pre_pass.settings.mapping
     return {
+        "fisher": pre_pass.settings.saved,
         **{f"fisher_{key}": value for key, value in vars(fisher).items()},
         **vars(mapping),
         "alpha_other": pre_pass.settings.alpha_other,
@@ -158,6 +158,7 @@ def _settings(pre_pass: PrePass) -> dict[str, Any]:
 
 def _fisher(coefficients: BaseCoefficients) -> dict[str, Any]:
     return {
+        "model": dict(vars(coefficients.identity)),
         "vocab_size": coefficients.fisher.vocab_size,
         "dtype": coefficients.fisher.dtype,
         "num_layers": len(coefficients.fisher.layers),

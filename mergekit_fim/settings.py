@@ -28,9 +28,21 @@ class FisherSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the pre-pass: one value each for the whole merge."""
+    """The settings of the pre-pass: one value each for the whole merge.
+
+    Attributes:
+        fisher: what determines the measurement.
+        given: the names of those of `fisher` that the config sets.
+        saved: a saved measurement to use, a file or a Hub reference.
+        cache: whether measurements are kept and used again.
+        mapping: how scores become coefficients.
+        alpha_other: the coefficient outside the decoder layers; None for the mean of theirs.
+    """
 
     fisher: FisherSettings
+    given: frozenset[str]
+    saved: str | None
+    cache: bool
     mapping: coefficients.Mapping
     alpha_other: float | None
 
@@ -93,7 +105,8 @@ def read_settings(config: MergeConfiguration) -> Settings:
     fisher = FisherSettings(
         values["fisher_samples"], values["fisher_seq_len"], values["fisher_seed"], values["fisher_labels"]
     )
-    return Settings(fisher, mapping, values["alpha_other"])
+    by_user = frozenset(name for name in vars(fisher) if f"fisher_{name}" in given)
+    return Settings(fisher, by_user, values["fisher"], values["fisher_cache"], mapping, values["alpha_other"])
 
 
 def _check_parameter(name: str, setting: Any, block: ParameterBlock, method: str) -> None:

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import venv
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask the network
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(2)
 transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path_factory, monkeypatch) -> Path:
+    """Every test has a cache of its own, empty at first."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("MERGEKIT_FIM_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -56,14 +65,20 @@ def pair(tmp_path_factory) -> Pair:
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge by the stock command, in this process."""
+    """A merge by the stock command, in this process.
+
+    With `fresh`, each has a cache of its own, so that two merges that are compared are both measured.
+    """
 
     folder: Path
+    fresh: bool = True
 
     def __call__(self, config: dict | str, *options: str, out: str = "out") -> tuple[Path, Result]:
         source = self.folder / f"{out}.yml"
         source.write_text(config if isinstance(config, str) else yaml.safe_dump(config), encoding="utf-8")
         target = self.folder / out
+        if self.fresh:  # the fixture `cache_folder` undoes it
+            os.environ["MERGEKIT_FIM_CACHE"] = tempfile.mkdtemp(dir=self.folder.parent)
         arguments = [str(source), str(target), "--no-write-model-card", "--no-copy-tokenizer", *options]
         return target, CliRunner().invoke(mergekit_yaml, arguments)
 
