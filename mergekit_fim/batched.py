@@ -62,8 +62,7 @@ def batched_engine(
     weights = weights or ResidentWeights()
     count, length = samples.input_ids.shape
     device = weights.rows(model.get_input_embeddings(), slice(0, 1)).device
-    tokens = tokens or (_TOKENS if device.type == "cpu" else _TOKENS_ON_ACCELERATORS)
-    size = min(count, max(1, tokens // length))
+    size = micro_batch(count, length, device.type, tokens)
     model.requires_grad_(False)
     run = _Run(model, layers, weights, progress)
     parts: list[torch.Tensor] = []
@@ -78,6 +77,12 @@ def batched_engine(
         else:
             start += size
     return torch.cat(parts)
+
+
+def micro_batch(sequences: int, length: int, device_type: str, tokens: int | None = None) -> int:
+    """How many sequences share a forward and a backward pass, of at most `tokens` tokens unless it is one sequence."""
+    tokens = tokens or (_TOKENS if device_type == "cpu" else _TOKENS_ON_ACCELERATORS)
+    return min(sequences, max(1, tokens // length))
 
 
 class _Run:

@@ -5,10 +5,14 @@ are wrapped, and act for `fim_ties` and `fim_ta` only:
 
 - `normalize_config`: afterwards everything in the config is modules -> slices -> sources, with the options, the
   architecture and the output's config at hand, and no output folder made yet. The pre-pass runs there.
-- `plan_to_disk`: adds the task that writes the report beside the merged model.
+- `plan_to_disk`: adds the task that writes the report beside the merged model. Within `plan_only`, where merges of
+  every method end, it hands over the finished plan instead.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from mergekit import plan
@@ -16,7 +20,27 @@ from mergekit import plan
 from mergekit_fim.errors import FimError
 from mergekit_fim.parameters import METHODS
 
+_planning_only: ContextVar[bool] = ContextVar("planning_only", default=False)
 _PLANNER_ATTRIBUTES = ("config", "arch_info", "options", "out_model_config")
+
+
+class Planned(Exception):
+    """Ends a merge within `plan_only`: mergekit's planner when its plan was complete, and its tasks."""
+
+    def __init__(self, planner: Any, tasks: list[Any]) -> None:
+        super().__init__("planned")
+        self.planner = planner
+        self.tasks = tasks
+
+
+@contextlib.contextmanager
+def plan_only() -> Iterator[None]:
+    """Within this, a merge raises `Planned` where its first tensor would be merged; no output folder is made."""
+    token = _planning_only.set(True)
+    try:
+        yield
+    finally:
+        _planning_only.reset(token)
 
 
 def _hook_planner() -> None:
@@ -39,6 +63,8 @@ def _hook_planner() -> None:
             from mergekit_fim.report import WriteReport
 
             targets.append(WriteReport.after(targets, self.fim_pre_pass, out_path))
+        if _planning_only.get():
+            raise Planned(self, targets)
         return targets
 
     normalize_config.mergekit_fim = True  # type: ignore[attr-defined]
@@ -63,7 +89,8 @@ def _normalize_and_measure(planner: Any, normalize: Any) -> None:
     planner.fim_pre_pass = prepass.run(
         planner.config, settings, planner.arch_info, planner.options, planner.out_model_config
     )
-    report.show(planner.fim_pre_pass, quiet=planner.options.quiet)
+    if not _planning_only.get():
+        report.show(planner.fim_pre_pass, quiet=planner.options.quiet)
 
 
 _hook_planner()

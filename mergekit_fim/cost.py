@@ -1,0 +1,121 @@
+"""What a merge will read, write and hold in memory: arithmetic on the headers of the checkpoints."""
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mergekit.common import dtype_from_name
+from mergekit.io.tasks import LoaderCache
+from mergekit.options import MergeOptions
+
+from mergekit_fim.batched import micro_batch
+from mergekit_fim.inputs import InputModel
+from mergekit_fim.planning import MergePlan, PlannedTensor
+from mergekit_fim.prepass import BaseCoefficients
+
+# What Python, torch, transformers and mergekit hold without a model, and beside a model in the pre-pass, in bytes:
+# measured with benchmarks/cost.py (docs/scale.md).
+PROGRAM_MEMORY = 0.40e9
+PRE_PASS_MEMORY = 0.65e9
+
+
+@dataclass(frozen=True)
+class MergeCost:
+    """Bytes that a merge moves and holds, on the CPU beside mapped files, which the system can drop at any time.
+
+    Attributes:
+        pre_pass_reads: of checkpoints, in the pre-pass.
+        merge_reads: in the merge itself.
+        writes: of the merged model.
+        pre_pass_memory: what the pre-pass holds at a time, about.
+        merge_memory: what the merge holds at a time, at most and about.
+        shard: what mergekit collects before it writes a file (--out-shard-size).
+    """
+
+    pre_pass_reads: int
+    merge_reads: int
+    writes: int
+    pre_pass_memory: float
+    merge_memory: float
+    shard: int
+
+
+def activation_memory(layers: int, hidden: int, intermediate: int, tokens: int, width: int) -> float:
+    """Bytes of activations in the pre-pass: the inputs of all decoder layers, and what is inside one of them.
+
+    Args:
+        layers: number of decoder layers.
+        hidden: size of the hidden states.
+        intermediate: size inside the MLP.
+        tokens: in a micro-batch.
+        width: bytes of a number.
+    """
+    return width * tokens * (layers * hidden + 6 * hidden + 5 * intermediate)
+
+
+def merge_cost(plan: MergePlan, options: MergeOptions) -> MergeCost:
+    """Work out what a planned merge will cost, as if all layers of every model were used.
+
+    The pre-pass reads the decoder layers of the base twice, for the forward and for the backward pass (more often where
+    the sequences are split into micro-batches), and everything of the fine-tuned models once; where the measurement is
+    at hand, everything once. Files that fit in the system's own cache are read from disk once in all.
+    """
+    assert plan.pre_pass is not None
+    inputs = plan.pre_pass.inputs
+    sizes = {reference: _bytes(model) for reference, model in inputs.items()}
+    reads, memory = 0, PROGRAM_MEMORY
+    for found in plan.pre_pass.coefficients:
+        reads += sizes[found.base.reference] + sum(sizes[m.model.reference] for m in found.models)
+        if not found.origin:
+            settings = plan.pre_pass.settings.fisher
+            sequences = micro_batch(settings.samples, settings.seq_len, "cpu")
+            batches = math.ceil(settings.samples / sequences)
+            reads += (2 * batches - 1) * _layer_bytes(found.base)
+            memory = max(memory, PRE_PASS_MEMORY + _activations(found, sequences * settings.seq_len))
+    base = next(iter(inputs.values()))
+    width = (dtype_from_name(plan.config.out_dtype or plan.config.dtype) or base.stored_dtype()).itemsize
+    written = [width * elements for tensor in plan.tensors for elements in _elements(tensor, base)]
+    shard = min(options.out_shard_size, sum(written)) if options.out_shard_size > 0 else sum(written)
+    pickled = 0 if options.lazy_unpickle else sum(_largest_pickle(model) for model in inputs.values())
+    return MergeCost(
+        reads,
+        sum(sizes.values()),
+        sum(written),
+        memory + pickled,
+        PROGRAM_MEMORY + shard + max(written, default=0) + pickled,
+        shard,
+    )
+
+
+def _activations(found: BaseCoefficients, tokens: int) -> float:
+    text = found.base.text_config
+    hidden = text.hidden_size
+    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
+    width = dtype_from_name(found.fisher.dtype).itemsize
+    return activation_memory(len(found.base.layout.layers), hidden, intermediate, tokens, width)
+
+
+def _largest_pickle(model: InputModel) -> int:
+    """Of the `.bin` files of a model, which are in memory whole while they are read, the largest."""
+    index = LoaderCache().get(model.reference).index
+    if index.is_safetensors:
+        return 0
+    return max(os.path.getsize(os.path.join(index.base_path, shard.filename)) for shard in index.shards)
+
+
+def _bytes(model: InputModel) -> int:
+    return sum(header.nbytes for header in model.headers.values())
+
+
+def _layer_bytes(model: InputModel) -> int:
+    prefixes = tuple(layer.prefix for layer in model.layout.layers)
+    return sum(header.nbytes for name, header in model.headers.items() if name.startswith(prefixes))
+
+
+def _elements(tensor: PlannedTensor, base: InputModel) -> Iterator[int]:
+    """Those of a merged tensor, by the base's header: single experts that mergekit fuses have none under this name."""
+    own = tensor.sources().get(base.reference)
+    name = base.stored_name(own) if own is not None else None
+    if name is not None:
+        yield math.prod(base.headers[name].shape)
