@@ -125,8 +125,8 @@ class FimMerge(GroupMergeMethod):
         if calibrate:
             # The disjoint merge passes over a model that has nothing to add; so must the target.
             entering = [weight if moved else 0.0 for weight, moved in zip(weights, moves_any, strict=True)]
-            shares = _shares(entering, parameters["normalize"])
-            moves = [parameters["lambda"] * share * alpha for share, alpha in zip(shares, alphas, strict=True)]
+            parts = shares(entering, parameters["normalize"])
+            moves = [parameters["lambda"] * share * alpha for share, alpha in zip(parts, alphas, strict=True)]
             factor = _norm_factor(float(norm) ** 0.5, theta0, tuned, moves, parameters["norm_tolerance"])
             if factor != 1:
                 for run in runs(len(merged), base.device):
@@ -155,9 +155,9 @@ def _parameter_specs(method: str) -> list[ParameterSpec]:
 
 def _sum(deltas: list[torch.Tensor], alphas: list[float], weights: list[float], normalize: bool) -> torch.Tensor:
     """Σ_m w_m α_m δ_m, divided by Σ_m w_m if `normalize`. Overwrites `deltas`."""
-    shares = _shares(weights, normalize)
-    total = deltas[0].mul_(shares[0] * alphas[0])
-    for delta, share, alpha in zip(deltas[1:], shares[1:], alphas[1:], strict=True):
+    parts = shares(weights, normalize)
+    total = deltas[0].mul_(parts[0] * alphas[0])
+    for delta, share, alpha in zip(deltas[1:], parts[1:], alphas[1:], strict=True):
         total.add_(delta, alpha=share * alpha)
     return total
 
@@ -192,7 +192,7 @@ def _disjoint_merge(
     return total
 
 
-def _shares(weights: list[float], normalize: bool) -> list[float]:
+def shares(weights: list[float], normalize: bool) -> list[float]:
     """The users' weights, divided by their sum if `normalize` (unless it is zero, as in mergekit)."""
     total = sum(weights)
     if not normalize or abs(total) < 1e-8:

@@ -1,0 +1,286 @@
+"""Planned merge -> an ordinary mergekit config with the coefficients in it, and what that config can't say."""
+
+import copy
+import json
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mergekit.common import ModelReference
+from mergekit.config import (
+    ConditionalParameter,
+    InputModelDefinition,
+    InputSliceDefinition,
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+)
+from mergekit.graph import Executor, Task
+from mergekit.options import MergeOptions
+
+from mergekit_fim.errors import FimError
+from mergekit_fim.inputs import InputModel
+from mergekit_fim.methods import is_gate_projection, shares
+from mergekit_fim.norms import squared_distance, squared_norm
+from mergekit_fim.planning import MergePlan, PlannedTensor, plan_merge
+
+STOCK_METHODS = {"fim_ties": "ties", "fim_ta": "task_arithmetic"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """A merge without this package.
+
+    Attributes:
+        config: for stock mergekit.
+        losses: what it does otherwise than the merge that it stands for, a line each.
+    """
+
+    config: MergeConfiguration
+    losses: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far a tensor of the exported merge is from the same one of the merge that it stands for.
+
+    Attributes:
+        name: the tensor.
+        relative: ‖θ_exported − θ‖ / ‖θ‖.
+        of_change: ‖θ_exported − θ‖ / ‖θ − θ0‖, θ0 the base's tensor.
+    """
+
+    name: str
+    relative: float
+    of_change: float
+
+
+def export(plan: MergePlan, options: MergeOptions) -> Export:
+    """Write a planned merge as one of mergekit's own methods.
+
+    `fim_ta` becomes `task_arithmetic` and `fim_ties` becomes `ties`, with `normalize: false` and, as filtered `weight`,
+    each model's coefficient of every tensor: λ · weight · α, divided by the weights' sum where the merge normalises,
+    gate protection included.
+
+    Args:
+        plan: of a merge by `fim_ties` or `fim_ta`.
+        options: the merge's options.
+
+    Raises:
+        FimError: stock mergekit can't plan the exported config.
+    """
+    slices = _slices(plan)
+    config = plan.config.model_copy(deep=True)
+    config.merge_method = STOCK_METHODS[plan.config.merge_method]
+    config.modules, config.parameters = None, {"normalize": False}
+    whole = len(slices) == 1 and slices[0].base_model is None and _is_whole(slices[0], plan)
+    if whole:
+        config.models = [
+            InputModelDefinition(model=source.model, parameters=source.parameters)
+            for source in slices[0].sources
+            if source.model != config.base_model
+        ]
+    else:
+        config.slices = slices
+    # Validated anew: a copy isn't.
+    config = MergeConfiguration.model_validate(config.model_dump(exclude_none=True))
+    return Export(config, tuple(_losses(plan, plan_merge(config, options))))
+
+
+def _is_whole(out_slice: OutputSliceDefinition, plan: MergePlan) -> bool:
+    count = {reference: len(model.layout.layers) for reference, model in _inputs(plan).items()}
+    return all(tuple(source.layer_range) == (0, count[source.model]) for source in out_slice.sources)
+
+
+def _slices(plan: MergePlan) -> list[OutputSliceDefinition]:
+    slices = _only_module(plan).slices or []
+    tensors: list[list[PlannedTensor]] = [[] for _ in slices]
+    for index, tensor in _by_slice(plan):
+        tensors[index].append(tensor)
+    exported = []
+    for out_slice, own in zip(slices, tensors, strict=True):
+        base = out_slice.base_model or plan.config.base_model
+        sources = [
+            InputSliceDefinition(
+                model=source.model,
+                layer_range=source.layer_range,
+                parameters=None if source.model == base else _parameters(plan, source.model, own),
+            )
+            for source in out_slice.sources
+        ]
+        exported.append(OutputSliceDefinition(sources=sources, base_model=out_slice.base_model))
+    return exported
+
+
+def _by_slice(plan: MergePlan) -> Iterator[tuple[int, PlannedTensor]]:
+    """Every tensor with the slice whose parameters mergekit uses: outside the layers the first's or the last's."""
+    slices = _only_module(plan).slices or []
+    of_layer = [i for i, s in enumerate(slices) for _ in range(*s.sources[0].layer_range)]
+    numbers = [_layer_number(plan, tensor.name) for tensor in plan.tensors]
+    begin = next(i for i, number in enumerate(numbers) if number is not None)
+    for i, (tensor, number) in enumerate(zip(plan.tensors, numbers, strict=True)):
+        yield of_layer[number] if number is not None else 0 if i < begin else len(slices) - 1, tensor
+
+
+def _only_module(plan: MergePlan) -> OutputModuleDefinition:
+    (module,) = (plan.config.modules or {}).values()
+    return module
+
+
+def _layer_number(plan: MergePlan, name: str) -> int | None:
+    """Which decoder layer of the merged model a tensor is in."""
+    stem = next(iter(_inputs(plan).values())).layout.layers[0].prefix.removesuffix("0.")
+    number = name.removeprefix(stem).split(".")[0]
+    return int(number) if name.startswith(stem) and number.isdigit() else None
+
+
+def _inputs(plan: MergePlan) -> Mapping[ModelReference, InputModel]:
+    assert plan.pre_pass is not None
+    return plan.pre_pass.inputs
+
+
+def _coefficients(tensor: PlannedTensor) -> dict[ModelReference, float]:
+    """By what each model's task vector, or trimmed task vector, is multiplied."""
+    alphas, weights = tensor.per_model("alpha"), tensor.per_model("weight")
+    scale = tensor.parameter("lambda") * (tensor.parameter("gate_scale") if is_gate_projection(tensor.name) else 1.0)
+    parts = shares(list(weights.values()), tensor.parameter("normalize"))
+    return {model: scale * part * alphas[model] for model, part in zip(weights, parts, strict=True)}
+
+
+def _parameters(plan: MergePlan, model: ModelReference, tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
+    """A source's parameters for stock mergekit, whose filters see the names of the source's own tensors."""
+    layers = _inputs(plan)[model].layout.layers
+    names = [tensor.sources()[model].name for tensor in tensors]
+    prefixes = [next((x.prefix for x in layers if name.startswith(x.prefix)), None) for name in names]
+    values = {"weight": [_coefficients(tensor)[model] for tensor in tensors]}
+    if plan.config.merge_method == "fim_ties":
+        values["density"] = [tensor.per_model("density")[model] for tensor in tensors]
+    return {key: _setting(names, prefixes, column) for key, column in values.items()}
+
+
+def _setting(names: Sequence[str], prefixes: Sequence[str | None], values: Sequence[float]) -> Any:
+    """One value, or filters, the first match of which wins: a line per decoder layer, and one per tensor unlike it."""
+    if len(set(values)) == 1:
+        return values[0]
+    usual = {
+        prefix: Counter(v for p, v in zip(prefixes, values, strict=True) if p == prefix).most_common(1)[0][0]
+        for prefix in dict.fromkeys(prefixes)
+    }
+    filters: list[ConditionalParameter] = []
+    # Layers first: the name of a tensor outside them may be a part of the name of one inside.
+    for inside in (True, False):
+        filters += [
+            ConditionalParameter(filter=name, value=value)
+            for name, prefix, value in zip(names, prefixes, values, strict=True)
+            if (prefix is not None) is inside and value != usual[prefix]
+        ]
+        filters += [
+            ConditionalParameter(filter=prefix, value=value)
+            for prefix, value in usual.items()
+            if (prefix is not None) is inside
+        ]
+    return filters
+
+
+def _losses(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
+    method, stock = plan.config.merge_method, exported.config.merge_method
+    wanted = {tensor.name: _coefficients(tensor) for tensor in plan.tensors}
+    for tensor in exported.tensors:
+        if tensor.per_model("weight") != wanted[tensor.name]:
+            raise FimError(
+                f"the coefficients of {tensor.name} can't be written as filters of {stock}: it can't be exported"
+            )
+    tolerances = {tensor.parameter("norm_tolerance") for tensor in plan.tensors} - {0}
+    if tolerances:
+        yield (
+            f"norm calibration: {stock} doesn't rescale tensors whose norm is off by more than "
+            f"{' or '.join(f'{t:g}' for t in sorted(tolerances))} (norm_tolerance: 0 makes {method} the same)"
+        )
+    if method == "fim_ties" and any(
+        tensor.parameter("normalize") and len(tensor.per_model("weight")) > 1 for tensor in plan.tensors
+    ):
+        yield (
+            "several models with normalize: true: fim_ties divides every entry by the weights of the models that agree "
+            "in its sign, the exported config by those of all models (normalize: false makes fim_ties the same)"
+        )
+    base = next(iter(_inputs(plan).values()))
+    narrow = (plan.config.dtype or str(base.stored_dtype())).endswith("16")
+    if method == "fim_ties" and narrow:
+        yield (
+            "trimming in 16 bits: of the entries that are as large as the smallest one kept, and by how much the task "
+            "vector was rounded, stock mergekit decides otherwise (dtype: float32 makes it nearly the same)"
+        )
+    ours, theirs = plan.output_config.to_dict(), exported.output_config.to_dict()
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            yield (
+                f"config key {key}: stock mergekit writes {json.dumps(theirs.get(key))}, {method} writes "
+                f"{json.dumps(ours.get(key))}: change it in the merged model's config.json"
+            )
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            copy.deepcopy(exported.output_config).save_pretrained(folder)
+    except Exception as error:  # huggingface_hub's check of its own configs
+        yield f"stock mergekit can't save the merged model's config ({' '.join(str(error).split())})"
+
+
+class _Compare(Task[Difference | None]):
+    """Merges a tensor both ways and compares the results."""
+
+    name: str
+    ours: Task
+    exported: Task
+    inputs: Task
+    base: ModelReference
+
+    def arguments(self) -> dict[str, Any]:
+        return {"ours": self.ours, "exported": self.exported, "inputs": self.inputs}
+
+    def group_label(self) -> str | None:
+        return self.ours.group_label()
+
+    def execute(
+        self, ours: torch.Tensor | None, exported: torch.Tensor | None, inputs: Mapping[ModelReference, torch.Tensor]
+    ) -> Difference | None:
+        if ours is None or exported is None:
+            return None
+        distance = math.sqrt(squared_distance(exported, ours))
+        norm, change = math.sqrt(float(squared_norm(ours))), math.sqrt(squared_distance(ours, inputs[self.base]))
+        return Difference(self.name, distance / norm if norm else distance, distance / change if change else distance)
+
+
+def compare(plan: MergePlan, exported: MergeConfiguration, options: MergeOptions) -> list[Difference]:
+    """Merge every tensor both ways, without writing any: how far apart they are.
+
+    Args:
+        plan: the merge that was exported.
+        exported: `Export.config`.
+        options: the merge's options; mergekit's progress bar unless they are quiet.
+    """
+    theirs = {tensor.name: tensor.task for tensor in plan_merge(exported, options).tensors}
+    targets = [
+        _Compare(
+            name=tensor.name,
+            ours=tensor.task,
+            exported=theirs[tensor.name],
+            inputs=tensor.task.gather_tensors,
+            base=tensor.task.base_model,
+        )
+        for tensor in plan.tensors
+    ]
+    executor = Executor(targets=targets, math_device=options.device, storage_device="cpu")
+    return [found for _, found in executor.run(quiet=options.quiet) if found is not None]
+
+
+def summary(differences: Sequence[Difference]) -> str:
+    """In words, how far the exported merge is from the other: by the tensor that differs most."""
+    worst = max(differences, key=lambda d: d.relative)
+    most = max(differences, key=lambda d: d.of_change)
+    return (
+        f"largest relative difference of a merged tensor: {worst.relative:.1e} of its norm ({worst.name}), or "
+        f"{most.of_change:.1e} of what the merge changes in it ({most.name})"
+    )
