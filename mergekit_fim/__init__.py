@@ -18,6 +18,8 @@ TYPE_CHECKING = False  # as typing.TYPE_CHECKING, without importing typing
 if TYPE_CHECKING:
     from typing import Any
 
+    from mergekit_fim.api import *  # noqa: F403
+
 # mergekit's module -> ours that is imported right after it, and does its work on being imported. (Not by a call from
 # here: where ours is imported first, and in turn imports mergekit's, it isn't complete at that moment.)
 _TARGETS = {
@@ -25,6 +27,32 @@ _TARGETS = {
     "mergekit.plan": "mergekit_fim.integration",
 }
 _warned = False
+
+# The Python API, from `mergekit_fim.api` when it is first asked for.
+_API = (
+    *("FimError", "FisherSettings", "Mapping", "Measurement"),
+    *(
+        "importance_scores",
+        "measure",
+        "merge",
+        "merge_coefficients",
+        "read_measurement",
+        "resolve",
+        "write_measurement",
+    ),
+)
+
+
+def __getattr__(name: str) -> "Any":
+    if name in _API:
+        import importlib
+
+        return getattr(importlib.import_module("mergekit_fim.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_API})
 
 
 class _AfterImport:

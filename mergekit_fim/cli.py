@@ -1,20 +1,98 @@
-"""The command line: `python -m mergekit_fim`."""
+"""The command line: `mergekit-fim`, the same as `python -m mergekit_fim`.
+
+Whatever is heavy is imported when a command runs, so that help and shell completion are quick. mergekit's own options
+come from mergekit.
+"""
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import click
 
 import mergekit_fim
+from mergekit_fim.errors import FimError
+
+_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings=_CONTEXT)
 @click.version_option(mergekit_fim.__version__, prog_name="mergekit-fim")
 def main() -> None:
-    """Fisher information of language models, for mergekit's merge methods fim_ties and fim_ta."""
+    """Merge coefficients from Fisher information, for mergekit's merge methods fim_ties and fim_ta.
+
+    Merges themselves are made by mergekit-yaml as ever. These commands measure a base model once, to be kept or
+    published; show what a merge will do before it is made; write its coefficients as a config for stock mergekit; and
+    draw and compare measurements.
+
+    Completion, in bash and likewise in zsh and fish:
+
+    \b
+    eval "$(_MERGEKIT_FIM_COMPLETE=bash_source mergekit-fim)"
+    """
 
 
-@main.command()
+class _MergekitCommand(click.Command):
+    """A command with all of mergekit-yaml's options, which it hands on as `options`, mergekit's MergeOptions."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """The command's own parameters, and mergekit's as soon as they are asked for."""
+        if "merge_options" not in self.__dict__:
+            from mergekit.options import MergeOptions, add_merge_options
+
+            def make(merge_options: MergeOptions) -> MergeOptions:
+                return merge_options
+
+            self.merge_options: Any = add_merge_options(make)
+            own = {parameter.name for parameter in self.params}
+            theirs = reversed(self.merge_options.__click_params__)
+            self.mergekit_params = [parameter for parameter in theirs if parameter.name not in own]
+        return [*super().get_params(ctx)[:-1], *self.mergekit_params, *super().get_params(ctx)[-1:]]
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command with mergekit's options made one."""
+        given = {parameter.name: ctx.params.pop(parameter.name) for parameter in self.mergekit_params}
+        ctx.params["options"] = self.merge_options(**given)
+        return super().invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """mergekit's options in the sections of mergekit-yaml's help."""
+        from mergekit.options import OPTION_CATEGORIES
+
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None and isinstance(parameter, click.Option):
+                is_own = parameter not in self.mergekit_params
+                title = "Options" if is_own else OPTION_CATEGORIES.get(parameter.name or "", "Miscellaneous")
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def _no_cache(command: Callable[..., Any]) -> Callable[..., Any]:
+    return click.option(
+        "--no-cache", is_flag=True, help="Measure anew, and don't keep the measurement for the next merge."
+    )(command)
+
+
+def _loud(options: Any) -> None:
+    """As mergekit-yaml sets up logging and threads."""
+    options.apply_global_options()
+
+
+def _config(path: str, no_cache: bool) -> tuple[Any, str]:
+    """The merge config in a file, and its text."""
+    from mergekit_fim.planning import read_config
+
+    config, text = read_config(path)
+    if no_cache:
+        config.parameters = {**(config.parameters or {}), "fisher_cache": False}
+    return config, text
+
+
+@main.command(short_help="Measure a model's Fisher information, once.")
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(), help="The JSON file to write.")
 @click.option("--samples", default=8, show_default=True, type=click.IntRange(min=1), help="Number of sequences.")
@@ -40,6 +118,7 @@ def main() -> None:
 @click.option("--lora-merge-cache", type=click.Path(), help="Where merged LoRA models are kept.")
 @click.option("--transformers-cache", type=click.Path(), help="Where models of the Hub are kept.")
 @click.option("--lazy-unpickle", is_flag=True, help="Read .bin checkpoints tensor by tensor.")
+@_no_cache
 @click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
 def fisher(
     model: str,
@@ -50,57 +129,74 @@ def fisher(
     labels: str,
     dtype: str | None,
     revision: str | None,
+    no_cache: bool,
     **options: Any,
 ) -> None:
-    """Measure the Fisher information of MODEL's decoder layers on random tokens.
+    """Measure the Fisher information of MODEL's decoder layers on random tokens, and write it to a file.
 
-    MODEL is a folder or a model on the Hub, with an adapter as in mergekit: model+adapter.
+    MODEL is a folder or a model on the Hub, with an adapter as in mergekit: model+adapter. A merge uses the file
+    instead of measuring with `parameters: {fisher: FILE}` in its config.
 
-    Weights are read from the checkpoint as they are needed: the memory of one decoder layer will do.
+    Weights are read from the checkpoint as they are needed: the memory of one decoder layer will do. A measurement that
+    an earlier command or merge has kept is used again; --no-cache measures anew.
 
-    Several processes share the work: start them by `accelerate launch --num_processes K -m mergekit_fim fisher MODEL -o
-    FILE`, or, on CPUs, by `torchrun --nproc_per_node K -m mergekit_fim fisher MODEL -o FILE`.
+    Several processes share the work: start them by
+
+    \b
+    accelerate launch --num_processes K -m mergekit_fim fisher MODEL -o FILE
+    torchrun --nproc_per_node K -m mergekit_fim fisher MODEL -o FILE    (on CPUs)
     """
-    # Imported here, so that --help is quick.
     from mergekit_fim import fisher as fishing
+    from mergekit_fim.cache import CacheEntry
     from mergekit_fim.inputs import open_model
-    from mergekit_fim.measurement import as_json, check_writable, write_json
-    from mergekit_fim.placement import placement, running_dtype
+    from mergekit_fim.measurement import Measurement, ModelIdentity, check_writable, write_measurement
     from mergekit_fim.processes import SharedError, in_all, processes, shared_engine
     from mergekit_fim.settings import FisherSettings
 
     settings = FisherSettings(samples, seq_len, seed, labels)
     with processes() as state:
         is_main = state is None or state.is_main_process
-        merge_options = _merge_options(options, state)
+        merge_options = _options_of_process(options, state)
         try:
             opened = []
 
-            def prepare() -> None:
+            def prepare() -> tuple[Any, Any, Any]:
                 if is_main:
                     check_writable(output)
-                opened.append(open_model(model, revision, merge_options))
-                fishing.check_measurable(opened[0], settings)
+                base = open_model(model, revision, merge_options)
+                fishing.check_measurable(base, settings)
+                opened.append(base)
+                if not is_main:
+                    return None, None, None
+                identity = ModelIdentity.of(base)
+                reading, running = fishing.dtypes(base, dtype, merge_options)
+                entry = CacheEntry(identity, settings, reading, running)
+                return entry, running, None if no_cache else entry.read()
 
-            in_all(state, prepare)
-            (base,) = opened
-            # Timed, so that two machines might choose differently.
-            wanted = fishing.reading_dtype(base, dtype)
-            running = in_all(state, lambda: running_dtype(wanted, placement(merge_options).device))[0]
-            measured = fishing.measure_base(
-                base, settings, dtype, merge_options, engine=shared_engine(state), running=running
-            )
+            # What the main process found holds for all of them: the dtype is timed, and the cache is its machine's.
+            entry, running, measured = in_all(state, prepare)[0]
+            origin = "" if measured is None else f", kept from an earlier measurement: {entry.path}"
+            if measured is None:
+                engine = shared_engine(state)
+                measured = fishing.measure_base(
+                    opened[0], settings, dtype, merge_options, engine=engine, running=running
+                )
+                if is_main and not no_cache:
+                    entry.write(measured)
             if is_main:
-                write_json(output, as_json(measured, base))
+                write_measurement(Measurement.of(measured, entry.model), output)
         except SharedError:
             if is_main:
                 raise
             sys.exit(1)
-    if is_main and not options["quiet"]:
-        click.echo(f"{output}: {len(measured.layers)} decoder layers of {base}, in {measured.dtype}")
+    if is_main:
+        for warning in measured.warnings:
+            click.echo(f"Warning: {warning}", err=True)
+        if not options["quiet"]:
+            click.echo(f"{output}: {len(measured.layers)} decoder layers of {model}, in {measured.dtype}{origin}")
 
 
-def _merge_options(options: dict[str, Any], state: Any) -> Any:
+def _options_of_process(options: dict[str, Any], state: Any) -> Any:
     """mergekit's own options, with the device that accelerate gave this process unless the user chose one."""
     from mergekit.io.tasks import LoaderCache
     from mergekit.options import MergeOptions
@@ -112,3 +208,148 @@ def _merge_options(options: dict[str, Any], state: Any) -> Any:
     merge_options = MergeOptions(**(options | {"quiet": quiet, "device": device}))
     LoaderCache().setup(merge_options)
     return merge_options
+
+
+@main.command(cls=_MergekitCommand, short_help="Show what a merge will do, and its coefficients.")
+@click.argument("config_file")
+@click.option("--json", "json_file", type=click.Path(), help="Write the report that the merge would write, as JSON.")
+@click.option("--plot", "figure", type=click.Path(), help="Draw the coefficients into a .png or .svg file.")
+@_no_cache
+def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: bool, options: Any) -> None:
+    """Run everything of the merge in CONFIG_FILE up to its coefficients, and merge nothing.
+
+    Prints the table that the merge prints, and what the merge will do that can't be seen in the config: densities,
+    gate protection, output heads, config keys in which the models differ, and what it will read, write and hold.
+    """
+    from mergekit_fim.measurement import check_writable, write_json
+
+    for path in (json_file, figure):
+        if path is not None:
+            check_writable(path)
+    if figure is not None:
+        from mergekit_fim.plot import check_figure
+
+        check_figure(figure)
+    _loud(options)
+    config, _ = _config(config_file, no_cache)
+    from mergekit_fim import report
+    from mergekit_fim.explain import explain
+    from mergekit_fim.planning import plan_fim_merge
+    from mergekit_fim.text import echo
+
+    planned, pre_pass = plan_fim_merge(config, options)
+    echo(report.render(pre_pass) + explain(planned, options))
+    for warning in pre_pass.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    content = report.as_json(pre_pass)
+    if json_file is not None:
+        write_json(json_file, content)
+    if figure is not None:
+        from mergekit_fim.plot import report_curves, write_figure
+
+        write_figure(report_curves(content, config_file), figure)
+
+
+@main.command(cls=_MergekitCommand, short_help="Write a merge as a config for stock mergekit.")
+@click.argument("config_file")
+@click.option("-o", "--output", required=True, type=click.Path(), help="The YAML file to write.")
+@click.option(
+    "--check/--no-check",
+    default=True,
+    show_default=True,
+    help="Merge every tensor both ways, without writing any, and say how far apart they are.",
+)
+@_no_cache
+def export(config_file: str, output: str, check: bool, no_cache: bool, options: Any) -> None:
+    """Write the merge in CONFIG_FILE as one that needs no plug-in: with mergekit's `ties` or `task_arithmetic`.
+
+    The coefficients become filtered weights, gate protection included. What stock mergekit can't do the same way is
+    said, and by how much the result differs: the largest difference of a merged tensor, which takes as long as two
+    merges (--no-check leaves it out).
+    """
+    from mergekit_fim.measurement import check_writable, written_whole
+
+    check_writable(output)
+    _loud(options)
+    config, _ = _config(config_file, no_cache)
+    from mergekit_fim import export as exporting
+    from mergekit_fim.planning import plan_fim_merge
+    from mergekit_fim.text import wrapped
+
+    planned, pre_pass = plan_fim_merge(config, options)
+    exported = exporting.export(planned, options)
+    for warning in pre_pass.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    said = [f"not the same as {config.merge_method}: {loss}" for loss in exported.losses]
+    if check:
+        said.append(exporting.summary(exporting.compare(planned, exported.config, options)))
+    else:
+        said.append("how far apart the two merges are was not measured (--check does)")
+    comment = [f"# {line}" for note in said for line in wrapped(note, 100)]
+    instead = f"{exported.config.merge_method} in place of {config.merge_method}"
+    head = f"# {instead}, by mergekit-fim {mergekit_fim.__version__}"
+    with written_whole(output) as part, open(part, "w", encoding="utf-8") as file:
+        file.write("\n".join([head, *comment, exported.config.to_yaml()]) + "\n")
+    if not options.quiet:
+        click.echo(f"{output}: {instead}")
+    for note in said:
+        click.echo("\n".join(wrapped(f"- {note}")), err=bool(exported.losses))
+
+
+@main.command(cls=_MergekitCommand, short_help="Merge, as mergekit-yaml does.")
+@click.argument("config_file")
+@click.argument("out_path")
+@_no_cache
+def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None:
+    """Do the merge in CONFIG_FILE, and write the merged model to the folder OUT_PATH.
+
+    The same as mergekit-yaml, for places where Python reads no .pth files, so that mergekit-yaml doesn't know the
+    methods: `python -S`, and installs by `pip install --target`.
+    """
+    _loud(options)
+    config, text = _config(config_file, no_cache)
+    from mergekit.merge import run_merge
+
+    try:
+        run_merge(config, out_path, options, config_source=text)
+    except FimError:
+        raise
+    except Exception as error:
+        if options.verbosity:
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise FimError(f"mergekit can't do this merge ({reason}); -v shows where it failed") from error
+
+
+@main.command(short_help="Draw a report or a measurement.")
+@click.argument("report")
+@click.option("-o", "--output", required=True, type=click.Path(), help="The .png or .svg file to write.")
+def plot(report: str, output: str) -> None:
+    """Draw REPORT, a merge's fim_report.json or a measurement: per decoder layer, the Fisher information on a
+    logarithmic axis with its standard error, the norm of each task vector, and each model's merge coefficient.
+    """
+    from mergekit_fim.measurement import check_writable
+    from mergekit_fim.plot import check_figure, read_curves, write_figure
+
+    check_writable(output)
+    check_figure(output)
+    write_figure(read_curves(report), output)
+    click.echo(output)
+
+
+@main.command(short_help="Do two measurements rank the layers alike?")
+@click.argument("first")
+@click.argument("second")
+@click.option("--layers", "count", default=5, show_default=True, type=click.IntRange(min=0), help="How many to list.")
+def compare(first: str, second: str, count: int) -> None:
+    """Compare two measurements, FIRST and SECOND, made with other settings or of other models.
+
+    Prints the correlation of their ranks (Spearman) and of their logarithms (Pearson), and the layers that moved most,
+    each with its shift in standard errors: what is beyond two of them isn't chance. A factor common to all layers
+    changes no merge coefficient, so shifts are counted from the mean.
+    """
+    from mergekit_fim.comparison import render_comparison
+    from mergekit_fim.saved import load_measurement
+    from mergekit_fim.text import echo
+
+    echo(render_comparison(load_measurement(first), load_measurement(second), count))

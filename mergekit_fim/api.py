@@ -1,0 +1,113 @@
+"""The Python API, importable from `mergekit_fim` itself; docs/python.md has examples of all of it."""
+
+from typing import Any
+
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
+from mergekit.merge import run_merge
+from mergekit.options import MergeOptions
+
+from mergekit_fim import fisher
+from mergekit_fim.cache import CacheEntry
+from mergekit_fim.coefficients import Mapping, importance_scores, merge_coefficients
+from mergekit_fim.errors import FimError
+from mergekit_fim.inputs import open_model
+from mergekit_fim.measurement import Measurement, ModelIdentity, write_measurement
+from mergekit_fim.planning import MergePlan, plan_fim_merge
+from mergekit_fim.saved import load_measurement
+from mergekit_fim.settings import FisherSettings
+
+__all__ = [
+    "FimError",
+    "FisherSettings",
+    "Mapping",
+    "Measurement",
+    "importance_scores",
+    "measure",
+    "merge",
+    "merge_coefficients",
+    "read_measurement",
+    "resolve",
+    "write_measurement",
+]
+
+
+def measure(
+    model: str,
+    settings: FisherSettings | None = None,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    options: MergeOptions | None = None,
+    cache: bool = True,
+) -> Measurement:
+    """Measure the Fisher information of a model's decoder layers on random tokens (arXiv 2603.21705).
+
+    Args:
+        model: a folder or a name on the Hub, with an adapter as in mergekit: `model+adapter`.
+        settings: number and length of the sequences, seed and labels.
+        dtype: what its weights are read as, as a merge with this `dtype` does; by default the checkpoint's own.
+        revision: branch, tag or commit of a model on the Hub.
+        options: mergekit's, for the device and for loading; by default on the CPU.
+        cache: use a measurement that was kept, and keep this one.
+
+    Raises:
+        FimError: the model can't be opened or measured.
+    """
+    settings, options = settings or FisherSettings(), options or MergeOptions(quiet=True)
+    LoaderCache().setup(options)
+    base = open_model(model, revision, options)
+    fisher.check_measurable(base, settings)
+    identity = ModelIdentity.of(base)
+    reading, running = fisher.dtypes(base, dtype, options)
+    entry = CacheEntry(identity, settings, reading, running)
+    found = entry.read() if cache else None
+    if found is None:
+        found = fisher.measure_base(base, settings, dtype, options, running=running)
+        if cache:
+            entry.write(found)
+    return Measurement.of(found, identity)
+
+
+def read_measurement(reference: str) -> Measurement:
+    """Read a measurement from a file, or from the Hub: `user/repo` or `user/repo/FILE`, either with `@revision`.
+
+    Raises:
+        FimError: there is no such file, or it isn't a measurement that this version can use.
+    """
+    return load_measurement(reference)
+
+
+def resolve(config: MergeConfiguration | dict[str, Any], options: MergeOptions | None = None) -> MergePlan:
+    """Run everything of a merge by `fim_ties` or `fim_ta` up to its coefficients, and merge nothing.
+
+    Args:
+        config: the merge config, left as it is.
+        options: as for the merge.
+
+    Returns:
+        The plan: its `config` has the coefficients as mergekit's filtered per-model `alpha`, and its `pre_pass` the
+        numbers that led to them.
+
+    Raises:
+        FimError: the merge would fail before its first tensor.
+    """
+    return plan_fim_merge(_validated(config), options or MergeOptions(quiet=True))[0]
+
+
+def merge(config: MergeConfiguration | dict[str, Any], out_path: str, options: MergeOptions | None = None) -> None:
+    """Merge, by mergekit's own `run_merge`.
+
+    Args:
+        config: the merge config.
+        out_path: the folder that the merged model is written to.
+        options: mergekit's.
+
+    Raises:
+        FimError: the models can't be merged.
+    """
+    run_merge(_validated(config), out_path, options or MergeOptions(quiet=True))
+
+
+def _validated(config: MergeConfiguration | dict[str, Any]) -> MergeConfiguration:
+    return config if isinstance(config, MergeConfiguration) else MergeConfiguration.model_validate(config)
