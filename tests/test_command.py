@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -42,6 +43,7 @@ def test_one_process(model, tmp_path):
     assert f"{out}: 5 decoder layers of {model}, in float32" in result.output
     found = json.loads(out.read_text())
     assert (found["format"], found["version"]) == ("mergekit-fim/fisher", 1)
+    assert re.fullmatch(r"[0-9a-f]{32}-[0-9a-f]{16}", found["model"].pop("fingerprint"))
     assert found["model"] == {
         "id": str(model),
         "revision": None,
@@ -61,7 +63,7 @@ def test_one_process(model, tmp_path):
 @pytest.mark.parametrize(("processes", "samples"), [(2, 5), (3, 2)])
 def test_several_processes_measure_the_same(processes, samples, model, tmp_path):
     """Also where there are more processes than sequences."""
-    options = ["fisher", str(model), "--samples", str(samples), "-q"]
+    options = ["fisher", str(model), "--samples", str(samples), "-q", "--no-cache"]
     assert CliRunner().invoke(main, [*options, "-o", str(tmp_path / "one.json")]).exit_code == 0
     done = launch(processes, "-m", "mergekit_fim", *options, "-o", str(tmp_path / "many.json"))
     assert done.returncode == 0, done.stderr

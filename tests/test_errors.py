@@ -26,6 +26,11 @@ def ends_in_one_line(result, target, *words):
     assert not target.exists()
 
 
+def unwrapped(result):
+    """What was printed, without the line breaks that fit it to the terminal."""
+    return " ".join(result.output.split())
+
+
 def model_parameters(pair, **parameters):
     return {"models": [{"model": str(pair.long), "parameters": parameters}]}
 
