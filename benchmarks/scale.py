@@ -1,0 +1,129 @@
+"""What a merge costs at sizes and on machines that were not at hand: the table of docs/scale.md, from a cost model.
+
+    python benchmarks/scale.py
+
+Nothing is run. The constants come from benchmarks/cost.py on two CPU cores; the machines' rates are assumptions,
+printed with the table.
+"""
+
+from dataclasses import dataclass
+
+from mergekit_fim.cost import PRE_PASS_MEMORY, PROGRAM_MEMORY, activation_memory
+
+GB = 1e9
+SEQUENCES, LENGTH, WIDTH = 8, 64, 2  # the default settings, in bfloat16
+
+# How much longer than its arithmetic the pre-pass takes: 1.3 to 1.4 at 1.5B and 1.6 at 7B, which waits for its disk.
+OVER_ARITHMETIC = 1.4
+# fim_ties beside reading and writing: seconds of a CPU core per GB of each model. (35.7 − 19.7) s × 2 cores / 3.1 GB at
+# 1.5B, (133.4 − 85.7) s × 2 cores / 15.2 GB at 7B.
+MERGE_CORE_SECONDS = 8.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    layers: int
+    hidden: int
+    intermediate: int
+    kv: int
+    vocab: int
+
+    @property
+    def layer(self) -> int:
+        """Parameters of a decoder layer, its norms and biases left out."""
+        return self.hidden * (2 * self.hidden + 2 * self.kv + 3 * self.intermediate)
+
+    @property
+    def size(self) -> float:
+        """Bytes of the model, untied."""
+        return WIDTH * (self.layers * self.layer + 2 * self.vocab * self.hidden)
+
+    @property
+    def operations(self) -> float:
+        """Of the pre-pass: forward, recomputed forward and backward to activations, the head without recomputing."""
+        return SEQUENCES * LENGTH * (6 * self.layers * self.layer + 4 * self.vocab * self.hidden)
+
+
+SHAPES = [
+    Shape("7B", 28, 3584, 18944, 512, 152064),
+    Shape("32B", 64, 5120, 27648, 1024, 152064),
+    Shape("70B", 80, 8192, 28672, 1024, 128256),
+    Shape("405B", 126, 16384, 53248, 1024, 128256),
+]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Rates in operations or bytes per second, of one node; `gpu` is the memory of one GPU."""
+
+    name: str
+    nodes: int
+    gpus: int
+    gpu: float
+    rate: float
+    cores: int
+    disk: float
+    bus: float
+
+
+MACHINES = [
+    Machine("laptop, 8 cores, no GPU", 1, 0, 0, 8 * 0.2e12, 8, 2 * GB, 0),
+    Machine("one 24 GB GPU, 16 cores", 1, 1, 24 * GB, 70e12, 16, 3 * GB, 20 * GB),
+    Machine("eight 80 GB GPUs, 64 cores", 1, 8, 80 * GB, 350e12, 64, 5 * GB, 40 * GB),
+    Machine("two such nodes", 2, 8, 80 * GB, 350e12, 64, 5 * GB, 40 * GB),
+]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    pre_pass: float
+    merge: float
+    memory: float
+    gpu_memory: float
+
+
+def estimate(shape: Shape, machine: Machine) -> Estimate:
+    """Seconds and bytes of one merge of a base and one fine-tuned model by `fim_ties`, nothing in the file cache.
+
+    The base is read once where it stays on the accelerators, else twice, for the forward and for the backward pass;
+    the fine-tuned model once. The GPUs of a node hold the model together and work in turn; where it doesn't fit, one
+    of them has it streamed. Nodes share the sequences, one process each, and each reads everything. Merging is on the
+    CPU.
+    """
+    activations = activation_memory(shape.layers, shape.hidden, shape.intermediate, SEQUENCES * LENGTH, WIDTH)
+    resident = 1.1 * shape.size + GB < machine.gpus * machine.gpu
+    reads = shape.size * ((1 if resident else 2) + 1)
+    arithmetic = OVER_ARITHMETIC * shape.operations / machine.rate / machine.nodes
+    moved = shape.size * (1 if resident else 2) / machine.bus if machine.gpus else 0.0
+    merge = 2 * shape.size / machine.disk + shape.size / machine.disk
+    merge += MERGE_CORE_SECONDS * shape.size / GB / machine.cores
+    on_gpu = activations + PRE_PASS_MEMORY / 2
+    on_gpu += shape.size / machine.gpus if resident else WIDTH * shape.layer if machine.gpus else 0
+    return Estimate(
+        reads / machine.disk + moved + arithmetic,
+        merge,
+        max(PRE_PASS_MEMORY + activations, PROGRAM_MEMORY + 5 * GB + WIDTH * shape.vocab * shape.hidden),
+        on_gpu if machine.gpus else 0.0,
+    )
+
+
+def table() -> str:
+    lines = ["| model | machine | pre-pass | merge | memory | on each GPU |", "| --- | --- | --- | --- | --- | --- |"]
+    for shape in SHAPES:
+        for machine in MACHINES:
+            found = estimate(shape, machine)
+            gpu = f"{found.gpu_memory / GB:.0f} GB" if machine.gpus else ""
+            lines.append(
+                f"| {shape.name}, {shape.size / GB:.0f} GB | {machine.name} | {_time(found.pre_pass)} | "
+                f"{_time(found.merge)} | {found.memory / GB:.0f} GB | {gpu} |"
+            )
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+if __name__ == "__main__":
+    print(table())
