@@ -211,8 +211,8 @@ def _losses(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
     narrow = (plan.config.dtype or str(base.stored_dtype())).endswith("16")
     if method == "fim_ties" and narrow:
         yield (
-            "trimming in 16 bits: of the entries that are as large as the smallest one kept, and by how much the task "
-            "vector was rounded, stock mergekit decides otherwise (dtype: float32 makes it nearly the same)"
+            "trimming in 16 bits: stock mergekit rounds task vectors before it trims them, and keeps others of the "
+            "entries that are equally large at the threshold (dtype: float32 makes it nearly the same)"
         )
     ours, theirs = plan.output_config.to_dict(), exported.output_config.to_dict()
     for key in sorted(ours.keys() | theirs.keys()):

@@ -63,12 +63,17 @@ def test_one_process(model, tmp_path):
 @pytest.mark.parametrize(("processes", "samples"), [(2, 5), (3, 2)])
 def test_several_processes_measure_the_same(processes, samples, model, tmp_path):
     """Also where there are more processes than sequences."""
-    options = ["fisher", str(model), "--samples", str(samples), "-q", "--no-cache"]
-    assert CliRunner().invoke(main, [*options, "-o", str(tmp_path / "one.json")]).exit_code == 0
-    done = launch(processes, "-m", "mergekit_fim", *options, "-o", str(tmp_path / "many.json"))
+    options = ["fisher", str(model), "--samples", str(samples)]
+    result = CliRunner().invoke(main, [*options, "-q", "--no-cache", "-o", str(tmp_path / "one.json")])
+    assert result.exit_code == 0, result.output
+    done = launch(processes, "-m", "mergekit_fim", *options, "-q", "-o", str(tmp_path / "many.json"))
     assert done.returncode == 0, done.stderr
     assert norms(tmp_path / "many.json") == pytest.approx(norms(tmp_path / "one.json"), rel=1e-6)
     assert sorted(os.listdir(tmp_path)) == ["many.json", "one.json"]
+    # The main process has kept it for one that comes after.
+    result = CliRunner().invoke(main, [*options, "-o", str(tmp_path / "kept.json")])
+    assert "kept from an earlier measurement" in result.output
+    assert (tmp_path / "kept.json").read_bytes() == (tmp_path / "many.json").read_bytes()
 
 
 FAILING = """

@@ -2,6 +2,8 @@
 
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -38,3 +40,10 @@ def test_the_python_interface_is_what_the_docs_name():
         assert name in text
     with pytest.raises(AttributeError, match="nothing"):
         mergekit_fim.nothing()
+
+
+def test_the_table_of_costs_is_what_the_script_prints():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "scale.py")], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout.strip() in (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
