@@ -88,7 +88,7 @@ def report_curves(report: Mapping[str, Any], where: str) -> Curves:
         bases = {report["base_model"]: report["fisher"], **report["fisher_of_other_bases"]}
         fisher = [_fisher_curve(name, part["layers"]) for name, part in bases.items() if part]
         models = [_model_curve(model) for model in report["models"] if model["layers"]]
-        title = f"{report['method']}: {', '.join(_short(m.name) for m in models)} into {_short(report['base_model'])}"
+        title = f"{report['method']} into {_short(report['base_model'])}"
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FimError(f"{where}: the report is damaged ({error!r}); merge or plan again") from error
     if not fisher:
@@ -152,16 +152,19 @@ def write_figure(curves: Curves, path: str) -> None:
 def draw(curves: Curves) -> "Figure":
     """Draw Fisher information, task-vector norms and coefficients below one another, over the decoder layers."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     count = 3 if curves.models else 1
     figure = Figure(figsize=(8.0, 1.0 + 2.3 * count), layout="constrained")
     panels: list[Axes] = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
     figure.suptitle(curves.title, color=_INK, fontsize=11)
+    last = max(layer for base in curves.fisher for layer in base.layers)
+    ticks: dict[float, str] = {layer: str(layer) for layer in range(0, last + 1, math.ceil((last + 1) / 15))}
     _draw_fisher(panels[0], curves.fisher)
     if curves.models:
+        outside = last + max(1.5, 0.05 * last)
         _draw_norms(panels[1], curves.models)
-        _draw_alphas(panels[2], curves.models)
+        _draw_alphas(panels[2], curves.models, outside)
+        ticks[outside] = "outside"
     for panel in panels:
         panel.grid(True, color="#DDDDDD", linewidth=0.6)
         panel.set_axisbelow(True)
@@ -169,7 +172,7 @@ def draw(curves: Curves) -> "Figure":
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
     panels[-1].set_xlabel("decoder layer", color=_INK)
-    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=15, min_n_ticks=1))
+    panels[-1].set_xticks(list(ticks), list(ticks.values()))
     return figure
 
 
@@ -193,6 +196,8 @@ def _draw_fisher(panel: "Axes", bases: Sequence[FisherCurve]) -> None:
             label=_short(base.name),
         )
     panel.set_yscale("log")
+    if not any(value > 0 for base in bases for value in base.fisher):
+        panel.set_ylim(0.1, 1)  # nothing to draw
     panel.set_ylabel("Fisher information F\n± standard error", color=_INK)
     if len(bases) > 1:
         panel.legend(fontsize=8, frameon=False)
@@ -205,20 +210,12 @@ def _draw_norms(panel: "Axes", models: Sequence[ModelCurve]) -> None:
     panel.legend(fontsize=8, frameon=False)
 
 
-def _draw_alphas(panel: "Axes", models: Sequence[ModelCurve]) -> None:
+def _draw_alphas(panel: "Axes", models: Sequence[ModelCurve], outside: float) -> None:
+    """The coefficients, and at `outside` on the axis of the layers those of the tensors outside them."""
     _draw_lines(panel, models, [model.alphas for model in models])
-    for model, (colour, _, _) in zip(models, _cycle(len(models)), strict=True):
+    for model, (colour, marker, _) in zip(models, _cycle(len(models)), strict=True):
         if model.alpha_other is not None:
-            panel.axhline(model.alpha_other, color=colour, linewidth=0.9, linestyle=(0, (1, 2)))
-            panel.annotate(
-                "outside the layers",
-                (1.0, model.alpha_other),
-                xycoords=("axes fraction", "data"),
-                ha="right",
-                va="bottom",
-                fontsize=7,
-                color=colour,
-            )
+            panel.plot([outside], [model.alpha_other], color=colour, marker=marker, markersize=5, fillstyle="none")
     low = min(0.0, *(alpha for model in models for alpha in model.alphas))
     high = max(1.0, *(alpha for model in models for alpha in model.alphas))
     panel.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))

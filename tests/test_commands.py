@@ -397,6 +397,7 @@ def test_what_a_figure_shows(pair, merge, tmp_path):
     for model, norm, alpha in zip(report["models"], norms.lines, alphas.lines[:2], strict=True):
         np.testing.assert_allclose(norm.get_ydata() ** 2, [x["task_vector_sq_norm"] for x in model["layers"]])
         np.testing.assert_allclose(alpha.get_ydata(), [x["alpha"] for x in model["layers"]])
+    assert [line.get_ydata() for line in alphas.lines[2:]] == [[model["alpha_other"]] for model in report["models"]]
     styles = {(line.get_marker(), line.get_linestyle()) for line in norms.lines}
     assert len(styles) == 2
     assert [text.get_text() for text in norms.get_legend().get_texts()] == ["long", "third"]
