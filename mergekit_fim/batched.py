@@ -2,8 +2,9 @@
 
 One forward pass keeps nothing but the inputs of every decoder layer. One backward pass recomputes the layers one by one
 from the last to the first, and takes each sequence's gradient norms from the inputs and the output gradients of the
-layer's modules (`gradient_norms`). Where a layer holds a parameter without a rule, or where the rules don't agree with
-autograd on the first layer of its kind, the layers of that kind are run one sequence at a time by autograd.
+layer's modules (`gradient_norms`). A projection at a layer's end whose result no gradient needs isn't recomputed. Where
+a layer holds a parameter without a rule, or where the rules don't agree with autograd on the first layer of its kind,
+the layers of that kind are run one sequence at a time by autograd.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 
 from mergekit_fim.gradient_norms import Call, GramCache, Rule, rule_for
 from mergekit_fim.head import Head, loss_gradient
+from mergekit_fim.narrow import input_gradient
 from mergekit_fim.norms import squared_norm
 from mergekit_fim.samples import Samples
 from mergekit_fim.weights import ResidentWeights, Weights, replaced
@@ -107,6 +109,7 @@ class _Run:
                 raise NotSupportedError
             seen |= own
         self.has_rules: dict[object, bool] = {}  # by kind of layer, once it has been checked
+        self.spare: dict[object, _Spare] = {}  # likewise
         self.layers = [_Layer(self, index, layer) for index, layer in enumerate(layers)]
         self.norms = torch.empty(0)
 
@@ -253,6 +256,7 @@ class _Layer:
             rule = rule_for(part)
             if rule is not None:
                 self.rules[part] = rule
+        self.names = {part: name for name, part, _ in owners}
         ids = [id(parameter) for _, _, own in owners for parameter in own.values()]
         if len(self.rules) < len(owners) or len(set(ids)) < len(ids):
             run.has_rules[self.kind] = False
@@ -260,12 +264,7 @@ class _Layer:
     def backward(self, call: _LayerCall, inputs: list[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
         """Recompute the layer, take its gradient norms, and leave the inputs' gradients in their `.grad`."""
         has_rules = self.run.has_rules.get(self.kind)
-        norms = None if has_rules is False else self._by_rules(call, inputs, gradients)
-        if norms is not None and has_rules is None:
-            first = self._by_autograd(call, inputs, gradients, first_only=True)[0]
-            tolerance = 1e-3 if gradients[0] is None or gradients[0].dtype.itemsize >= 4 else 0.05
-            if not abs(norms[0] - first) <= tolerance * first and bool(first.isfinite()):
-                norms = None
+        norms = None if has_rules is False else self._by_checked_rules(call, inputs, gradients)
         if has_rules is None:
             self.run.has_rules[self.kind] = norms is not None
         if norms is None:
@@ -275,17 +274,72 @@ class _Layer:
             norms = self._by_autograd(call, inputs, gradients)
         self.run.norms[:, self.index] = norms.cpu()
 
-    def _by_rules(
+    def _by_checked_rules(
         self, call: _LayerCall, inputs: list[torch.Tensor], gradients: Sequence[torch.Tensor | None]
     ) -> torch.Tensor | None:
-        """The norms of all sequences at once: [sequence], or None where a module isn't used as its rule expects."""
-        with torch.enable_grad(), self.run.weights.layer(self.module):
+        """The norms of all sequences at once: [sequence], or None where the rules don't hold for this kind of layer.
+
+        The first layer of a kind is checked against autograd, and the first without its last projection's result too.
+        """
+        spare = self.run.spare.get(self.kind)
+        if spare is not None and spare.name is not None:
+            norms, _ = self._by_rules(call, inputs, gradients, self.module.get_submodule(spare.name))
+            results = [norms, *(tensor.grad for tensor in inputs)]
+            is_clean = all(r is None or bool(r.isfinite().all()) for r in results)
+            if norms is not None and is_clean and (spare.is_checked or self._agrees(norms, call, inputs, gradients)):
+                self.run.spare[self.kind] = _Spare(spare.name, is_checked=True)
+                return norms
+            self.run.spare[self.kind] = _Spare(None)
+            for tensor in inputs:
+                tensor.grad = None
+        norms, last = self._by_rules(call, inputs, gradients)
+        if spare is None:
+            if norms is None or not self._agrees(norms, call, inputs, gradients):
+                return None
+            self.run.spare[self.kind] = _Spare(last)
+        return norms
+
+    def _agrees(
+        self,
+        norms: torch.Tensor,
+        call: _LayerCall,
+        inputs: list[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+    ) -> bool:
+        """Whether the norm of the first sequence is autograd's, or autograd's isn't finite."""
+        first = self._by_autograd(call, inputs, gradients, first_only=True)[0]
+        tolerance = 1e-3 if gradients[0] is None or gradients[0].dtype.itemsize >= 4 else 0.05
+        return bool(abs(norms[0] - first) <= tolerance * first) or not bool(first.isfinite())
+
+    def _by_rules(
+        self,
+        call: _LayerCall,
+        inputs: list[torch.Tensor],
+        gradients: Sequence[torch.Tensor | None],
+        without: nn.Module | None = None,
+    ) -> tuple[torch.Tensor | None, str | None]:
+        """The norms of all sequences at once, and the projection that was called last, if no other module came after.
+
+        Args:
+            call: the layer's call.
+            inputs: its tensors; afterwards with gradients.
+            gradients: those of its results.
+            without: a projection whose result is left out.
+
+        Returns:
+            [sequence], or None where a module isn't used as its rule expects; and a name among the layer's modules.
+        """
+        with torch.enable_grad(), self.run.weights.layer(self.module), contextlib.ExitStack() as stack:
+            if without is not None:
+                stack.enter_context(replaced(without, partial(_without_result, without)))
             with _Recorder(self.rules, len(self.run.norms)) as recorder:
                 results = call.run(self.forward, inputs)
             if not recorder.is_valid:
-                return None
+                return None, None
             _backward(results, gradients)
-        return recorder.norms
+        last = recorder.last
+        is_plain = type(last) is nn.Linear and not hasattr(last, "_hf_hook")  # accelerate's: moves its input first
+        return recorder.norms, self.names[last] if last is not None and is_plain else None
 
     def _by_autograd(
         self,
@@ -361,6 +415,37 @@ class _Layer:
                 raise NotSupportedError
 
 
+@dataclass(frozen=True)
+class _Spare:
+    """A projection at the end of a kind of layer whose result no gradient needs, as it is only added to the others.
+
+    Attributes:
+        name: of the module in the layer; None where there is none.
+        is_checked: whether a layer was measured without it, and agreed with autograd.
+    """
+
+    name: str | None
+    is_checked: bool = False
+
+
+class _WithoutResult(torch.autograd.Function):
+    """A linear layer in autograd's graph, with NaN for its result: whatever uses it shows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, module: Any) -> torch.Tensor:
+        ctx.module = module
+        return x.new_full((*x.shape[:-1], module.out_features), torch.nan)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        return input_gradient(gradient, ctx.module.weight), None
+
+
+def _without_result(module: nn.Module, _original: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = _WithoutResult.apply(x, module)
+    return result
+
+
 def _backward(results: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
     pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if g is not None and r.requires_grad]
     if pairs:
@@ -372,6 +457,7 @@ class _Recorder:
 
     Attributes:
         norms: [sequence], float64: ‖∇L_n‖² over all the layer's parameters.
+        last: the module that was called last.
     """
 
     def __init__(self, rules: dict[nn.Module, Rule], sequences: int) -> None:
@@ -382,6 +468,7 @@ class _Recorder:
         self._grams = GramCache()
         self._handles: list[Any] = []
         self.norms: Any = 0.0
+        self.last: nn.Module | None = None
 
     @property
     def is_valid(self) -> bool:
@@ -402,6 +489,7 @@ class _Recorder:
             self._calls_valid = False
             return
         self._called.add(module)
+        self.last = module
         if not output.requires_grad:
             output.requires_grad_(True)
         call = Call(module, dict(module.named_parameters(recurse=False)), x.detach(), self._grams)

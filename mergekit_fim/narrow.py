@@ -36,11 +36,18 @@ class _NarrowProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         (weight,) = ctx.saved_tensors
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        product = gradient.new_zeros(len(rows), weight.shape[1])
-        for part, out in _parts(weight, rows, gradient.dtype):
-            product.addmm_(out, part)
-        return product.view(*gradient.shape[:-1], weight.shape[1]), None, None
+        return input_gradient(gradient, weight), None, None
+
+
+def input_gradient(gradient: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """gW, [..., out] -> [..., in], in the dtype of the gradient, whatever that of the weight."""
+    if weight.dtype == gradient.dtype:
+        return gradient @ weight
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    product = gradient.new_zeros(len(rows), weight.shape[1])
+    for part, out in _parts(weight, rows, gradient.dtype):
+        product.addmm_(out, part)
+    return product.view(*gradient.shape[:-1], weight.shape[1])
 
 
 def _parts(weight: torch.Tensor, columns: torch.Tensor, dtype: torch.dtype) -> Any:
