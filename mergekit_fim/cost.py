@@ -28,6 +28,7 @@ class MergeCost:
         pre_pass_reads: of checkpoints, in the pre-pass.
         merge_reads: in the merge itself.
         writes: of the merged model.
+        base: of the base's weights, which stay on the accelerators where one was asked for and they fit.
         pre_pass_memory: what the pre-pass holds at a time, about.
         merge_memory: what the merge holds at a time, at most and about.
         shard: what mergekit collects before it writes a file (--out-shard-size).
@@ -36,6 +37,7 @@ class MergeCost:
     pre_pass_reads: int
     merge_reads: int
     writes: int
+    base: int
     pre_pass_memory: float
     merge_memory: float
     shard: int
@@ -82,6 +84,7 @@ def merge_cost(plan: MergePlan, options: MergeOptions) -> MergeCost:
         reads,
         sum(sizes.values()),
         sum(written),
+        sizes[base.reference],
         memory + pickled,
         PROGRAM_MEMORY + shard + max(written, default=0) + pickled,
         shard,

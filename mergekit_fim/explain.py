@@ -44,6 +44,11 @@ def _plan_notes(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
         f"reads {size(cost.pre_pass_reads)} in the pre-pass and {size(cost.merge_reads)} in the merge (from disk only "
         f"what the system hasn't kept in memory); writes {size(cost.writes)}"
     )
+    if options.multi_gpu or options.device != "cpu":
+        yield (
+            f"memory on the accelerator: the base's {size(cost.base)} in the pre-pass, or one decoder layer at a time "
+            "where they don't fit; in the merge a tensor of every model at a time"
+        )
     yield (
         f"memory on the CPU, beside the mapped checkpoints: about {size(cost.pre_pass_memory)} in the pre-pass, up to "
         f"{size(cost.merge_memory)} in the merge, {size(cost.shard)} of it collected for a file (--out-shard-size)"

@@ -96,6 +96,18 @@ def test_plan_says_what_the_config_does_not_show(merge, config, tmp_path):
     assert float(kept[1]) * 1e6 == pytest.approx(in_merge, rel=0.02)
 
 
+def test_plan_says_what_an_accelerator_holds(pair):
+    from mergekit.options import MergeOptions
+
+    import mergekit_fim
+    from mergekit_fim.explain import explain
+
+    plan = mergekit_fim.resolve(config_for(pair))
+    on_cpu, on_gpu = (" ".join(explain(plan, MergeOptions(device=device)).split()) for device in ("cpu", "cuda"))
+    assert "accelerator" not in on_cpu
+    assert f"accelerator: the base's {(pair.base / 'model.safetensors').stat().st_size / 1e6:.1f}"[:-1] in on_gpu
+
+
 @pytest.mark.parametrize("columns", [60, 80, 100, 200])
 def test_tables_fit_the_terminal(columns, pair, config, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
