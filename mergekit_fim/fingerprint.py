@@ -8,14 +8,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from mergekit.io.tasks import LoaderCache
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.inputs import InputModel
+from mergekit_fim.inputs import InputModel, TensorHeader
 
 # Bytes that are read at a time, how many such blocks of a whole checkpoint, and the least of a single tensor.
 _BLOCK = 4096
@@ -45,11 +45,9 @@ def fingerprint(model: InputModel) -> str:
     digests: dict[str, bytes] = {}
     for shard in index.shards:
         path = os.path.join(index.base_path, shard.filename)
+        read_tensors = _safetensors if path.endswith(".safetensors") else _pickled
         try:
-            tensors = _safetensors(path) if path.endswith(".safetensors") else _pickled(path)
-            for name, size, read in tensors:
-                if name not in model.headers:
-                    continue
+            for name, size, read in read_tensors(path, model.headers):
                 header = model.headers[name]
                 digest = hashlib.sha256(f"{name} {header.torch_dtype} {list(header.shape)}\n".encode())
                 share = math.ceil(_BLOCKS * math.prod(header.shape) / max(1, total))
@@ -70,34 +68,36 @@ def _starts(size: int, blocks: int) -> list[int]:
     return [(size - _BLOCK) * i // (blocks - 1) for i in range(blocks)]
 
 
-def _safetensors(path: str) -> Iterator[tuple[str, int, Any]]:
-    """(name, bytes, read(start, length)) of every tensor, in the file's own little-endian layout."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-
-        def reader(begin: int) -> Any:
-            def read(start: int, count: int) -> bytes:
-                file.seek(8 + length + begin + start)
-                return file.read(count)
-
-            return read
-
-        for name in header.keys() - {"__metadata__"}:
-            begin, end = header[name]["data_offsets"]
-            yield name, end - begin, reader(begin)
+# (start, length) -> that many bytes of a tensor, in the little-endian layout of safetensors files
+Read = Callable[[int, int], bytes]
 
 
-def _pickled(path: str) -> Iterator[tuple[str, int, Any]]:
+def _safetensors(path: str, headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, int, Read]]:
+    """(name, bytes, how to read them) of every tensor in a file."""
+    with open(path, "rb", buffering=0) as file:
+        for name, header in headers.items():
+            if header.span is not None and header.span.path == path:
+                begin = header.span.start
+                yield name, header.span.size, partial(_read_file, file.fileno(), begin)
+
+
+def _pickled(path: str, headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, int, Read]]:
     """The same of a `.bin` file, mapped where its format allows it, else read whole."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # the format from before torch 1.6
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor):
-            flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-            yield name, len(flat), lambda start, count, flat=flat: flat[start : start + count].numpy().tobytes()
+    for name in headers.keys() & tensors.keys():
+        flat = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
+        yield name, len(flat), partial(_read_tensor, flat)
+
+
+def _read_file(file: int, begin: int, start: int, count: int) -> bytes:
+    return os.pread(file, count, begin + start)
+
+
+def _read_tensor(flat: torch.Tensor, start: int, count: int) -> bytes:
+    return flat[start : start + count].numpy().tobytes()
 
 
 def _config_digest(path: str) -> str:

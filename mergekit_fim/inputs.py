@@ -1,6 +1,8 @@
 """The models that go into a merge, and everything about them that can be checked without reading their weights."""
 
+import contextlib
 import copy
+import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,11 +48,27 @@ _STRUCTURE = (
 
 
 @dataclass(frozen=True)
+class Span:
+    """Where the bytes of a tensor are."""
+
+    path: str
+    start: int
+    size: int
+
+
+@dataclass(frozen=True)
 class TensorHeader:
-    """What a checkpoint file says of a tensor without reading its values."""
+    """What a checkpoint file says of a tensor without reading its values.
+
+    Attributes:
+        shape: its shape.
+        dtype: as the file's format spells it.
+        span: where a safetensors file has its bytes; None for other formats.
+    """
 
     shape: tuple[int, ...]
     dtype: str
+    span: Span | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -100,6 +118,23 @@ class InputModel:
         for header in self.headers.values():
             elements[header.torch_dtype] = elements.get(header.torch_dtype, 0) + math.prod(header.shape)
         return max(elements, key=elements.__getitem__) or torch.float32
+
+    def prefetch(self, tensors: Iterable[WeightInfo]) -> None:
+        """Tell the system which tensors will be read soon, so that it reads them from the disk in the meantime.
+
+        Where the files can't be told apart in parts, or the system doesn't take such advice, nothing happens.
+        """
+        if not hasattr(os, "posix_fadvise"):
+            return
+        spans = [self.headers[name].span for tensor in tensors if (name := self.stored_name(tensor)) is not None]
+        by_file: dict[str, list[Span]] = {}
+        for span in spans:
+            if span is not None:
+                by_file.setdefault(span.path, []).append(span)
+        for path, own in by_file.items():
+            with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
+                for span in own:
+                    os.posix_fadvise(file.fileno(), span.start, span.size, os.POSIX_FADV_WILLNEED)
 
     def load(self, tensor: WeightInfo, dtype: str | None) -> torch.Tensor | None:
         """Read a tensor exactly as the merge will, by mergekit's own task, or None where it is optional and absent."""
@@ -296,9 +331,16 @@ def _read_headers(reference: ModelReference) -> dict[str, TensorHeader]:
 
 
 def _safetensors_headers(path: str, names: Iterable[str]) -> dict[str, TensorHeader]:
-    with safetensors.safe_open(path, framework="pt") as file:
+    with safetensors.safe_open(path, framework="pt") as file:  # checks the file, but doesn't say where tensors begin
         slices = {name: file.get_slice(name) for name in names}
-        return {name: TensorHeader(tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+        shapes = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    with open(path, "rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        offsets = {
+            name: entry["data_offsets"] for name, entry in json.loads(raw.read(length)).items() if name in shapes
+        }
+    spans = {name: Span(path, 8 + length + begin, end - begin) for name, (begin, end) in offsets.items()}
+    return {name: TensorHeader(*shapes[name], spans[name]) for name in shapes}
 
 
 def check_compatible(base: InputModel, model: InputModel, *, vocabulary_aligned: bool) -> list[str]:
