@@ -16,6 +16,7 @@ from mergekit.io.tasks import LoaderCache
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.inputs import InputModel, TensorHeader
+from mergekit_fim.text import reason
 
 # Bytes that are read at a time, how many such blocks of a whole checkpoint, and the least of a single tensor.
 _BLOCK = 4096
@@ -55,8 +56,7 @@ def fingerprint(model: InputModel) -> str:
                     digest.update(read(start, min(_BLOCK, size - start)))
                 digests[name] = digest.digest()
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise FimError(f"{model}: can't read {path} ({reason}); download or save the model again") from error
+            raise FimError(f"{model}: can't read {path} ({reason(error)}); download or save the model again") from error
     weights = hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()[:32]
     return f"{weights}-{_config_digest(os.path.join(index.base_path, 'config.json'))}"
 

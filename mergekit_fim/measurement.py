@@ -19,6 +19,7 @@ from mergekit_fim.fisher import FisherMeasurement, LayerFisher
 from mergekit_fim.inputs import InputModel
 from mergekit_fim.parameters import PARAMETERS
 from mergekit_fim.settings import FisherSettings
+from mergekit_fim.text import brief
 
 FORMAT, VERSION = "mergekit-fim/fisher", 1
 
@@ -141,7 +142,7 @@ def from_json(content: Any, where: str) -> Measurement:
     reader = _Reader(where)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise FimError(f"{where}: expected a measurement (format {FORMAT}), found {_brief(found)}; {_AGAIN}")
+        raise FimError(f"{where}: expected a measurement (format {FORMAT}), found {brief(found)}; {_AGAIN}")
     number = content.get("version")
     if isinstance(number, int) and number > VERSION:
         raise FimError(
@@ -149,7 +150,7 @@ def from_json(content: Any, where: str) -> Measurement:
             "upgrade mergekit-fim"
         )
     if number != VERSION or isinstance(number, bool):
-        raise FimError(f"{where}: expected a measurement of version {VERSION}, found {_brief(number)}; {_AGAIN}")
+        raise FimError(f"{where}: expected a measurement of version {VERSION}, found {brief(number)}; {_AGAIN}")
     model, settings = reader.get(content, "model", dict), reader.get(content, "settings", dict)
     identity = ModelIdentity(
         reader.get(model, "id", str, "model."),
@@ -189,7 +190,7 @@ class _Reader:
         self.where = where
 
     def error(self, name: str, expected: str, found: Any) -> FimError:
-        return FimError(f"{self.where}: `{name}`: expected {expected}, found {_brief(found)}; {_AGAIN}")
+        return FimError(f"{self.where}: `{name}`: expected {expected}, found {brief(found)}; {_AGAIN}")
 
     def get(self, content: dict[str, Any], name: str, kind: type, prefix: str = "", *, optional: bool = False) -> Any:
         value = content.get(name)
@@ -225,12 +226,6 @@ class _Reader:
 
 
 _JSON_NAMES = {dict: "object", list: "array", str: "string", int: "whole number"}
-
-
-def _brief(value: Any) -> str:
-    text = value if isinstance(value, str) else repr(value)
-    text = " ".join(text.split())
-    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def read_measurement(path: str, name: str | None = None) -> Measurement:
