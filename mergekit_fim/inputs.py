@@ -5,7 +5,7 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from mergekit.architecture import ModelArchitecture, WeightInfo, get_architectur
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.config import InputModelDefinition, MergeConfiguration
+from mergekit.io import ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
@@ -24,6 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.layers import DecoderLayer, ModelLayout, model_layout
+from mergekit_fim.text import reason
 
 # As safetensors and torch spell them.
 _FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -149,6 +151,45 @@ class InputModel:
         return loaded
 
 
+@contextlib.contextmanager
+def _opening(reference: ModelReference) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # transformers, huggingface_hub, peft, safetensors, torch and mergekit have their own
+        raise FimError(
+            f"{reference}: expected the folder of a model or its name on the Hub, found none that can be opened "
+            f"({reason(error)}); check the name, or download or save the model again"
+        ) from error
+
+
+def model_config(reference: ModelReference, trust_remote_code: bool) -> PretrainedConfig:
+    """Read a model's config.
+
+    Raises:
+        FimError: there is none, or it is damaged.
+    """
+    with _opening(reference):
+        config = reference.config(trust_remote_code=trust_remote_code)
+        if len(config.architectures or ()) != 1:
+            raise ValueError(f"config.json names {len(config.architectures or ())} architectures, expected one")
+        return config
+
+
+def tensor_index(reference: ModelReference) -> ShardedTensorIndex:
+    """Find a model's checkpoint, downloaded and with its adapter applied where that is needed.
+
+    mergekit's `LoaderCache` must have been set up with the merge's options, as `run_merge` does.
+
+    Raises:
+        FimError: there is none, or it is damaged.
+    """
+    with _opening(reference):
+        index = LoaderCache().get(reference).index
+        if not all(isinstance(name, str) for pair in index.tensor_paths.items() for name in pair):
+            raise ValueError("its index names something that isn't a file")
+        return index
+
+
 def open_models(
     references: Sequence[ModelReference], architecture: ModelArchitecture, trust_remote_code: bool
 ) -> dict[ModelReference, InputModel]:
@@ -164,7 +205,7 @@ def open_models(
     Raises:
         FimError: a model is not a causal language model in floats, or differs from the first in its structure.
     """
-    configs = {reference: reference.config(trust_remote_code=trust_remote_code) for reference in references}
+    configs = {reference: model_config(reference, trust_remote_code) for reference in references}
     for reference, config in configs.items():
         _check_causal_lm(reference, config, trust_remote_code)
     base = references[0]
@@ -194,15 +235,13 @@ def open_model(name: str, revision: str | None, options: MergeOptions) -> InputM
             reference = reference.model_copy(
                 update={"model": reference.model.model_copy(update={"revision": revision})}
             )
+        model_config(reference, options.trust_remote_code)
         config = MergeConfiguration(merge_method="linear", models=[InputModelDefinition(model=reference)])
         architecture = get_architecture_info(config, options)
     except FimError:
         raise
-    except Exception as error:  # transformers, huggingface_hub and mergekit each have their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FimError(
-            f"{name}: expected the folder of a model or its name on the Hub, found neither ({reason}); check the name"
-        ) from error
+    except Exception as error:  # pydantic's, and mergekit's own
+        raise FimError(f"{name}: mergekit can't use this model ({reason(error)}); check the name") from error
     return open_models([reference], architecture, options.trust_remote_code)[reference]
 
 
@@ -230,13 +269,14 @@ def _open_model(reference: ModelReference, config: PretrainedConfig, architectur
 
 
 def _check_complete(model: InputModel, trust_remote_code: bool) -> None:
-    """Check that mergekit's plan covers every tensor that transformers' model has.
+    """Check that mergekit's plan covers every tensor that transformers' model has, and that its shape is that.
 
     One that isn't planned would be missing from the merged model, and loading that would fill it with random numbers.
 
     Raises:
         FimError: a tensor of the model is not part of mergekit's definition of its architecture, or is one that
-            mergekit skips: an optional one that no checkpoint holds under its own name.
+            mergekit skips: an optional one that no checkpoint holds under its own name. Or its shape is not the one
+            that the config means; more rows than the config's vocabulary has are padding.
     """
     try:
         with accelerate.init_empty_weights(include_buffers=True):
@@ -245,21 +285,36 @@ def _check_complete(model: InputModel, trust_remote_code: bool) -> None:
             )
         skeleton.tie_weights()
     except Exception as error:  # whatever a model's own code raises
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FimError(f"{model}: transformers can't build the model from its config ({reason})") from error
+        raise FimError(
+            f"{model}: transformers can't build the model from its config ({reason(error)}); check its config.json"
+        ) from error
     planned: set[str] = set()
     for tensor in model.layout.all_tensors():
         if not tensor.optional or model.stored_name(tensor) is not None:
             planned.update((tensor.name, *(tensor.aliases or ())))
     names: dict[int, list[str]] = {}  # by the tensor, as tied ones have several
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, value in skeleton.state_dict(keep_vars=True).items():
         if value.is_floating_point():
             names.setdefault(id(value), []).append(name)
+            shapes[name] = tuple(value.shape)
     for aliases in names.values():
         if planned.isdisjoint(aliases):
             raise FimError(
                 f"{model}: mergekit's definition of {type(skeleton).__name__} doesn't cover the tensor {aliases[0]}, "
                 "so that the merged model would lack it; this model can't be merged by this version of mergekit"
+            )
+    for tensor in model.layout.all_tensors():
+        stored = model.stored_name(tensor, tied=False)
+        expected = next((shapes[name] for name in (tensor.name, *(tensor.aliases or ())) if name in shapes), None)
+        if stored is None or expected is None:
+            continue
+        found, axis = model.headers[stored].shape, tensor.vocabulary_axis
+        padded = axis is not None and _same_except(expected, found, axis) and found[axis] >= expected[axis]
+        if found != expected and not padded:
+            raise FimError(
+                f"{model}: expected the shape {list(expected)} of {stored}, which follows from config.json, found "
+                f"{list(found)}; download or save the model again"
             )
 
 
@@ -308,7 +363,7 @@ def _check_causal_lm(reference: ModelReference, config: PretrainedConfig, trust_
 
 
 def _read_headers(reference: ModelReference) -> dict[str, TensorHeader]:
-    index = LoaderCache().get(reference).index
+    index = tensor_index(reference)
     headers: dict[str, TensorHeader] = {}
     for shard in index.shards:
         path = os.path.join(index.base_path, shard.filename)
@@ -325,8 +380,9 @@ def _read_headers(reference: ModelReference) -> dict[str, TensorHeader]:
                     if isinstance(t, torch.Tensor)
                 )
         except Exception as error:  # each format has its own exceptions for a damaged file
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise FimError(f"{reference}: can't read {path} ({reason}); download or save the model again") from error
+            raise FimError(
+                f"{reference}: can't read {path} ({reason(error)}); download or save the model again"
+            ) from error
     return headers
 
 
