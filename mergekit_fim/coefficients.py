@@ -29,6 +29,8 @@ class Mapping:
             raise ValueError(f"sharpness, alpha_min and alpha_max must be finite, got {numbers}")
         if self.alpha_min > self.alpha_max:
             raise ValueError(f"alpha_min ({self.alpha_min:g}) must not exceed alpha_max ({self.alpha_max:g})")
+        if not math.isfinite(self.alpha_max - self.alpha_min):
+            raise ValueError(f"alpha_min ({self.alpha_min:g}) and alpha_max ({self.alpha_max:g}) are too far apart")
         if self.alpha_mean is not None and not self.alpha_min < self.alpha_mean < self.alpha_max:
             raise ValueError(
                 f"alpha_mean ({self.alpha_mean:g}) must lie strictly between alpha_min ({self.alpha_min:g}) "

@@ -22,6 +22,9 @@ from mergekit_fim.samples import Samples, draw_samples
 from mergekit_fim.settings import FisherSettings
 from mergekit_fim.weights import ResidentWeights, Weights
 
+# Far beyond any use: as many take a model of 1.5 billion parameters weeks on a CPU.
+_MOST_TOKENS = 1 << 24
+
 
 @dataclass(frozen=True)
 class LayerFisher:
@@ -178,8 +181,17 @@ def check_measurable(base: InputModel, settings: FisherSettings) -> None:
     """Check that the base can be run on such sequences.
 
     Raises:
-        FimError: the sequences are longer than the model's positions.
+        FimError: the sequences are longer than the model's positions, or far too many; or there are no tokens.
     """
+    if base.text_config.vocab_size < 1:
+        raise FimError(
+            f"{base}: expected a vocab_size of at least 1, found {base.text_config.vocab_size}; check its config.json"
+        )
+    if settings.samples * settings.seq_len > _MOST_TOKENS:
+        raise FimError(
+            f"fisher_samples × fisher_seq_len must be at most {_MOST_TOKENS:,} tokens, found {settings.samples:,} × "
+            f"{settings.seq_len:,}; 8 × 64 is what the paper takes"
+        )
     limit = getattr(base.text_config, "max_position_embeddings", None)
     if isinstance(limit, int) and settings.seq_len > limit:
         raise FimError(f"fisher_seq_len must be at most the {limit} positions of {base}, found {settings.seq_len}")
@@ -246,6 +258,13 @@ def measure_base(
                     "Fisher pre-pass; lower fisher_seq_len, or merge without --cuda and --device"
                 ) from None
             where = replace(where, streamed=True, spread=False)
+        except RuntimeError as error:
+            if "can't allocate memory" not in str(error):  # how torch says it on a CPU
+                raise
+            raise FimError(
+                f"{base}: there is too little memory for a sequence of {settings.seq_len} tokens in the Fisher "
+                "pre-pass; lower fisher_seq_len"
+            ) from error
         del loaded
 
 

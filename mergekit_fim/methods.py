@@ -87,6 +87,9 @@ class FimMerge(GroupMergeMethod):
         Args:
             group: the base's tensor and those of the fine-tuned models, of one shape and dtype.
             parameters: those of `spec`, per-model ones as mappings from the models' ids.
+
+        Raises:
+            FimError: the result isn't finite.
         """
         assert group.base is not None
         base = group.base.tensor
@@ -131,7 +134,17 @@ class FimMerge(GroupMergeMethod):
             if factor != 1:
                 for run in runs(len(merged), base.device):
                     merged[run] = part(run).mul_(factor)
+        _check_finite(merged, group.metadata.name)
         return merged.view(base.shape)
+
+
+def _check_finite(merged: torch.Tensor, name: str | None) -> None:
+    ends = torch.aminmax(merged) if merged.numel() else ()
+    if not all(torch.isfinite(end) for end in ends):
+        raise FimError(
+            f"{name}: the merged tensor isn't finite in {str(merged.dtype).removeprefix('torch.')}; lower `weight`, "
+            "`alpha` and `lambda`, set a wider `dtype:`, or look for NaN and infinity in the models"
+        )
 
 
 def _threshold(theta0: torch.Tensor, tuned: torch.Tensor, density: float, dtype: torch.dtype) -> Threshold | None:

@@ -46,7 +46,7 @@ class Parameter:
         """
         try:
             parsed = _convert(value, self.type)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):  # a whole number of hundreds of digits is no float
             raise ValueError(self.expected) from None
         if not self.accepts(parsed):
             raise ValueError(self.expected)

@@ -14,6 +14,7 @@ from mergekit.config import ConditionalParameter, MergeConfiguration
 from mergekit_fim import coefficients
 from mergekit_fim.errors import FimError
 from mergekit_fim.parameters import PARAMETERS, Scope
+from mergekit_fim.text import brief
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _check_parameter(name: str, setting: Any, block: ParameterBlock, method: str
     if parameter is None:
         near = difflib.get_close_matches(name, PARAMETERS, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"{method} knows {', '.join(PARAMETERS)}"
-        raise FimError(f"{block.where}: unknown parameter `{name}`; {hint}")
+        raise FimError(f"{block.where}: unknown parameter `{brief(name)}`; {hint}")
     if block.scope is not Scope.MERGE:
         if parameter.scope is Scope.MERGE:
             raise FimError(
@@ -133,7 +134,11 @@ def _check_parameter(name: str, setting: Any, block: ParameterBlock, method: str
         try:
             parameter.parse(value)
         except ValueError as error:
-            raise FimError(f"{block.where}: `{name}` must be {error}, found {value!r}; change it") from None
+            raise FimError(f"{block.where}: `{name}` must be {error}, found {_shown(value)}; change it") from None
+
+
+def _shown(value: Any) -> str:
+    return repr(brief(value)) if isinstance(value, str) else brief(value)
 
 
 def leaves(setting: Any, where: str) -> Iterator[Any]:
