@@ -58,6 +58,10 @@ def _hook_planner() -> None:
 
     @functools.wraps(to_disk)
     def plan_to_disk(self: Any, out_path: str) -> list[Any]:
+        if self.config.merge_method in METHODS and not _planning_only.get():
+            from mergekit_fim.output_folder import check_output
+
+            check_output(out_path)
         targets: list[Any] = to_disk(self, out_path)
         if self.config.merge_method in METHODS:
             from mergekit_fim.report import WriteReport
@@ -83,6 +87,8 @@ def _normalize_and_measure(planner: Any, normalize: Any) -> None:
     from mergekit_fim import prepass, report
 
     settings = prepass.check_config(planner.config, planner.options)
+    prepass.check_modules(planner.config, planner.arch_info)
+    prepass.check_tokenizers(planner.config, planner.options)
     # The caller's own config stays as it was: coefficients written into it would be taken for set by hand next time.
     planner.config = planner.config.model_copy(deep=True)
     normalize(planner)

@@ -23,7 +23,7 @@ from mergekit.config import (
 )
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from transformers import PretrainedConfig
+from transformers import AutoTokenizer, PretrainedConfig
 
 from mergekit_fim import fisher, placement, task_vectors
 from mergekit_fim.cache import CacheEntry
@@ -37,6 +37,7 @@ from mergekit_fim.parameters import PARAMETERS, Scope
 from mergekit_fim.saved import load_measurement
 from mergekit_fim.settings import Settings, conditions, read_settings
 from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms
+from mergekit_fim.text import reason
 
 _DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -174,8 +175,50 @@ def check_config(config: MergeConfiguration, options: MergeOptions) -> Settings:
         value = getattr(config, name)
         if value is not None and value.removeprefix("torch.") not in _DTYPES:
             raise FimError(f"{name}: expected one of {', '.join(_DTYPES)}, found {value}")
+    for module in (config, *(config.modules or {}).values()):
+        for i, out_slice in enumerate(module.slices or []):
+            if not out_slice.sources:
+                raise FimError(
+                    f"slices[{i}]: expected the base and a fine-tuned model in `sources`, found none; add them"
+                )
     placement.placement(options)
     return settings
+
+
+def check_tokenizers(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Load the tokenizers without which mergekit can't align the vocabularies; it does when the merge has begun.
+
+    Raises:
+        FimError: one that can't be loaded.
+    """
+    source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
+    if source is None:
+        return
+    for reference in _distinct(m for m in (config.base_model, source) if isinstance(m, ModelReference)):
+        try:
+            AutoTokenizer.from_pretrained(
+                reference.model.path,
+                revision=reference.model.revision,
+                trust_remote_code=options.trust_remote_code,
+            )
+        except Exception as error:  # each kind of tokenizer has its own
+            raise FimError(
+                f"{reference}: the config's tokenizer setting needs a tokenizer from it, which can't be loaded "
+                f"({reason(error)}); put one into its folder, name another model, or leave the setting out"
+            ) from error
+
+
+def check_modules(config: MergeConfiguration, architecture: ModelArchitecture) -> None:
+    """Check that the models have the modules that a config names.
+
+    Raises:
+        FimError: one that they don't have.
+    """
+    for name in config.modules or {}:
+        if name not in architecture.modules:
+            raise FimError(
+                f"modules: expected {' or '.join(architecture.modules)}, found {name}; rename it, or use `models:`"
+            )
 
 
 def _model_groups(config: MergeConfiguration) -> Iterator[tuple[ModelReference, list[ModelReference]]]:
