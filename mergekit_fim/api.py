@@ -13,6 +13,7 @@ from mergekit_fim.coefficients import Mapping, importance_scores, merge_coeffici
 from mergekit_fim.errors import FimError
 from mergekit_fim.inputs import open_model
 from mergekit_fim.measurement import Measurement, ModelIdentity, write_measurement
+from mergekit_fim.output_folder import check_output, model_written_whole
 from mergekit_fim.planning import MergePlan, plan_fim_merge
 from mergekit_fim.saved import load_measurement
 from mergekit_fim.settings import FisherSettings
@@ -96,17 +97,19 @@ def resolve(config: MergeConfiguration | dict[str, Any], options: MergeOptions |
 
 
 def merge(config: MergeConfiguration | dict[str, Any], out_path: str, options: MergeOptions | None = None) -> None:
-    """Merge, by mergekit's own `run_merge`.
+    """Merge, by mergekit's own `run_merge`; what is written is a whole model or nothing.
 
     Args:
         config: the merge config.
-        out_path: the folder that the merged model is written to.
+        out_path: the folder that the merged model is written to; a model that is there already is replaced at the end.
         options: mergekit's.
 
     Raises:
         FimError: the models can't be merged.
     """
-    run_merge(_validated(config), out_path, options or MergeOptions(quiet=True))
+    check_output(out_path)
+    with model_written_whole(out_path) as folder:
+        run_merge(_validated(config), folder, options or MergeOptions(quiet=True))
 
 
 def _validated(config: MergeConfiguration | dict[str, Any]) -> MergeConfiguration:

@@ -303,22 +303,32 @@ def export(config_file: str, output: str, check: bool, no_cache: bool, options: 
 def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None:
     """Do the merge in CONFIG_FILE, and write the merged model to the folder OUT_PATH.
 
-    The same as mergekit-yaml, for places where Python reads no .pth files, so that mergekit-yaml doesn't know the
-    methods: `python -S`, and installs by `pip install --target`.
+    The same as mergekit-yaml, but that the model is in OUT_PATH whole or not at all. Also for places where Python reads
+    no .pth files, so that mergekit-yaml doesn't know the methods: `python -S`, and installs by `pip install --target`.
+
+    A model that is in OUT_PATH already is replaced when the new one is complete; until then both are on the disk.
     """
     _loud(options)
     config, text = _config(config_file, no_cache)
     from mergekit.merge import run_merge
 
+    from mergekit_fim.output_folder import check_output, model_written_whole
+    from mergekit_fim.planning import check
+    from mergekit_fim.text import reason
+
+    check_output(out_path)
+    check(config, options)
     try:
-        run_merge(config, out_path, options, config_source=text)
+        with model_written_whole(out_path) as folder:
+            run_merge(config, folder, options, config_source=text)
     except FimError:
         raise
     except Exception as error:
         if options.verbosity:
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise FimError(f"mergekit can't do this merge ({reason}); -v shows where it failed") from error
+        full = "No space left" in str(error)
+        remedy = "free some space, or write elsewhere" if full else "-v shows where it failed"
+        raise FimError(f"mergekit can't do this merge ({reason(error)}); {remedy}") from error
 
 
 @main.command(short_help="Draw a report or a measurement.")
