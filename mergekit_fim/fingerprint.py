@@ -55,7 +55,7 @@ def fingerprint(model: InputModel) -> str:
                 for start in _starts(size, max(_LEAST, share)):
                     digest.update(read(start, min(_BLOCK, size - start)))
                 digests[name] = digest.digest()
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # each format has its own exceptions for a damaged file
             raise FimError(f"{model}: can't read {path} ({reason(error)}); download or save the model again") from error
     weights = hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()[:32]
     return f"{weights}-{_config_digest(os.path.join(index.base_path, 'config.json'))}"

@@ -181,12 +181,8 @@ def check_measurable(base: InputModel, settings: FisherSettings) -> None:
     """Check that the base can be run on such sequences.
 
     Raises:
-        FimError: the sequences are longer than the model's positions, or far too many; or there are no tokens.
+        FimError: the sequences are longer than the model's positions, or far too many.
     """
-    if base.text_config.vocab_size < 1:
-        raise FimError(
-            f"{base}: expected a vocab_size of at least 1, found {base.text_config.vocab_size}; check its config.json"
-        )
     if settings.samples * settings.seq_len > _MOST_TOKENS:
         raise FimError(
             f"fisher_samples × fisher_seq_len must be at most {_MOST_TOKENS:,} tokens, found {settings.samples:,} × "

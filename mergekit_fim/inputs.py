@@ -353,6 +353,9 @@ def _check_causal_lm(reference: ModelReference, config: PretrainedConfig, trust_
             f"{reference}: expected a causal language model that transformers can load, found {names[0]}; "
             "for a model with code of its own, pass --trust-remote-code"
         )
+    vocab_size = getattr(config.get_text_config(), "vocab_size", 1)
+    if vocab_size < 1:
+        raise FimError(f"{reference}: expected a vocab_size of at least 1, found {vocab_size}; check its config.json")
     quantization: Any = getattr(config, "quantization_config", None)
     if quantization is not None:
         kind = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method

@@ -167,6 +167,12 @@ def check_config(config: MergeConfiguration, options: MergeOptions) -> Settings:
     method = config.merge_method
     if config.base_model is None:  # not only per slice: mergekit would take the merged model's config from any model
         raise FimError(f"{method} needs a base model; add `base_model:` to the config, at the top")
+    for module in (config, *(config.modules or {}).values()):
+        for i, out_slice in enumerate(module.slices or []):
+            if not out_slice.sources:
+                raise FimError(
+                    f"slices[{i}]: expected the base and a fine-tuned model in `sources`, found none; add them"
+                )
     if not any(model != base for base, models in _model_groups(config) for model in models):
         raise FimError(
             f"{method} needs at least one fine-tuned model beside the base {config.base_model}; list one in `models:`"
@@ -175,12 +181,6 @@ def check_config(config: MergeConfiguration, options: MergeOptions) -> Settings:
         value = getattr(config, name)
         if value is not None and value.removeprefix("torch.") not in _DTYPES:
             raise FimError(f"{name}: expected one of {', '.join(_DTYPES)}, found {value}")
-    for module in (config, *(config.modules or {}).values()):
-        for i, out_slice in enumerate(module.slices or []):
-            if not out_slice.sources:
-                raise FimError(
-                    f"slices[{i}]: expected the base and a fine-tuned model in `sources`, found none; add them"
-                )
     placement.placement(options)
     return settings
 
@@ -293,6 +293,13 @@ def run(
         for base, identity in identities.items()
     )
     warnings += [warning for found in coefficients for warning in found.fisher.warnings]
+    for coefficient in coefficients:
+        dead = [str(layer.index) for layer in coefficient.fisher.layers if layer.fisher == 0]
+        if dead:
+            warnings.append(
+                f"{coefficient.base} has no Fisher information in decoder layer {', '.join(dead)}: no gradient reaches "
+                "its weights; it takes no part in the mapping, and gets alpha_max"
+            )
     for found in (m for c in coefficients for m in c.models):
         if not any(found.scores):
             warnings.append(
