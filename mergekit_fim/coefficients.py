@@ -92,7 +92,8 @@ def merge_coefficients(scores: Sequence[float], mapping: Mapping) -> list[float]
     if mapping.alpha_mean is not None:
         offset = _centre(exponents, (mapping.alpha_mean - mapping.alpha_min) / span)
     for layer, exponent in zip(scored, exponents, strict=True):
-        alphas[layer] = mapping.alpha_min + span * _sigmoid(exponent + offset)
+        alpha = mapping.alpha_min + span * _sigmoid(exponent + offset)
+        alphas[layer] = min(mapping.alpha_max, max(mapping.alpha_min, alpha))  # rounding may go beyond
     return alphas
 
 
@@ -110,6 +111,7 @@ def _sigmoid(x: float) -> float:
 
 def _centre(exponents: Sequence[float], target: float) -> float:
     """The b at which the mean of sigmoid(exponent + b) is `target` in (0, 1): bisection of a monotone function."""
+    target = min(1 - 2**-53, max(2**-1074, target))  # rounding may make it 0 or 1
     logit = math.log(target) - math.log1p(-target)
     # At the lower end every sigmoid is at most the target, at the upper end at least.
     low, high = logit - max(exponents), logit - min(exponents)
