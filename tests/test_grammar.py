@@ -213,8 +213,7 @@ FINITE = st.floats(-1e308, 1e308)
 def test_coefficients_stay_within_their_bounds(scores, sharpness, low, high, mean):
     try:
         mapping = Mapping(sharpness, low, high, mean)
-    except ValueError as error:
-        assert "\n" not in str(error)
+    except ValueError:
         return
     alphas = merge_coefficients(scores, mapping)
     assert len(alphas) == len(scores)
