@@ -4,6 +4,8 @@ Many CPUs multiply float32 matrices faster than 16-bit ones (`placement.running_
 weights stay in the caches, and the checkpoint's mapped file is all the memory that they take.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,10 +17,40 @@ _ELEMENTS = 1 << 21
 
 def narrow_linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """xWᵀ + b in the dtype of x, [..., in] -> [..., out], whatever the dtype of the weight, which gets no gradient."""
-    if module.weight.dtype == x.dtype:
-        return nn.functional.linear(x, module.weight, module.bias)
-    product: torch.Tensor = _NarrowProduct.apply(x, module.weight, module.bias)
+    weight = module._parameters["weight"]  # as it is stored: see `_NarrowLinear`
+    assert weight is not None
+    if weight.dtype == x.dtype:
+        return nn.functional.linear(x, weight, module.bias)
+    product: torch.Tensor = _NarrowProduct.apply(x, weight, module.bias)
     return product
+
+
+class _NarrowLinear(nn.Linear):
+    """What a linear layer is while it is `narrowed`."""
+
+    running_dtype: torch.dtype
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """For code that uses the weight itself, as Mamba's does: a copy in the dtype that the model runs in."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight.to(self.running_dtype)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return narrow_linear(self, input)
+
+
+@contextlib.contextmanager
+def narrowed(module: nn.Linear, dtype: torch.dtype) -> Iterator[None]:
+    """A context in which a linear layer multiplies in `dtype`, whatever its weight is stored in."""
+    own = module.__class__
+    module.__class__, module.running_dtype = _NarrowLinear, dtype  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del module.running_dtype
+        module.__class__ = own
 
 
 class _NarrowProduct(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
-from mergekit_fim.narrow import narrow_linear
+from mergekit_fim.narrow import narrowed
 
 
 class Weights(Protocol):
@@ -86,8 +86,8 @@ class StreamedWeights:
         self._first.pop(module, lambda: None)()
         self._announce(module)
         loaded = []
-        with contextlib.ExitStack() as stack:
-            try:
+        try:
+            with contextlib.ExitStack() as stack:
                 for prefix, part in module.named_modules(prefix=self._names[module]):
                     narrow = not widen and isinstance(part, nn.Linear) and type(part).forward is nn.Linear.forward
                     for name, parameter in part.named_parameters(recurse=False):
@@ -96,11 +96,11 @@ class StreamedWeights:
                         set_module_tensor_to_device(part, name, self._device, value=value, dtype=dtype)
                         loaded.append((part, name, parameter))
                     if narrow and part.weight.dtype != self._dtype:
-                        stack.enter_context(replaced(part, _narrow(part)))
+                        stack.enter_context(narrowed(part, self._dtype))
                 yield
-            finally:
-                for part, name, parameter in loaded:
-                    setattr(part, name, parameter)
+        finally:
+            for part, name, parameter in loaded:
+                setattr(part, name, parameter)
 
     def _announce(self, module: nn.Module) -> None:
         """Have the layer after this one fetched, in the direction in which the sweep over the layers goes."""
@@ -124,10 +124,6 @@ class StreamedWeights:
         weight = self._tensors[f"{self._names[module]}.weight"]
         rows = weight[index.cpu() if isinstance(index, torch.Tensor) else index]
         return rows.to(self._device)
-
-
-def _narrow(module: nn.Linear) -> Callable[..., torch.Tensor]:
-    return lambda _original, x: narrow_linear(module, x)
 
 
 @contextlib.contextmanager
