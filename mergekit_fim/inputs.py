@@ -20,7 +20,9 @@ from mergekit.config import InputModelDefinition, MergeConfiguration
 from mergekit.io import ShardedTensorIndex
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mergekit_fim.errors import FimError
@@ -116,10 +118,11 @@ class InputModel:
 
     def stored_dtype(self) -> torch.dtype:
         """The dtype of most of the checkpoint's parameters."""
-        elements: dict[torch.dtype | None, int] = {}
+        elements: dict[torch.dtype, int] = {}
         for header in self.headers.values():
-            elements[header.torch_dtype] = elements.get(header.torch_dtype, 0) + math.prod(header.shape)
-        return max(elements, key=elements.__getitem__) or torch.float32
+            if header.torch_dtype is not None:
+                elements[header.torch_dtype] = elements.get(header.torch_dtype, 0) + math.prod(header.shape)
+        return max(elements, key=elements.__getitem__, default=torch.float32)
 
     def prefetch(self, tensors: Iterable[WeightInfo]) -> None:
         """Tell the system which tensors will be read soon, so that it reads them from the disk in the meantime.
@@ -217,9 +220,13 @@ def open_models(
                     f"{reference}: expected {key} {expected} as in the base {base}, found {found}; "
                     "the models must share one architecture"
                 )
-    models = {reference: _open_model(reference, config, architecture) for reference, config in configs.items()}
-    for model in models.values():
-        _check_complete(model, trust_remote_code)
+    models = {}
+    for reference, config in configs.items():
+        layout = model_layout(architecture, config, str(reference))
+        skeleton = _skeleton(reference, config, trust_remote_code)
+        names = tensor_names(skeleton, layout, floating_point=True)
+        models[reference] = _open_model(reference, config, layout, names)
+        _check_complete(models[reference], names, {n: tuple(v.shape) for n, v in skeleton.state_dict().items()})
     return models
 
 
@@ -245,30 +252,94 @@ def open_model(name: str, revision: str | None, options: MergeOptions) -> InputM
     return open_models([reference], architecture, options.trust_remote_code)[reference]
 
 
-def _open_model(reference: ModelReference, config: PretrainedConfig, architecture: ModelArchitecture) -> InputModel:
-    layout = model_layout(architecture, config, str(reference))
+def _skeleton(reference: ModelReference, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    """transformers' model, without weights."""
+    try:
+        with accelerate.init_empty_weights(include_buffers=True):
+            skeleton: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), trust_remote_code=trust_remote_code
+            )
+        skeleton.tie_weights()
+        return skeleton
+    except Exception as error:  # whatever a model's own code raises
+        raise FimError(
+            f"{reference}: transformers can't build the model from its config ({reason(error)}); check its config.json"
+        ) from error
+
+
+def tensor_names(model: PreTrainedModel, layout: ModelLayout, *, floating_point: bool = False) -> list[list[str]]:
+    """Every tensor, or every floating-point one, of transformers' model with all of its names.
+
+    Tied ones have several, and mergekit may know one by the name that transformers gives it in checkpoints only, as it
+    does GPT-NeoX's head.
+    """
+    names: dict[int, list[str]] = {}
+    known: dict[str, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if value.is_floating_point() or not floating_point:
+            known[name] = names.setdefault(id(value), [])
+            known[name].append(name)
+    renamings = get_checkpoint_conversion_mapping(type(model).__name__) or []
+    for renaming in (r for r in renamings if isinstance(r, WeightRenaming)):
+        for tensor in layout.all_tensors():
+            renamed, _pattern = renaming.rename_source_key(tensor.name)
+            if renamed in known and tensor.name not in known:
+                known[renamed].append(tensor.name)
+    return list(names.values())
+
+
+def _open_model(
+    reference: ModelReference,
+    config: PretrainedConfig,
+    layout: ModelLayout,
+    names: Sequence[Sequence[str]],
+) -> InputModel:
     headers = _read_headers(reference)
+    weights = {alias for aliases in names for alias in aliases}  # without the masks that old checkpoints hold
     absent = []
     for layer in (*layout.layers, None):
         for tensor in layer.tensors if layer else layout.other:
             name = _stored_name(headers, tensor, tied=True)
             if name is not None:
-                if headers[name].torch_dtype is None:
+                if tensor.name in weights and headers[name].torch_dtype is None:
                     raise FimError(
                         f"{reference}: tensor {name} is stored as {headers[name].dtype}, expected float16, bfloat16, "
                         "float32 or float64; use the model's unquantised checkpoint"
                     )
             elif not _is_convertible(config.model_type, headers, tensor, layer):
                 if not tensor.optional:
-                    raise FimError(
-                        f"{reference}: the checkpoint lacks the tensor {tensor.name}, which mergekit expects of "
-                        f"{config.model_type}; download or save the model again, or leave the model out"
-                    )
+                    raise FimError(f"{reference}: {_why_lacking(tensor, config, headers, names)}")
                 absent.append(tensor.name)
     return InputModel(reference, config, layout, headers, frozenset(absent))
 
 
-def _check_complete(model: InputModel, trust_remote_code: bool) -> None:
+def _why_lacking(
+    tensor: WeightInfo,
+    config: PretrainedConfig,
+    headers: Mapping[str, TensorHeader],
+    names: Sequence[Sequence[str]],
+) -> str:
+    """Why a checkpoint lacks a tensor that mergekit requires, and what to do."""
+    definition = f"mergekit's definition of {(config.architectures or [config.model_type])[0]}"
+    aliases = next((aliases for aliases in names if tensor.name in aliases), None)
+    if aliases is None:
+        return (
+            f"{definition} requires the tensor {tensor.name}, which models with this config don't have; this model "
+            "can't be merged by this version of mergekit"
+        )
+    stored = next((alias for alias in aliases if alias in headers), None)
+    if stored is not None:
+        return (
+            f"{definition} requires the tensor {tensor.name}, which the checkpoint holds only as {stored}, to which it "
+            "is tied; save the models with a copy of it and tie_word_embeddings: false"
+        )
+    return (
+        f"the checkpoint lacks the tensor {tensor.name}, which mergekit expects of {config.model_type}; download or "
+        "save the model again, or leave the model out"
+    )
+
+
+def _check_complete(model: InputModel, names: Sequence[Sequence[str]], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Check that mergekit's plan covers every tensor that transformers' model has, and that its shape is that.
 
     One that isn't planned would be missing from the merged model, and loading that would fill it with random numbers.
@@ -278,31 +349,16 @@ def _check_complete(model: InputModel, trust_remote_code: bool) -> None:
             mergekit skips: an optional one that no checkpoint holds under its own name. Or its shape is not the one
             that the config means; more rows than the config's vocabulary has are padding.
     """
-    try:
-        with accelerate.init_empty_weights(include_buffers=True):
-            skeleton = transformers.AutoModelForCausalLM.from_config(
-                copy.deepcopy(model.config), trust_remote_code=trust_remote_code
-            )
-        skeleton.tie_weights()
-    except Exception as error:  # whatever a model's own code raises
-        raise FimError(
-            f"{model}: transformers can't build the model from its config ({reason(error)}); check its config.json"
-        ) from error
     planned: set[str] = set()
     for tensor in model.layout.all_tensors():
         if not tensor.optional or model.stored_name(tensor) is not None:
             planned.update((tensor.name, *(tensor.aliases or ())))
-    names: dict[int, list[str]] = {}  # by the tensor, as tied ones have several
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, value in skeleton.state_dict(keep_vars=True).items():
-        if value.is_floating_point():
-            names.setdefault(id(value), []).append(name)
-            shapes[name] = tuple(value.shape)
-    for aliases in names.values():
+    for aliases in names:
         if planned.isdisjoint(aliases):
             raise FimError(
-                f"{model}: mergekit's definition of {type(skeleton).__name__} doesn't cover the tensor {aliases[0]}, "
-                "so that the merged model would lack it; this model can't be merged by this version of mergekit"
+                f"{model}: mergekit's definition of {(model.config.architectures or [model.config.model_type])[0]} "
+                f"doesn't cover the tensor {aliases[0]}, so that the merged model would lack it; this model can't be "
+                "merged by this version of mergekit"
             )
     for tensor in model.layout.all_tensors():
         stored = model.stored_name(tensor, tied=False)

@@ -94,7 +94,7 @@ class FimMerge(GroupMergeMethod):
         assert group.base is not None
         base = group.base.tensor
         entries = group.non_base
-        if not entries:
+        if not entries or not base.is_floating_point():  # GPT-NeoX's old checkpoints hold causal masks
             return base
         dtype = torch.promote_types(base.dtype, torch.float32)
         gate = parameters["gate_scale"] if is_gate_projection(group.metadata.name or "") else 1.0

@@ -23,7 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.inputs import InputModel
+from mergekit_fim.inputs import InputModel, tensor_names
 from mergekit_fim.weights import ResidentWeights, StreamedWeights, Weights
 
 # On the CPU a 16-bit dtype must be this many times faster than float32 to be worth its lost digits. The known CPUs are
@@ -113,12 +113,9 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
             for name in (tensor.name, *(tensor.aliases or ()))
             if tensor.name not in base.absent
         }
-        names: dict[int, list[str]] = {}  # by the tensor, as tied ones have several
-        for name, value in model.state_dict(keep_vars=True).items():
-            names.setdefault(id(value), []).append(name)
         self._tensors = {
             name: planned[known]
-            for aliases in names.values()
+            for aliases in tensor_names(model, base.layout)
             if (known := next((alias for alias in aliases if alias in planned), None))
             for name in aliases
         }
