@@ -7,7 +7,7 @@ from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 from mergekit_fim.cost import merge_cost
-from mergekit_fim.methods import is_gate_projection
+from mergekit_fim.gates import is_fused, is_gate_projection
 from mergekit_fim.planning import MergePlan
 from mergekit_fim.text import size, wrapped
 
@@ -28,13 +28,11 @@ def _plan_notes(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
         for model, values in densities.items():
             shown = " to ".join(f"{v:g}" for v in sorted({min(values), max(values)}))
             yield f"of each tensor of {model}'s task vector, the fraction {shown} is kept"
-    protected = [
-        t.name
-        for t in plan.tensors
-        if is_gate_projection(t.name) and t.parameter("gate_scale") != 1 and t.per_model("alpha")
-    ]
-    if protected:
+    scaled = [t.name for t in plan.tensors if t.per_model("alpha") and t.parameter("gate_scale") != 1]
+    if protected := [name for name in scaled if is_gate_projection(name)]:
         yield f"gate-protected tensors: {', '.join(_with_ranges(protected))}"
+    if fused := [name for name in scaled if is_fused(name)]:
+        yield f"gate-protected in their gate's half: {', '.join(_with_ranges(fused))}"
     heads = {str(reference): model.text_config.tie_word_embeddings for reference, model in inputs.items()}
     tied = plan.output_config.get_text_config().tie_word_embeddings
     says = ", ".join(f"{name} {'tied' if is_tied else 'of its own'}" for name, is_tied in heads.items())

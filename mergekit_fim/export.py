@@ -23,8 +23,9 @@ from mergekit.graph import Executor, Task
 from mergekit.options import MergeOptions
 
 from mergekit_fim.errors import FimError
+from mergekit_fim.gates import is_fused, is_gate_projection
 from mergekit_fim.inputs import InputModel
-from mergekit_fim.methods import is_gate_projection, shares
+from mergekit_fim.methods import shares
 from mergekit_fim.norms import squared_distance, squared_norm
 from mergekit_fim.planning import MergePlan, PlannedTensor, plan_merge
 
@@ -188,6 +189,14 @@ def _setting(names: Sequence[str], prefixes: Sequence[str | None], values: Seque
 
 def _losses(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
     method, stock = plan.config.merge_method, exported.config.merge_method
+    fused = [
+        t.name for t in plan.tensors if is_fused(t.name) and t.per_model("alpha") and t.parameter("gate_scale") != 1
+    ]
+    if fused:
+        yield (
+            f"gate protection: {stock} has one weight for a whole tensor, so that the gate's half of {len(fused)} "
+            f"fused tensors such as {fused[0]} is merged like the rest (gate_scale: 1 makes {method} the same)"
+        )
     wanted = {tensor.name: _coefficients(tensor) for tensor in plan.tensors}
     for tensor in exported.tensors:
         if tensor.per_model("weight") != wanted[tensor.name]:

@@ -4,9 +4,9 @@ The merge coefficients arrive as mergekit's per-model parameter `alpha`, which h
 Fisher pre-pass ends in mergekit's "Missing required parameter alpha" instead of an unweighted merge.
 """
 
+import math
 import os
-import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,28 +23,13 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_fim.errors import FimError
+from mergekit_fim.gates import gate_parts
 from mergekit_fim.norms import squared_norm
 from mergekit_fim.parameters import METHODS, PARAMETERS, Scope
 from mergekit_fim.trim import Threshold, find_threshold, runs, trim_run
 
 PAPER = "https://arxiv.org/abs/2603.21705"
 _PRETTY_NAMES = {"fim_ties": "FIM-TIES", "fim_ta": "FIM Task Arithmetic"}
-
-
-# MLP gate projections that stand as a tensor of their own, by the names that mergekit's architectures use. The router
-# of a mixture of experts (`mlp.gate`) is not one. Fused gate/up tensors (`gate_up_proj`) have no separate gate.
-_GATE_PROJECTION = re.compile(
-    r"(?<!\.self_attn)\.gate_proj\."  # Llama and most others, experts included; AFMoE's attention has one too
-    r"|\.feed_forward\.w1\."  # LFM2, InternLM2
-    r"|\.mlp\.c_fc_0\."  # EXAONE
-    r"|\.mlp\.c_fc2\."  # Jais
-    r"|^transformer\.h\.\d+\.mlp\.w2\."  # Qwen (1)
-)
-
-
-def is_gate_projection(tensor_name: str) -> bool:
-    """Whether a tensor is a separate MLP gate projection, to which gate protection applies (arXiv 2603.21705)."""
-    return _GATE_PROJECTION.search(tensor_name) is not None
 
 
 class FimMerge(GroupMergeMethod):
@@ -97,45 +82,61 @@ class FimMerge(GroupMergeMethod):
         if not entries or not base.is_floating_point():  # GPT-NeoX's old checkpoints hold causal masks
             return base
         dtype = torch.promote_types(base.dtype, torch.float32)
-        gate = parameters["gate_scale"] if is_gate_projection(group.metadata.name or "") else 1.0
-        alphas = [gate * parameters["alpha"][entry.id] for entry in entries]
+        alphas = [parameters["alpha"][entry.id] for entry in entries]
         weights = [parameters["weight"][entry.id] for entry in entries]
 
         theta0 = base.reshape(-1)
         tuned = [entry.tensor.reshape(-1) for entry in entries]
         densities = [parameters["density"][entry.id] if self.trims else 1.0 for entry in entries]
         thresholds = [_threshold(theta0, t, d, dtype) for t, d in zip(tuned, densities, strict=True)]
-
-        moves_any = [not self.trims] * len(entries)
-
-        def part(run: slice) -> torch.Tensor:
-            start = theta0[run].to(dtype)
-            deltas = [trim_run(t[run].to(dtype).sub(start), run, k) for t, k in zip(tuned, thresholds, strict=True)]
-            for i, delta in enumerate(deltas):
-                moves_any[i] = moves_any[i] or bool(delta.any())
-            combine = _disjoint_merge if self.trims else _sum
-            task_vector = combine(deltas, alphas, weights, parameters["normalize"])
-            return task_vector.mul_(parameters["lambda"]).add_(start)
-
         merged = torch.empty_like(theta0)
-        calibrate = parameters["norm_tolerance"] > 0
-        norm = torch.zeros((), dtype=torch.float64, device=base.device)
-        for run in runs(len(merged), base.device):
-            values = part(run)
+
+        def merge_part(spans: Sequence[slice], alphas: Sequence[float]) -> None:
+            """Merge those entries: all of a tensor but for one that is a gate projection in part."""
+            moves_any = [not self.trims] * len(entries)
+
+            def merged_run(run: slice) -> torch.Tensor:
+                start = theta0[run].to(dtype)
+                deltas = [trim_run(t[run].to(dtype).sub(start), run, k) for t, k in zip(tuned, thresholds, strict=True)]
+                for i, delta in enumerate(deltas):
+                    moves_any[i] = moves_any[i] or bool(delta.any())
+                combine = _disjoint_merge if self.trims else _sum
+                task_vector = combine(deltas, alphas, weights, parameters["normalize"])
+                return task_vector.mul_(parameters["lambda"]).add_(start)
+
+            calibrate = parameters["norm_tolerance"] > 0
+            norm = torch.zeros((), dtype=torch.float64, device=base.device)
+            for run in _runs(spans, base.device):
+                values = merged_run(run)
+                if calibrate:
+                    norm += squared_norm(values)
+                merged[run] = values
             if calibrate:
-                norm += squared_norm(values)
-            merged[run] = values
-        if calibrate:
-            # The disjoint merge passes over a model that has nothing to add; so must the target.
-            entering = [weight if moved else 0.0 for weight, moved in zip(weights, moves_any, strict=True)]
-            parts = shares(entering, parameters["normalize"])
-            moves = [parameters["lambda"] * share * alpha for share, alpha in zip(parts, alphas, strict=True)]
-            factor = _norm_factor(float(norm) ** 0.5, theta0, tuned, moves, parameters["norm_tolerance"])
-            if factor != 1:
-                for run in runs(len(merged), base.device):
-                    merged[run] = part(run).mul_(factor)
+                # The disjoint merge passes over a model that has nothing to add; so must the target.
+                entering = [weight if moved else 0.0 for weight, moved in zip(weights, moves_any, strict=True)]
+                parts = shares(entering, parameters["normalize"])
+                moves = [parameters["lambda"] * share * alpha for share, alpha in zip(parts, alphas, strict=True)]
+                norms = [_norm(tensor, spans) for tensor in (theta0, *tuned)]
+                factor = _norm_factor(float(norm) ** 0.5, norms[0], norms[1:], moves, parameters["norm_tolerance"])
+                if factor != 1:
+                    for run in _runs(spans, base.device):
+                        merged[run] = merged_run(run).mul_(factor)
+
+        gate_scale = parameters["gate_scale"]
+        name = (group.metadata.name or "") if gate_scale != 1 else ""
+        gate, others = gate_parts(name, base.shape)
+        if gate:
+            merge_part(gate, [gate_scale * alpha for alpha in alphas])
+        if others:
+            merge_part(others, alphas)
         _check_finite(merged, group.metadata.name)
         return merged.view(base.shape)
+
+
+def _runs(spans: Sequence[slice], device: torch.device) -> Iterator[slice]:
+    for span in spans:
+        for run in runs(span.stop - span.start, device):
+            yield slice(span.start + run.start, span.start + run.stop)
 
 
 def _check_finite(merged: torch.Tensor, name: str | None) -> None:
@@ -166,7 +167,7 @@ def _parameter_specs(method: str) -> list[ParameterSpec]:
     return specs
 
 
-def _sum(deltas: list[torch.Tensor], alphas: list[float], weights: list[float], normalize: bool) -> torch.Tensor:
+def _sum(deltas: list[torch.Tensor], alphas: Sequence[float], weights: list[float], normalize: bool) -> torch.Tensor:
     """Σ_m w_m α_m δ_m, divided by Σ_m w_m if `normalize`. Overwrites `deltas`."""
     parts = shares(weights, normalize)
     total = deltas[0].mul_(parts[0] * alphas[0])
@@ -176,7 +177,7 @@ def _sum(deltas: list[torch.Tensor], alphas: list[float], weights: list[float], 
 
 
 def _disjoint_merge(
-    deltas: list[torch.Tensor], alphas: list[float], weights: list[float], normalize: bool
+    deltas: list[torch.Tensor], alphas: Sequence[float], weights: list[float], normalize: bool
 ) -> torch.Tensor:
     """TIES' sign election and disjoint merge (arXiv 2306.01708, section 4, steps 2 and 3). Overwrites `deltas`.
 
@@ -213,22 +214,19 @@ def shares(weights: list[float], normalize: bool) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _norm_factor(
-    norm: float, theta0: torch.Tensor, tuned: list[torch.Tensor], moves: list[float], tolerance: float
-) -> float:
+def _norm_factor(norm: float, norm0: float, tuned: Sequence[float], moves: Sequence[float], tolerance: float) -> float:
     """By what to multiply a merged tensor whose norm is off by more than `tolerance`: else 1.
 
     The target is ‖θ0‖ + Σ_m c_m (‖θ_m‖ − ‖θ0‖), c_m the coefficient by which the merge moves to model m: for one model
     (1 − α)‖θ0‖ + α‖θ1‖. That a merged tensor off by more than 5 % is rescaled is the paper's (arXiv 2603.21705, as
     summarised); the target, and that it is per tensor, are this project's. A target that isn't positive is left alone.
     """
-    norm0 = _norm(theta0)
-    target = norm0 + sum(move * (_norm(tensor) - norm0) for move, tensor in zip(moves, tuned, strict=True))
+    target = norm0 + sum(move * (other - norm0) for move, other in zip(moves, tuned, strict=True))
     return target / norm if target > 0 and norm > 0 and abs(norm / target - 1) > tolerance else 1.0
 
 
-def _norm(tensor: torch.Tensor) -> float:
-    return float(squared_norm(tensor)) ** 0.5
+def _norm(tensor: torch.Tensor, spans: Sequence[slice]) -> float:
+    return math.fsum(float(squared_norm(tensor[span])) for span in spans) ** 0.5
 
 
 def _register() -> None:

@@ -30,6 +30,7 @@ from mergekit_fim.cache import CacheEntry
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher import FisherMeasurement
+from mergekit_fim.gates import is_fused, is_layout_known
 from mergekit_fim.inputs import InputModel, check_compatible, open_models
 from mergekit_fim.measurement import Measurement, ModelIdentity
 from mergekit_fim.output_config import ConfigDifference, adapt_output_config
@@ -309,6 +310,8 @@ def run(
 
     density = default_density(inputs[_base_of(config)]) if config.merge_method == "fim_ties" else None
     models = tuple(_model_settings(sources, inputs, density))
+    shared = _shared_settings(slices, module, config)
+    _leave_unknown_gates(config, module, slices, inputs[_base_of(config)])
     _write_alphas(automatic, coefficients)
     if density is not None:
         _write_default_density(config, density)
@@ -333,7 +336,7 @@ def run(
         coefficients,
         models,
         density,
-        _shared_settings(slices, module, config),
+        shared,
         tuple(differences),
         tuple(warnings),
     )
@@ -603,6 +606,30 @@ def _write_default_density(config: MergeConfiguration, density: float) -> None:
     default = ConditionalParameter(value=density)
     parameters["density"] = density if given is None else [*conditions(given), default]
     config.parameters = parameters
+
+
+def _leave_unknown_gates(
+    config: MergeConfiguration,
+    module: OutputModuleDefinition,
+    slices: Sequence[OutputSliceDefinition],
+    base: InputModel,
+) -> None:
+    """Set `gate_scale` to 1, at the highest precedence, for fused tensors of which nobody knows the gate's part."""
+    names = {
+        tensor.name.removeprefix(layer.prefix)
+        for layer in base.layout.layers
+        for tensor in layer.tensors
+        if is_fused(tensor.name) and not is_layout_known(tensor.name, base.config.model_type)
+    }
+    if not names:
+        return
+    exceptions = [ConditionalParameter(filter=name, value=1.0) for name in sorted(names)]
+    default = PARAMETERS["gate_scale"].default_for(config.merge_method)
+    config.parameters = {"gate_scale": default} | (config.parameters or {})
+    for scope in (config, module, *slices):
+        if scope.parameters and "gate_scale" in scope.parameters:
+            given = conditions(scope.parameters["gate_scale"])
+            scope.parameters = {**scope.parameters, "gate_scale": [*exceptions, *given]}
 
 
 def _distinct(items: Iterable[Any]) -> list[Any]:

@@ -4,15 +4,16 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel
 from pydantic import BaseModel
 
+from mergekit_fim.gates import is_fused, is_gate_projection, is_layout_known
+from mergekit_fim.inputs import InputModel
 from mergekit_fim.measurement import layers_as_json, versions
-from mergekit_fim.methods import is_gate_projection
 from mergekit_fim.prepass import BaseCoefficients, ModelCoefficients, PrePass
 from mergekit_fim.text import echo, width, wrapped
 
@@ -98,13 +99,8 @@ def _notes(pre_pass: PrePass) -> Iterator[str]:
     ]
     if shifted:
         yield f"the slices merge layers of different numbers: {', '.join(shifted)}"
-    gates = gate_projections(pre_pass)
-    scale = pre_pass.shared["gate_scale"]
-    if scale != 1:
-        if gates:
-            yield f"gate protection: α × {_plain(scale)} on {len(gates)} MLP gate projections such as {gates[0]}"
-        else:
-            yield "gate protection: not applied, the models have no separate MLP gate projection"
+    if pre_pass.shared["gate_scale"] != 1:
+        yield from _gate_notes(pre_pass)
     tolerance = pre_pass.shared["norm_tolerance"]
     if tolerance != 0:
         yield f"norm calibration: a merged tensor whose norm is off by more than {_plain(tolerance)} is rescaled"
@@ -113,11 +109,36 @@ def _notes(pre_pass: PrePass) -> Iterator[str]:
         yield f"config key {difference.key} differs ({values}); written: {_plain(difference.written)}"
 
 
-def gate_projections(pre_pass: PrePass) -> list[str]:
-    """The names of the base's separate MLP gate projections."""
-    base = next(iter(pre_pass.inputs.values()))
+def _gate_notes(pre_pass: PrePass) -> Iterator[str]:
+    scale = _plain(pre_pass.shared["gate_scale"])
+    if gates := _gates(pre_pass, is_gate_projection):
+        yield f"gate protection: α × {scale} on {len(gates)} MLP gate projections such as {gates[0]}"
+    known = _protected_halves(pre_pass)
+    unknown = [name for name in _gates(pre_pass, is_fused) if name not in known]
+    if known:
+        yield f"gate protection: α × {scale} on the gate's half of {len(known)} fused tensors such as {known[0]}"
+    if unknown:
+        yield (
+            f"gate protection: not applied to {len(unknown)} tensors such as {unknown[0]}, which hold gate and up "
+            "projection in an order that isn't known for certain"
+        )
+    if not (gates or known or unknown):
+        yield "gate protection: not applied, the models have no MLP gate projection"
+
+
+def _base(pre_pass: PrePass) -> InputModel:
+    return next(iter(pre_pass.inputs.values()))
+
+
+def _gates(pre_pass: PrePass, is_one: Callable[[str], bool]) -> list[str]:
+    base = _base(pre_pass)
     names = [tensor.name for layer in base.layout.layers for tensor in layer.tensors]
-    return [name for name in names if is_gate_projection(name) and name not in base.absent]
+    return [name for name in names if is_one(name) and name not in base.absent]
+
+
+def _protected_halves(pre_pass: PrePass) -> list[str]:
+    model_type = _base(pre_pass).config.model_type
+    return [name for name in _gates(pre_pass, is_fused) if is_layout_known(name, model_type)]
 
 
 def as_json(pre_pass: PrePass) -> dict[str, Any]:
@@ -133,7 +154,8 @@ def as_json(pre_pass: PrePass) -> dict[str, Any]:
         "fisher": measured.pop(base, None),
         "fisher_of_other_bases": measured,
         "models": list(_models(pre_pass)),
-        "gate_projections": gate_projections(pre_pass),
+        "gate_projections": _gates(pre_pass, is_gate_projection),
+        "fused_gate_projections": _protected_halves(pre_pass),
         "config_differences": [
             {"key": d.key, "values": dict(d.values), "written": d.written} for d in pre_pass.differences
         ],

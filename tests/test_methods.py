@@ -6,7 +6,7 @@ import reference
 import torch
 from mergekit.merge_methods import TensorGroup, get
 
-from mergekit_fim.methods import is_gate_projection
+from mergekit_fim.gates import is_gate_projection
 from mergekit_fim.trim import trim
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -94,6 +94,35 @@ def test_gate_protection_applies_to_gate_projections_only():
     gate = run("fim_ties", inputs, name=GATE, alpha=0.5, norm_tolerance=0.0)
     torch.testing.assert_close(gate - inputs[0], 0.7 * (plain - inputs[0]), rtol=1e-4, atol=1e-6)
     assert torch.equal(run("fim_ta", inputs, name=GATE, alpha=0.5), run("fim_ta", inputs, alpha=0.5))
+
+
+FUSED_EXPERTS = "model.layers.1.mlp.experts.gate_up_proj"
+FUSED = [("model.layers.1.mlp.gate_up_proj.weight", (8, 6)), (FUSED_EXPERTS, (3, 4, 5))]
+
+
+@pytest.mark.parametrize(("name", "shape"), FUSED)
+@pytest.mark.parametrize("count", [1, 2])
+def test_gate_protection_of_the_gates_half(name, shape, count):
+    """Each half is merged as a tensor of its own, with its own target norm: the gate's by α × gate_scale."""
+    inputs = tensors(count, shape)
+    inputs[1] *= 1.5
+    options = {"weight": [1.0, 0.5][:count], "density": 1.0, "norm_tolerance": 1e-4, "alpha": [0.9, 0.3][:count]}
+    found = run("fim_ties", inputs, name=name, **options).chunk(2, len(shape) - 2)
+    gate, up = zip(*(t.chunk(2, len(shape) - 2) for t in inputs), strict=True)
+    torch.testing.assert_close(found[0], run("fim_ties", [t.contiguous() for t in gate], name=GATE, **options))
+    torch.testing.assert_close(found[1], run("fim_ties", [t.contiguous() for t in up], **options))
+    assert not torch.allclose(found[0], run("fim_ties", [t.contiguous() for t in gate], **options), rtol=0.01)
+
+
+@pytest.mark.parametrize(("name", "shape"), FUSED)
+def test_a_fused_tensor_is_trimmed_as_a_whole(name, shape):
+    inputs = tensors(1, shape)
+    merged = run("fim_ties", inputs, name=name, alpha=1.0, density=0.3, norm_tolerance=0.0)
+    kept = trim(inputs[1] - inputs[0], 0.3)
+    gate, up = kept.chunk(2, len(shape) - 2)
+    torch.testing.assert_close(merged - inputs[0], torch.cat([0.7 * gate, up], len(shape) - 2), rtol=1e-4, atol=1e-6)
+    plain = run("fim_ties", inputs, name=name, alpha=1.0, density=0.3, norm_tolerance=0.0, gate_scale=1.0)
+    torch.testing.assert_close(plain - inputs[0], kept, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
