@@ -22,7 +22,8 @@ def load(path: Path) -> dict[str, np.ndarray]:
 
 
 def layer_of(name: str) -> int | None:
-    match = re.search(r"\.(?:layers|h)\.(\d+)\.", name)
+    """The decoder layer is the first number in a tensor's name; experts and the like come after it."""
+    match = re.search(r"\.(\d+)\.", name)
     return int(match.group(1)) if match else None
 
 

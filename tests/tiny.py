@@ -22,20 +22,47 @@ _SHAPE = {
 }
 
 
+_EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4}
+_KINDS = {
+    "cohere": ("CohereConfig", {}),
+    "cohere2": ("Cohere2Config", {"sliding_window": 6}),
+    "falcon": ("FalconConfig", {"num_kv_heads": 2}),
+    "gemma": ("GemmaConfig", {"head_dim": 8}),
+    "gemma2": ("Gemma2Config", {"head_dim": 8, "query_pre_attn_scalar": 8}),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 6}),
+    "glm": ("GlmConfig", {"head_dim": 8}),
+    "glm4": ("Glm4Config", {"head_dim": 8}),
+    "gpt_neox": ("GPTNeoXConfig", {}),
+    "gpt_oss": ("GptOssConfig", _EXPERTS | {"head_dim": 8, "sliding_window": 6}),
+    "granite": ("GraniteConfig", {}),
+    "lfm2": ("Lfm2Config", {"block_auto_adjust_ff_dim": False}),
+    "llama": ("LlamaConfig", {}),
+    "mamba": ("MambaConfig", {"state_size": 4, "time_step_rank": 2}),
+    "mistral": ("MistralConfig", {"sliding_window": 6}),
+    "mixtral": ("MixtralConfig", _EXPERTS),
+    "olmo2": ("Olmo2Config", {}),
+    "phi": ("PhiConfig", {"num_key_value_heads": 4}),
+    "phi3": ("Phi3Config", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 8}),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+    ),
+    "smollm3": ("SmolLM3Config", {}),
+    "stablelm": ("StableLmConfig", {}),
+    "starcoder2": ("Starcoder2Config", {}),
+}
+
+
 def config(kind: str = "llama", **changes) -> PretrainedConfig:
     """A small config of an architecture, by its transformers model type."""
     if kind == "gpt2":
         shape = {"vocab_size": VOCAB, "n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 128}
         shape |= {"bos_token_id": None, "eos_token_id": None}
         return transformers.GPT2Config(**shape | changes)
-    cls, extra = {
-        "llama": (transformers.LlamaConfig, {}),
-        "qwen2": (transformers.Qwen2Config, {}),
-        "qwen3": (transformers.Qwen3Config, {"head_dim": 8}),
-        "gemma2": (transformers.Gemma2Config, {"head_dim": 8, "query_pre_attn_scalar": 8}),
-        "mixtral": (transformers.MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    }[kind]
-    return cls(**_SHAPE | extra | changes)
+    cls, extra = _KINDS[kind]
+    return getattr(transformers, cls)(**_SHAPE | extra | changes)
 
 
 def build(cfg: PretrainedConfig, seed: int = 0, *, spread: bool = True) -> PreTrainedModel:
