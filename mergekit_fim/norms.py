@@ -1,17 +1,20 @@
-"""Squared norms that neither lose digits nor copy a tensor to float32 whole."""
+"""Squared norms that neither lose digits nor copy a tensor to float32 whole, the same for any number of threads."""
 
 import torch
 
-# Elements that are converted to float32 and summed at a time: small enough to stay in the caches, and a single float32
-# sum of this length keeps seven digits (torch sums pairwise), while the sum of the chunks is kept in float64.
+# Elements that are converted to float32 at a time: small enough to stay in the caches.
 _CHUNK = 1 << 20
+
+# Elements that are summed in float32, pairwise, so that the sum keeps seven digits; the sums are summed in float64. Each
+# is one thread's: how torch shares a longer sum out, and so its last digits, depends on how many threads there are.
+_ROW = 1 << 12
 
 
 def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
-    """‖t‖² as a float64 scalar on the tensor's device, from float32 (for float64 tensors: float64) sums over chunks."""
+    """‖t‖² as a float64 scalar on the tensor's device, from float32 (for float64 tensors: float64) sums over rows."""
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
     for chunk in tensor.detach().reshape(-1).split(_CHUNK):
-        total += chunk.to(_sum_dtype(chunk)).square().sum()
+        total += _sum(chunk.to(_sum_dtype(chunk)).square())
     return total
 
 
@@ -19,8 +22,14 @@ def squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """‖a − b‖² of two tensors of one shape, as `squared_norm` computes it."""
     total = 0.0
     for x, y in zip(a.reshape(-1).split(_CHUNK), b.reshape(-1).split(_CHUNK), strict=True):
-        total += float((x.to(_sum_dtype(x)) - y.to(_sum_dtype(y))).square().sum())
+        total += float(_sum((x.to(_sum_dtype(x)) - y.to(_sum_dtype(y))).square_()))
     return total
+
+
+def _sum(values: torch.Tensor) -> torch.Tensor:
+    whole = len(values) // _ROW * _ROW
+    rows = values[:whole].view(-1, _ROW).sum(-1)
+    return rows.sum(dtype=torch.float64) + values[whole:].sum(dtype=torch.float64)
 
 
 def _sum_dtype(tensor: torch.Tensor) -> torch.dtype:
