@@ -5,8 +5,8 @@ import torch
 # Elements that are converted to float32 at a time: small enough to stay in the caches.
 _CHUNK = 1 << 20
 
-# Elements that are summed in float32, pairwise, so that the sum keeps seven digits; the sums are summed in float64. Each
-# is one thread's: how torch shares a longer sum out, and so its last digits, depends on how many threads there are.
+# Elements that are summed in float32, pairwise, so that the sum keeps seven digits; these in float64. Each is
+# one thread's: how torch shares a longer sum out, and with it the last digits, depends on the number of threads.
 _ROW = 1 << 12
 
 

@@ -33,11 +33,14 @@ def draw_samples(settings: FisherSettings, vocab_size: int) -> Samples:
     the same generator.
     """
     generator = torch.Generator("cpu").manual_seed(settings.seed)
-    ids = torch.randint(0, vocab_size, (settings.samples, settings.seq_len), generator=generator)
+    # By name: within `with torch.device(...)` they would be drawn there.
+    cpu = torch.device("cpu")
+    shape = (settings.samples, settings.seq_len)
+    ids = torch.randint(0, vocab_size, shape, generator=generator, dtype=torch.int64, device=cpu)
     uniforms = None
     if settings.labels == "sampled":
         shape = (settings.samples, settings.seq_len - 1)
-        uniforms = torch.rand(shape, generator=generator, dtype=torch.float64)
+        uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=cpu)
     return Samples(ids, uniforms)
 
 
