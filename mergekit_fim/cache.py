@@ -4,32 +4,20 @@ Nothing in the cache is trusted: a file that is not whole, not of this model or 
 with a warning. What can't be written is not kept, with a warning.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import time
 from dataclasses import dataclass
 
 import torch
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher import FisherMeasurement
-from mergekit_fim.measurement import (
-    PART,
-    Measurement,
-    ModelIdentity,
-    read_measurement,
-    versions,
-    write_measurement,
-)
+from mergekit_fim.measurement import Measurement, ModelIdentity, read_measurement, versions, write_measurement
 from mergekit_fim.settings import FisherSettings
 
 LOG = logging.getLogger("mergekit_fim")
-
-# What a killed process left behind is removed when it is this old, in seconds: no measurement takes as long to write.
-_STALE = 3600.0
 
 
 def cache_folder() -> str:
@@ -88,18 +76,8 @@ class CacheEntry:
     def write(self, fisher: FisherMeasurement) -> None:
         """Keep a measurement, if that is possible."""
         path = self.path
-        folder = os.path.dirname(path)
         try:
-            os.makedirs(folder, exist_ok=True)
-            _remove_stale_parts(folder)
+            os.makedirs(os.path.dirname(path), exist_ok=True)
             write_measurement(Measurement.of(fisher, self.model), path)
         except (OSError, FimError) as error:
             LOG.warning("the measurement is not kept for the next merge: %s", error)
-
-
-def _remove_stale_parts(folder: str) -> None:
-    for entry in os.scandir(folder):
-        if entry.name.endswith(PART):
-            with contextlib.suppress(OSError):  # another process was quicker
-                if time.time() - entry.stat().st_mtime > _STALE:
-                    os.remove(entry.path)
