@@ -5,7 +5,7 @@ are wrapped, and act for `fim_ties` and `fim_ta` only:
 
 - `normalize_config`: afterwards everything in the config is modules -> slices -> sources, with the options, the
   architecture and the output's config at hand, and no output folder made yet. The pre-pass runs there.
-- `plan_to_disk`: adds the task that writes the report beside the merged model. Within `plan_only`, where merges of
+- `plan_to_disk`: adds the tasks that keep the report beside the merged model. Within `plan_only`, where merges of
   every method end, it hands over the finished plan instead.
 """
 
@@ -64,9 +64,9 @@ def _hook_planner() -> None:
             check_output(out_path)
         targets: list[Any] = to_disk(self, out_path)
         if self.config.merge_method in METHODS:
-            from mergekit_fim.report import WriteReport
+            from mergekit_fim.report import with_report
 
-            targets.append(WriteReport.after(targets, self.fim_pre_pass, out_path))
+            targets = with_report(targets, self.fim_pre_pass, out_path)
         if _planning_only.get():
             raise Planned(self, targets)
         return targets

@@ -1,5 +1,6 @@
 """What the user sees of a pre-pass: one table, and `fim_report.json` beside the merged model."""
 
+import contextlib
 import json
 import logging
 import math
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 
 from mergekit_fim.gates import is_fused, is_gate_projection, is_layout_known
 from mergekit_fim.inputs import InputModel
-from mergekit_fim.measurement import layers_as_json, versions
+from mergekit_fim.measurement import layers_as_json, versions, written_whole
 from mergekit_fim.prepass import BaseCoefficients, ModelCoefficients, PrePass
 from mergekit_fim.text import echo, width, wrapped
 
@@ -224,19 +225,31 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(_jsonable(value), ensure_ascii=False)
 
 
+class RemoveReport(Task[None]):
+    """Removes the report of an earlier merge, so that it isn't taken for one of the model that is about to be there."""
+
+    out_path: str
+
+    def arguments(self) -> dict[str, Any]:
+        """Nothing must have run."""
+        return {}
+
+    def main_thread_only(self) -> bool:
+        """Like the `FinalizeModel` after it."""
+        return True
+
+    def execute(self, **_kwargs: Any) -> None:
+        """Remove it if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(self.out_path, REPORT_NAME))
+
+
 class WriteReport(Task[None]):
     """Writes the report when the merged model is complete."""
 
     finalize: FinalizeModel
     text: str
     out_path: str
-
-    @classmethod
-    def after(cls, targets: Sequence[Any], pre_pass: PrePass, out_path: str) -> "WriteReport":
-        """The task that follows the `FinalizeModel` among `targets`."""
-        (finalize,) = (task for task in targets if isinstance(task, FinalizeModel))
-        text = json.dumps(as_json(pre_pass), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        return cls(finalize=finalize, text=text, out_path=out_path)
 
     def arguments(self) -> dict[str, Any]:
         """mergekit's name for the tasks that must have run."""
@@ -247,8 +260,24 @@ class WriteReport(Task[None]):
         return True
 
     def execute(self, **_kwargs: Any) -> None:
-        """Write atomically: no reader ever sees half a report."""
-        path = os.path.join(self.out_path, REPORT_NAME)
-        with open(path + ".part", "w", encoding="utf-8") as file:
+        """Write atomically: no reader ever sees half a report.
+
+        Raises:
+            FimError: it can't be written.
+        """
+        with written_whole(os.path.join(self.out_path, REPORT_NAME)) as part, open(part, "w", encoding="utf-8") as file:
             file.write(self.text)
-        os.replace(path + ".part", path)
+
+
+def with_report(targets: Sequence[Any], pre_pass: PrePass, out_path: str) -> list[Any]:
+    """mergekit's tasks, with the report around the `FinalizeModel` among them.
+
+    That one gives the model's files their names. An earlier merge's report is removed before it, and this one's written
+    after it: wherever a merge is cut off, a report lies beside the model that it is of, or none is there.
+    """
+    (finalize,) = (task for task in targets if isinstance(task, FinalizeModel))
+    text = json.dumps(as_json(pre_pass), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    remove = RemoveReport(out_path=out_path)
+    late = finalize.model_copy(update={"tensor_save_tasks": (*finalize.tensor_save_tasks, remove)})
+    others = [late if task is finalize else task for task in targets]
+    return [*others, WriteReport(finalize=late, text=text, out_path=out_path)]
