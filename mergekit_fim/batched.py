@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
+from mergekit_fim.errors import is_out_of_memory
 from mergekit_fim.gradient_norms import Call, GramCache, Rule, rule_for
 from mergekit_fim.head import Head, loss_gradient
 from mergekit_fim.narrow import input_gradient
@@ -59,7 +60,7 @@ def batched_engine(
 
     Raises:
         NotSupportedError: the decoder layers share parameters, or pass on more than their arguments and results.
-        torch.OutOfMemoryError: a single sequence is too large for the accelerator.
+        RuntimeError, MemoryError: a single sequence is too large (torch.OutOfMemoryError on an accelerator).
     """
     weights = weights or ResidentWeights()
     count, length = samples.input_ids.shape
@@ -72,8 +73,8 @@ def batched_engine(
     while start < count:
         try:
             parts.append(run.measure(samples.part(start, start + size), device))
-        except torch.OutOfMemoryError:
-            if size == 1:
+        except (RuntimeError, MemoryError) as error:
+            if size == 1 or not is_out_of_memory(error):
                 raise
             size = (size + 1) // 2
         else:

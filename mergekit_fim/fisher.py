@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 from mergekit_fim import placement
 from mergekit_fim.batched import NotSupportedError, batched_engine
 from mergekit_fim.engines import FisherEngine, autograd_engine
-from mergekit_fim.errors import FimError
+from mergekit_fim.errors import FimError, is_out_of_memory
 from mergekit_fim.inputs import InputModel
-from mergekit_fim.placement import LoadedModel, load_model
+from mergekit_fim.placement import LoadedModel, Placement, load_model
 from mergekit_fim.samples import Samples, draw_samples
 from mergekit_fim.settings import FisherSettings
 from mergekit_fim.weights import ResidentWeights, Weights
@@ -227,6 +227,29 @@ def measure_base(
         FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
     where = placement.placement(options)
+    try:
+        return _measure_base(base, settings, dtype, options, where, engine, running, each_layer)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        on_cpu = where.device.type == "cpu"
+        remedy = "free some memory" if on_cpu else "merge without --cuda, --device and --multi-gpu"
+        raise FimError(
+            f"{base}: {where.device} has too little memory for the Fisher pre-pass, which needs that of one decoder "
+            f"layer and one sequence; lower fisher_seq_len (--seq-len), or {remedy}"
+        ) from None
+
+
+def _measure_base(
+    base: InputModel,
+    settings: FisherSettings,
+    dtype: str | None,
+    options: MergeOptions,
+    where: Placement,
+    engine: FisherEngine,
+    running: torch.dtype | None,
+    each_layer: Callable[[int], object] | None,
+) -> FisherMeasurement:
     warnings: list[str] = []
     while True:
         loaded = load_model(base, dtype, options, where, running=running, each_layer=each_layer)
@@ -249,18 +272,8 @@ def measure_base(
             )
         except torch.OutOfMemoryError:
             if loaded.placement.streamed:
-                raise FimError(
-                    f"{base}: {options.device} has too little memory for one decoder layer and one sequence of the "
-                    "Fisher pre-pass; lower fisher_seq_len, or merge without --cuda and --device"
-                ) from None
-            where = replace(where, streamed=True, spread=False)
-        except RuntimeError as error:
-            if "can't allocate memory" not in str(error):  # how torch says it on a CPU
                 raise
-            raise FimError(
-                f"{base}: there is too little memory for a sequence of {settings.seq_len} tokens in the Fisher "
-                "pre-pass; lower fisher_seq_len"
-            ) from error
+            where = replace(where, streamed=True, spread=False)
         del loaded
 
 
