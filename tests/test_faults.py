@@ -1,0 +1,339 @@
+"""Whatever stops a command, at any moment: no half file is taken for a whole one, and the next run is as if it had been
+the first.
+"""
+
+import errno
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import reference
+import tiny
+import yaml
+from click.testing import CliRunner
+from conftest import Merge, Pair, config_for
+from test_errors import ends_in_one_line
+from warm import Outcome, Warm
+
+from mergekit_fim import batched, measurement, report
+from mergekit_fim.cli import main
+from mergekit_fim.measurement import PART, read_measurement
+
+PLAIN = ("--no-copy-tokenizer", "--no-write-model-card", "--quiet")
+SMALL = {"fisher_samples": 2, "fisher_seq_len": 8}
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory):
+    process = Warm(tmp_path_factory.mktemp("warm"), HF_HUB_OFFLINE="1")
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Pair:
+    """A pair of two layers."""
+    folder = tmp_path_factory.mktemp("small")
+    base = tiny.build(tiny.config("llama", num_hidden_layers=2))
+    paths = [tiny.save(base, folder / "base"), tiny.save(tiny.tuned(base, 1), folder / "long")]
+    return Pair(*paths, paths[1])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def moments(calls: dict[str, int]) -> list[tuple[str, int]]:
+    """25, spread over a run: over all of its calls, over those that touch files, and over those for files of ours."""
+    parts = {"all": 9, "file": 7, "own": 9}
+    return [(kind, 1 + calls[kind] * (2 * i + 1) // (2 * n)) for kind, n in parts.items() for i in range(n)]
+
+
+class Work:
+    """A command that is stopped and run again, what it leaves, and what it leaves undisturbed."""
+
+    def __init__(self, warm: Warm, folder: Path, pair: Pair) -> None:
+        self.warm, self.folder, self.out = warm, folder, folder / "out"
+        self.cache = folder / "cache"
+        self.arguments = self.prepare(pair)
+        self.reset()
+        for file in self.out.iterdir():
+            file.unlink()
+        self.calls = self.run(count=True).calls
+        self.whole, self.kept = contents(self.out), contents(self.cache)
+        assert len(self.kept) == 1
+
+    def prepare(self, pair: Pair) -> list[str]:
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """As before the first run."""
+        for folder in (self.out, self.cache):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+
+    def run(self, *, may_fail: bool = False, **job) -> Outcome:
+        done = self.warm.run(*self.arguments, environment={"MERGEKIT_FIM_CACHE": str(self.cache)}, **job)
+        assert may_fail or job.get("fault") or done.status == 0, done.stderr
+        return done
+
+    def check_stopped(self) -> None:
+        """Nothing that has the name of a result is less than one."""
+        raise NotImplementedError
+
+
+class MergeWork(Work):
+    """A merge over an older merge's folder, of another method."""
+
+    def prepare(self, pair: Pair) -> list[str]:
+        commands = {}
+        for method in ("fim_ta", "fim_ties"):
+            config = self.folder / f"{method}.yml"
+            config.write_text(yaml.safe_dump(config_for(pair, method, parameters=SMALL)), encoding="utf-8")
+            commands[method] = ["mergekit-yaml", str(config), str(self.out), *PLAIN]
+        self.arguments = commands["fim_ta"]
+        self.run()
+        self.older = self.out.rename(self.folder / "older")
+        return commands["fim_ties"]
+
+    def reset(self) -> None:
+        super().reset()
+        shutil.copytree(self.older, self.out, dirs_exist_ok=True)
+
+    def check_stopped(self) -> None:
+        found = contents(self.out)
+        if "fim_report.json" in found:
+            pairs = [(c["model.safetensors"], c["fim_report.json"]) for c in (contents(self.older), self.whole)]
+            assert (found["model.safetensors"], found["fim_report.json"]) in pairs
+
+
+class FisherWork(Work):
+    """A measurement."""
+
+    def prepare(self, pair: Pair) -> list[str]:
+        options = ["--samples", "2", "--seq-len", "8", "-q"]
+        return ["mergekit-fim", "fisher", str(pair.base), "-o", str(self.out / "fisher.json"), *options]
+
+    def check_stopped(self) -> None:
+        assert contents(self.out).get("fisher.json", self.whole["fisher.json"]) == self.whole["fisher.json"]
+
+
+@pytest.fixture(params=[MergeWork, FisherWork], ids=["merge", "fisher"], scope="module")
+def work(request, warm, small, tmp_path_factory) -> Work:
+    return request.param(warm, tmp_path_factory.mktemp("work"), small)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_at_any_moment(number, work):
+    """50 moments of a merge and 50 of a measurement."""
+    parts = []
+    for kind, at in moments(work.calls):
+        work.reset()
+        done = work.run(fault=(kind, at, number))
+        left = [p for folder in (work.out, work.cache) for p in folder.iterdir() if p.name.endswith(PART)]
+        if number == signal.SIGKILL:
+            assert done.status == -signal.SIGKILL
+            parts += left
+        else:
+            assert (done.status, done.stderr.split()[-1:]) == (1, ["Aborted!"]), (kind, at, done)
+            assert "Traceback" not in done.stderr
+            assert left == []
+        work.check_stopped()
+        assert contents(work.cache).items() - {(p.name, p.read_bytes()) for p in left} <= work.kept.items()
+        work.run()
+        assert contents(work.out) == work.whole, (kind, at)
+        assert contents(work.cache) == work.kept, (kind, at)
+    assert bool(parts) is (number == signal.SIGKILL)  # or no moment was one of writing
+
+
+def test_interrupted_before_anything(warm):
+    """While a command's own imports run."""
+    done = warm.run("mergekit-fim", "compare", "a", "b", fault=("all", 20, signal.SIGINT))
+    assert (done.status, done.stderr) == (1, "\nAborted!\n")
+
+
+@pytest.fixture
+def merge(tmp_path) -> Merge:
+    """All merges of a test share its cache."""
+    return Merge(tmp_path, fresh=False)
+
+
+def fill_disk(monkeypatch, name: str, at: int) -> None:
+    """The disk is full at the `at`-th write to an unfinished file whose name begins with `name`, half of it written."""
+
+    def opened(path, mode="r", **options):
+        file = open(path, mode, **options)  # noqa: SIM115
+        if "w" in mode and os.path.basename(path).startswith(f".{name}"):
+            original, count = file.write, []
+
+            def write(text):
+                count.append(text)
+                if len(count) == at:
+                    original(text[: len(text) // 2])
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                return original(text)
+
+            file.write = write
+        return file
+
+    for module in (measurement, report):
+        monkeypatch.setattr(module, "open", opened, raising=False)
+
+
+@pytest.mark.parametrize("at", [1, 40])
+def test_a_disk_that_fills_while_the_measurement_is_kept(at, pair, merge, cache_folder, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        fill_disk(patch, "", at)  # the cache's file is the first
+        patch.setattr(report, "open", open)
+        first, _ = merge.ok(config_for(pair))
+    assert "not kept for the next merge" in caplog.text
+    assert "No space left on device" in caplog.text
+    assert contents(cache_folder) == {}
+    again, _ = merge.ok(config_for(pair), out="again")
+    assert contents(first) == contents(again)
+
+
+def test_a_disk_that_fills_while_the_report_is_written(pair, merge, monkeypatch):
+    older, _ = merge.ok(config_for(pair, "fim_ta"))
+    with monkeypatch.context() as patch:
+        fill_disk(patch, "fim_report.json", 1)
+        out, result = merge(config_for(pair))
+    assert out == older
+    assert result.exit_code == 1
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith(f"Error: {out / 'fim_report.json'}: can't be written (No space left on device)")
+    assert "Traceback" not in result.stderr
+    assert "fim_report.json" not in contents(out)  # the older merge's would be of another model
+    assert not [name for name in contents(out) if name.endswith(PART)]
+    out, _ = merge.ok(config_for(pair))
+    clean, _ = merge.ok(config_for(pair), out="clean")
+    assert contents(out) == contents(clean)
+
+
+@pytest.mark.parametrize("at", [1, 40])
+def test_a_disk_that_fills_while_a_measurement_is_written(at, pair, tmp_path, monkeypatch):
+    arguments = ["fisher", str(pair.base), "-o", str(tmp_path / "f.json"), "-q", "--samples", "2", "--seq-len", "8"]
+    with monkeypatch.context() as patch:
+        fill_disk(patch, "f.json", at)
+        result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"Error: {tmp_path / 'f.json'}: can't be written (No space left on device); free some space")
+    assert contents(tmp_path) == {}
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert len(read_measurement(str(tmp_path / "f.json")).fisher.layers) == 5
+
+
+def test_files_that_must_stay_small(work):
+    """The system refuses whatever is longer, in the middle of the file: mergekit's own files as well."""
+    work.reset()
+    done = work.run(file_size=500, may_fail=True)
+    assert done.status > 0
+    work.check_stopped()
+    assert contents(work.cache) == {}
+    assert not [name for name in contents(work.out) if name.endswith(PART)]
+    work.run()
+    assert (contents(work.out), contents(work.cache)) == (work.whole, work.kept)
+
+
+def test_two_merges_at_once(small, warm, tmp_path):
+    config = tmp_path / "config.yml"
+    config.write_text(yaml.safe_dump(config_for(small, parameters=SMALL)), encoding="utf-8")
+    environment = {"MERGEKIT_FIM_CACHE": str(tmp_path / "cache")}
+    outs = [tmp_path / name for name in ("first", "second", "alone")]
+    jobs = [{"arguments": ["mergekit-yaml", str(config), str(o), *PLAIN], "environment": environment} for o in outs]
+    assert [done.status for done in warm.together(*jobs[:2])] == [0, 0]
+    (kept,) = contents(tmp_path / "cache")
+    read_measurement(str(tmp_path / "cache" / kept))
+    shutil.rmtree(tmp_path / "cache")
+    assert warm.together(jobs[2])[0].status == 0
+    assert contents(outs[0]) == contents(outs[1]) == contents(outs[2])
+
+
+@pytest.mark.parametrize("megabytes", [0, 4, 8, 16])
+def test_little_memory(megabytes, work):
+    """Of these, some are too little: then it ends, and without a result."""
+    work.reset()
+    done = work.run(memory=megabytes << 20, may_fail=True)
+    assert done.status != 0 or contents(work.out) == work.whole
+    work.check_stopped()
+    parts = {n for n in contents(work.cache) if n.endswith(PART)}
+    assert {n: c for n, c in contents(work.cache).items() if n not in parts}.items() <= work.kept.items()
+    work.run()
+    assert (contents(work.out), contents(work.cache)) == (work.whole, work.kept)
+
+
+def test_too_little_memory_for_the_sequences(warm, tmp_path):
+    model = tiny.save(
+        tiny.build(tiny.config("llama", intermediate_size=8192, max_position_embeddings=1024)), tmp_path / "model"
+    )
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = ["mergekit-fim", "fisher", model, "-o", out / "f.json", "-q", "--samples", "1", "--seq-len", "1024"]
+    done = warm.run(*arguments, memory=48 << 20, environment={"MERGEKIT_FIM_CACHE": str(tmp_path / "cache")})
+    assert done.status == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"Error: {model}: cpu has too little memory for the Fisher pre-pass")
+    assert "lower fisher_seq_len (--seq-len)" in line
+    assert contents(out) == {}
+    assert not (tmp_path / "cache").exists()
+
+
+CPU_ALLOCATOR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+
+
+@pytest.mark.parametrize("error", [RuntimeError(CPU_ALLOCATOR), MemoryError()])
+def test_memory_on_the_cpu_halves_the_batch(error, pair, merge, monkeypatch):
+    parameters = {"fisher_seq_len": 8, "fisher_cache": False}
+    whole, _ = merge.ok(config_for(pair, parameters=parameters))
+    original, sizes = batched._Run.measure, []
+
+    def measure(self, samples, device):
+        sizes.append(len(samples.input_ids))
+        if sizes[-1] > limit:
+            raise error
+        return original(self, samples, device)
+
+    monkeypatch.setattr(batched._Run, "measure", measure)
+    limit = 2
+    out, _ = merge.ok(config_for(pair, parameters=parameters), out="halved")
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    found, expected = (reference.report(path)["fisher"]["layers"] for path in (out, whole))
+    for a, b in zip(found, expected, strict=True):
+        assert a["squared_norms"] == pytest.approx(b["squared_norms"], rel=1e-5)
+    limit = 0
+    target, result = merge(config_for(pair, parameters=parameters), out="none")
+    ends_in_one_line(result, target, str(pair.base), "too little memory", "fisher_seq_len")
+
+
+def test_other_errors_are_not_taken_for_memory(pair, merge, monkeypatch):
+    def measure(self, samples, device):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(batched._Run, "measure", measure)
+    _, result = merge(config_for(pair))
+    assert str(result.exception) == "mat1 and mat2 shapes cannot be multiplied"
+
+
+def test_unfinished_files_of_others_are_left(tmp_path):
+    """Those of processes that are at it here or, for an hour, on another machine; and what isn't ours."""
+    machine = measurement._machine()
+    ended = os.fork()
+    if ended == 0:
+        os._exit(0)
+    os.waitpid(ended, 0)
+    names = {
+        "dead": f".f.json.{machine}-{ended}-0123abcd{PART}",
+        "alive": f".f.json.{machine}-{os.getppid()}-0123abcd{PART}",
+        "elsewhere": f".f.json.{'0' * 8}-{ended}-0123abcd{PART}",
+        "not ours": f".f.json.{machine}-{ended}-0123abcd.part",
+    }
+    for name in names.values():
+        (tmp_path / name).write_text("{")
+    measurement.write_json(str(tmp_path / "f.json"), {})
+    assert set(contents(tmp_path)) == {"f.json", *names.values()} - {names["dead"]}
+    os.utime(tmp_path / names["elsewhere"], (0, 0))
+    measurement.write_json(str(tmp_path / "f.json"), {})
+    assert set(contents(tmp_path)) == {"f.json", names["alive"], names["not ours"]}
