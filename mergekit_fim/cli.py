@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 import mergekit_fim
-from mergekit_fim.errors import FimError
+from mergekit_fim.errors import FimError, check_own_code
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -326,6 +326,7 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     except Exception as error:
         if options.verbosity:
             raise
+        check_own_code(error)
         full = "No space left" in str(error)
         remedy = "free some space, or write elsewhere" if full else "-v shows where it failed"
         raise FimError(f"mergekit can't do this merge ({reason(error)}); {remedy}") from error

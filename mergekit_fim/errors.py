@@ -1,5 +1,7 @@
 """The one exception that users see, and the one that torch raises under several names."""
 
+import re
+
 import click
 
 from mergekit_fim.text import one_line
@@ -24,3 +26,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     # torch's allocator and its mapping of files, and the C++ library under them
     messages = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "std::bad_alloc")
     return isinstance(error, (RuntimeError, OSError)) and any(message in str(error) for message in messages)
+
+
+def check_own_code(error: Exception) -> None:
+    """See whether transformers' `error` is about a model that can't be loaded without the code that comes with it.
+
+    Raises:
+        FimError: it is.
+    """
+    if "trust_remote_code" in str(error):
+        named = re.search(r"repository (\S+)", str(error))
+        raise FimError(
+            f"{named[1] if named else 'a model'}: expected a model that transformers can load, found one with code of "
+            "its own, which isn't run unasked; look at that code, and if you trust it pass --trust-remote-code"
+        ) from error

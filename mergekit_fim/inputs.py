@@ -25,7 +25,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mergekit_fim.errors import FimError
+from mergekit_fim.errors import FimError, check_own_code
 from mergekit_fim.layers import DecoderLayer, ModelLayout, model_layout
 from mergekit_fim.text import reason
 
@@ -159,6 +159,7 @@ def _opening(reference: ModelReference) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # transformers, huggingface_hub, peft, safetensors, torch and mergekit have their own
+        check_own_code(error)
         raise FimError(
             f"{reference}: expected the folder of a model or its name on the Hub, found none that can be opened "
             f"({reason(error)}); check the name, or download or save the model again"
@@ -248,6 +249,7 @@ def open_model(name: str, revision: str | None, options: MergeOptions) -> InputM
     except FimError:
         raise
     except Exception as error:  # pydantic's, and mergekit's own
+        check_own_code(error)
         raise FimError(f"{name}: mergekit can't use this model ({reason(error)}); check the name") from error
     return open_models([reference], architecture, options.trust_remote_code)[reference]
 

@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions
 from pydantic import ValidationError
 from transformers import PretrainedConfig
 
-from mergekit_fim.errors import FimError
+from mergekit_fim.errors import FimError, check_own_code
 from mergekit_fim.inputs import model_config, tensor_index
 from mergekit_fim.integration import Planned, plan_only
 from mergekit_fim.parameters import METHODS
@@ -192,6 +192,7 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> MergePlan:
     except FimError:
         raise
     except Exception as error:  # mergekit, transformers and huggingface_hub each have their own
+        check_own_code(error)
         raise FimError(f"mergekit can't plan this merge ({reason(error)}); change the config") from error
     raise FimError("this mergekit merges without a plan; install mergekit>=0.1.5,<0.2")
 
