@@ -362,22 +362,6 @@ def test_layer_prefixes():
     assert _layer_prefix("model.layers.12.mlp", 2) is None
 
 
-def test_stock_methods_do_not_change(installed, pair, tmp_path):
-    """The same bytes with the hook and without it, in processes of their own."""
-    config = tmp_path / "config.yml"
-    models = [{"model": str(pair.long), "parameters": {"weight": 0.5, "density": 0.5}}]
-    config.write_text(yaml.safe_dump(config_for(pair, "ties", models=models)), encoding="utf-8")
-    flags = ("--no-write-model-card", "--no-copy-tokenizer")
-    installed.command("mergekit-yaml", str(config), str(tmp_path / "with"), *flags)
-    installed.command(
-        "mergekit-yaml", str(config), str(tmp_path / "without"), *flags, env={"MERGEKIT_FIM_DISABLE": "1"}
-    )
-    names = sorted(p.name for p in (tmp_path / "with").iterdir())
-    assert names == sorted(p.name for p in (tmp_path / "without").iterdir())
-    for name in names:
-        assert (tmp_path / "with" / name).read_bytes() == (tmp_path / "without" / name).read_bytes()
-
-
 def test_importing_mergekit_in_any_order_registers_once():
     modules = [
         *("mergekit.config", "mergekit.plan"),
