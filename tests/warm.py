@@ -112,6 +112,7 @@ def _child(
     memory: int | None = None,
     file_size: int | None = None,
     offline: bool = False,
+    folder: str | None = None,
 ) -> None:
     """Run a command and end.
 
@@ -125,6 +126,7 @@ def _child(
         memory: bytes of address space that it may take beyond what it has.
         file_size: bytes that a file may have.
         offline: end at the first attempt to reach another machine.
+        folder: where to run it.
     """
     status = 70
     try:
@@ -134,6 +136,7 @@ def _child(
         name.with_suffix(".calls").unlink(missing_ok=True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.update(environment or {})
+        os.chdir(folder or os.getcwd())
         if offline:
             _forbid_network()
         if memory is not None:
