@@ -267,7 +267,8 @@ def export(config_file: str, output: str, check: bool, no_cache: bool, options: 
     said, and by how much the result differs: the largest difference of a merged tensor, which takes as long as two
     merges (--no-check leaves it out).
     """
-    from mergekit_fim.measurement import check_writable, written_whole
+    from mergekit_fim.atomic import written_whole
+    from mergekit_fim.measurement import check_writable
 
     check_writable(output)
     _loud(options)

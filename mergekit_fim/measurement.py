@@ -1,20 +1,17 @@
 """A measurement as a file: small JSON that says what was measured, how, and of which model."""
 
-import contextlib
 import hashlib
 import json
 import math
 import os
 import platform
-import re
-import secrets
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
 import mergekit_fim
+from mergekit_fim.atomic import written_whole
 from mergekit_fim.errors import FimError
 from mergekit_fim.fingerprint import fingerprint
 from mergekit_fim.fisher import FisherMeasurement, LayerFisher
@@ -304,65 +301,3 @@ def write_json(path: str, content: Mapping[str, Any]) -> None:
     with written_whole(path) as part, open(part, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
         file.write("\n")
-
-
-PART = ".mergekit-fim-part"  # how the names of unfinished files end
-
-# An unfinished file says which process is at it. One of another machine is given up at this age, in seconds: no file of
-# ours takes as long to write.
-_PART = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}" + re.escape(PART))
-_STALE = 3600.0
-
-
-@contextlib.contextmanager
-def written_whole(path: str) -> Iterator[str]:
-    """The name of a file to write beside `path`, one of its own, which takes the place of `path` when all went well.
-
-    What killed processes left unfinished in the folder is removed.
-
-    Raises:
-        FimError: it can't be written.
-    """
-    folder, name = os.path.split(os.path.abspath(path))
-    part = os.path.join(folder, f".{name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{PART}")
-    try:
-        _remove_abandoned_parts(folder)
-        yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise FimError(f"{path}: can't be written ({reason}); free some space, or write elsewhere") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
-
-
-def _machine() -> str:
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-
-
-def _remove_abandoned_parts(folder: str) -> None:
-    names: list[str] = []
-    with contextlib.suppress(OSError):  # a folder that may be written to and not read
-        names = os.listdir(folder)
-    for name in names:
-        path = os.path.join(folder, name)
-        with contextlib.suppress(OSError):  # another process was quicker
-            if name.endswith(PART) and (_is_of_dead_process(name) or time.time() - os.path.getmtime(path) > _STALE):
-                os.remove(path)
-
-
-def _is_of_dead_process(part: str) -> bool:
-    """Whether the process that wrote a file is known to have ended: on other machines, and on Windows, it isn't."""
-    match = _PART.fullmatch(part)
-    if match is None or match["machine"] != _machine() or os.name != "posix":
-        return False
-    try:
-        os.kill(int(match["process"]), 0)  # sends nothing
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):  # of another user
-        return False
-    return False

@@ -3,12 +3,11 @@
 import contextlib
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterator
 
+from mergekit_fim.atomic import part_path
 from mergekit_fim.errors import FimError
-from mergekit_fim.measurement import PART
 
 # Weights, whole or left by a merge that failed, and the index of their files.
 _WEIGHTS = re.compile(r"(pytorch_)?model(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?")
@@ -41,7 +40,7 @@ def model_written_whole(path: str) -> Iterator[str]:
         FimError: it can't be written.
     """
     folder, name = os.path.split(os.path.realpath(path))
-    part = os.path.join(_nearest(path), f".{name}.{os.getpid()}-{secrets.token_hex(4)}{PART}")
+    part = part_path(_nearest(path), name)
     try:
         yield os.path.join(part, name)
         try:

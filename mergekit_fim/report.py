@@ -12,9 +12,10 @@ from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel
 from pydantic import BaseModel
 
+from mergekit_fim.atomic import written_whole
 from mergekit_fim.gates import is_fused, is_gate_projection, is_layout_known
 from mergekit_fim.inputs import InputModel
-from mergekit_fim.measurement import layers_as_json, versions, written_whole
+from mergekit_fim.measurement import layers_as_json, versions
 from mergekit_fim.prepass import BaseCoefficients, ModelCoefficients, PrePass
 from mergekit_fim.text import echo, width, wrapped
 

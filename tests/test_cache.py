@@ -15,8 +15,8 @@ from conftest import Merge, config_for
 from test_errors import unwrapped
 
 from mergekit_fim import cache, fisher
+from mergekit_fim.atomic import PART
 from mergekit_fim.cli import main
-from mergekit_fim.measurement import PART
 
 
 @pytest.fixture

@@ -6,6 +6,8 @@ import errno
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +19,10 @@ from conftest import Merge, Pair, config_for
 from test_errors import ends_in_one_line
 from warm import Outcome, Warm
 
-from mergekit_fim import batched, measurement, report
+from mergekit_fim import atomic, batched, measurement, report
+from mergekit_fim.atomic import PART
 from mergekit_fim.cli import main
-from mergekit_fim.measurement import PART, read_measurement
+from mergekit_fim.measurement import read_measurement
 
 PLAIN = ("--no-copy-tokenizer", "--no-write-model-card", "--quiet")
 SMALL = {"fisher_samples": 2, "fisher_seq_len": 8}
@@ -319,11 +322,10 @@ def test_other_errors_are_not_taken_for_memory(pair, merge, monkeypatch):
 
 def test_unfinished_files_of_others_are_left(tmp_path):
     """Those of processes that are at it here or, for an hour, on another machine; and what isn't ours."""
-    machine = measurement._machine()
-    ended = os.fork()
-    if ended == 0:
-        os._exit(0)
-    os.waitpid(ended, 0)
+    machine = atomic._machine()
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    process.wait(timeout=60)
+    ended = process.pid
     names = {
         "dead": f".f.json.{machine}-{ended}-0123abcd{PART}",
         "alive": f".f.json.{machine}-{os.getppid()}-0123abcd{PART}",
@@ -332,8 +334,14 @@ def test_unfinished_files_of_others_are_left(tmp_path):
     }
     for name in names.values():
         (tmp_path / name).write_text("{")
+    folders = {key: f".model.{machine}-{names[key].split('-')[1]}-0123abcd{PART}" for key in ("dead", "alive")}
+    for name in folders.values():  # as of `mergekit-fim merge`
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("")
+        os.utime(tmp_path / name, (0, 0))
     measurement.write_json(str(tmp_path / "f.json"), {})
-    assert set(contents(tmp_path)) == {"f.json", *names.values()} - {names["dead"]}
+    left = {"f.json", f"{folders['alive']}/model.safetensors", *names.values()} - {names["dead"]}
+    assert set(contents(tmp_path)) == left
     os.utime(tmp_path / names["elsewhere"], (0, 0))
     measurement.write_json(str(tmp_path / "f.json"), {})
-    assert set(contents(tmp_path)) == {"f.json", names["alive"], names["not ours"]}
+    assert set(contents(tmp_path)) == left - {names["elsewhere"]}

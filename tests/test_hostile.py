@@ -28,11 +28,12 @@ from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from test_errors import UP, change_config, change_tensor, poison, remake
 
+from mergekit_fim.atomic import PART
 from mergekit_fim.cli import main
 from mergekit_fim.fingerprint import fingerprint
 from mergekit_fim.fisher import FisherMeasurement, LayerFisher
 from mergekit_fim.inputs import open_model
-from mergekit_fim.measurement import PART, Measurement, ModelIdentity, write_measurement
+from mergekit_fim.measurement import Measurement, ModelIdentity, write_measurement
 from mergekit_fim.settings import FisherSettings
 
 

@@ -24,13 +24,13 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from test_errors import ends_in_one_line, unwrapped
 
+from mergekit_fim.atomic import PART
 from mergekit_fim.cli import main
 from mergekit_fim.errors import FimError
 from mergekit_fim.fingerprint import _starts, fingerprint
 from mergekit_fim.fisher import FisherMeasurement, LayerFisher
 from mergekit_fim.inputs import open_model
 from mergekit_fim.measurement import (
-    PART,
     Measurement,
     ModelIdentity,
     as_json,
