@@ -98,8 +98,8 @@ def read_config(path: str) -> tuple[MergeConfiguration, str]:
         raise FimError(f"{path}: not a merge config that mergekit can use ({reason(error)}); change it") from error
 
 
-# A config of 126 slices with as many coefficients each, as `export` may write it, has 1 MB.
-_LARGEST_CONFIG = 4 << 20
+# What `export` writes for 126 layers has some 20 kB, and PyYAML takes seconds for a megabyte.
+_LARGEST_CONFIG = 1 << 20
 _MOST_VALUES = 1_000_000
 
 

@@ -364,7 +364,7 @@ TEXTS = {
     "an unknown alias": ("x: *nobody", ["YAML", "nobody"]),
     "a tab": ("\tx: 1", ["YAML", "line"]),
     "an open bracket": ("x: [", ["YAML"]),
-    "17 MB": ("#" * (17 << 20), ["at most 4 MB"]),
+    "17 MB": ("#" * (17 << 20), ["at most 1 MB"]),
 }
 NOT_STOCK = {"a YAML bomb of mappings", "17 MB"}  # mergekit-yaml reads these, and merges
 
@@ -739,6 +739,16 @@ def test_an_output_that_cannot_be_written_is_seen_first(kind, command, pair, tmp
     before = snapshot(tmp_path)
     is_one_line(run(command, source, out / "a" if kind == "below a file" else out), [str(out), "write elsewhere"])
     assert snapshot(tmp_path) == before
+
+
+def test_too_little_memory_on_the_cpu(pair, merge, monkeypatch):
+    def out_of_memory(*_args):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr("mergekit_fim.fisher._measure_loaded", out_of_memory)
+    target, result = merge(config_for(pair))
+    is_one_line(result, [str(pair.base), "too little memory", "64 tokens", "lower fisher_seq_len"])
+    assert not target.exists()
 
 
 # A model that is whole or isn't there
