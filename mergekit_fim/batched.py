@@ -356,7 +356,12 @@ class _Layer:
         with torch.enable_grad(), self.run.weights.layer(self.module, widen=True), self._differentiable() as squares:
             for n in sequences:
                 parts = [self._sequence(t, n).detach().requires_grad_(t.requires_grad) for t in inputs]
-                results = call.run(self.forward, parts)
+                try:
+                    results = call.run(self.forward, parts)
+                except RuntimeError as error:
+                    if is_out_of_memory(error):
+                        raise
+                    raise NotSupportedError from error  # an argument has the sequences elsewhere, as Bloom's alibi
                 _backward(results, [None if g is None else self._sequence(g, n) for g in gradients])
                 norms[n] = sum(float(square) for square in squares)
                 squares.clear()

@@ -198,6 +198,16 @@ def test_modules_without_a_rule_or_that_break_it(change):
     assert found.numpy() == pytest.approx(expected.numpy(), rel=1e-4)
 
 
+def test_an_argument_that_has_the_sequences_elsewhere():
+    """Bloom's alibi has heads and sequences on one axis: none can be split off, so the reference engine measures it."""
+    shape = {"vocab_size": tiny.VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    model = tiny.build(transformers.BloomConfig(**shape, bos_token_id=None, eos_token_id=None, pad_token_id=None))
+    with pytest.raises(NotSupportedError):
+        batched_engine(model, layers_of(model), draw_samples(SETTINGS, tiny.VOCAB), lambda _n: None)
+    found = measure(model, layers_of(model), SETTINGS, quiet=True)
+    assert found == measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
+
+
 def test_layers_that_hand_on_more_than_their_result():
     """State that passes the layers by can't be recomputed layer by layer: the reference engine measures the model."""
     model = tiny.build(tiny.config("llama"))
