@@ -186,23 +186,23 @@ def fill_disk(monkeypatch, name: str, at: int) -> None:
 
 
 @pytest.mark.parametrize("at", [1, 40])
-def test_a_disk_that_fills_while_the_measurement_is_kept(at, pair, merge, cache_folder, monkeypatch, caplog):
+def test_a_disk_that_fills_while_the_measurement_is_kept(at, small, merge, cache_folder, monkeypatch, caplog):
     with monkeypatch.context() as patch:
         fill_disk(patch, "", at)  # the cache's file is the first
         patch.setattr(report, "open", open)
-        first, _ = merge.ok(config_for(pair))
+        first, _ = merge.ok(config_for(small, parameters=SMALL))
     assert "not kept for the next merge" in caplog.text
     assert "No space left on device" in caplog.text
     assert contents(cache_folder) == {}
-    again, _ = merge.ok(config_for(pair), out="again")
+    again, _ = merge.ok(config_for(small, parameters=SMALL), out="again")
     assert contents(first) == contents(again)
 
 
-def test_a_disk_that_fills_while_the_report_is_written(pair, merge, monkeypatch):
-    older, _ = merge.ok(config_for(pair, "fim_ta"))
+def test_a_disk_that_fills_while_the_report_is_written(small, merge, monkeypatch):
+    older, _ = merge.ok(config_for(small, "fim_ta", parameters=SMALL))
     with monkeypatch.context() as patch:
         fill_disk(patch, "fim_report.json", 1)
-        out, result = merge(config_for(pair))
+        out, result = merge(config_for(small, parameters=SMALL))
     assert out == older
     assert result.exit_code == 1
     line = result.stderr.splitlines()[-1]
@@ -210,8 +210,8 @@ def test_a_disk_that_fills_while_the_report_is_written(pair, merge, monkeypatch)
     assert "Traceback" not in result.stderr
     assert "fim_report.json" not in contents(out)  # the older merge's would be of another model
     assert not [name for name in contents(out) if name.endswith(PART)]
-    out, _ = merge.ok(config_for(pair))
-    clean, _ = merge.ok(config_for(pair), out="clean")
+    out, _ = merge.ok(config_for(small, parameters=SMALL))
+    clean, _ = merge.ok(config_for(small, parameters=SMALL), out="clean")
     assert contents(out) == contents(clean)
 
 
@@ -288,9 +288,9 @@ CPU_ALLOCATOR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocat
 
 
 @pytest.mark.parametrize("error", [RuntimeError(CPU_ALLOCATOR), MemoryError()])
-def test_memory_on_the_cpu_halves_the_batch(error, pair, merge, monkeypatch):
+def test_memory_on_the_cpu_halves_the_batch(error, small, merge, monkeypatch):
     parameters = {"fisher_seq_len": 8, "fisher_cache": False}
-    whole, _ = merge.ok(config_for(pair, parameters=parameters))
+    whole, _ = merge.ok(config_for(small, parameters=parameters))
     original, sizes = batched._Run.measure, []
 
     def measure(self, samples, device):
@@ -301,14 +301,14 @@ def test_memory_on_the_cpu_halves_the_batch(error, pair, merge, monkeypatch):
 
     monkeypatch.setattr(batched._Run, "measure", measure)
     limit = 2
-    out, _ = merge.ok(config_for(pair, parameters=parameters), out="halved")
+    out, _ = merge.ok(config_for(small, parameters=parameters), out="halved")
     assert sizes == [8, 4, 2, 2, 2, 2]
     found, expected = (reference.report(path)["fisher"]["layers"] for path in (out, whole))
     for a, b in zip(found, expected, strict=True):
         assert a["squared_norms"] == pytest.approx(b["squared_norms"], rel=1e-5)
     limit = 0
-    target, result = merge(config_for(pair, parameters=parameters), out="none")
-    ends_in_one_line(result, target, str(pair.base), "too little memory", "fisher_seq_len")
+    target, result = merge(config_for(small, parameters=parameters), out="none")
+    ends_in_one_line(result, target, str(small.base), "too little memory", "fisher_seq_len")
 
 
 def test_other_errors_are_not_taken_for_memory(pair, merge, monkeypatch):
