@@ -124,23 +124,6 @@ class InputModel:
                 elements[header.torch_dtype] = elements.get(header.torch_dtype, 0) + math.prod(header.shape)
         return max(elements, key=elements.__getitem__, default=torch.float32)
 
-    def prefetch(self, tensors: Iterable[WeightInfo]) -> None:
-        """Tell the system which tensors will be read soon, so that it reads them from the disk in the meantime.
-
-        Where the files can't be told apart in parts, or the system doesn't take such advice, nothing happens.
-        """
-        if not hasattr(os, "posix_fadvise"):
-            return
-        spans = [self.headers[name].span for tensor in tensors if (name := self.stored_name(tensor)) is not None]
-        by_file: dict[str, list[Span]] = {}
-        for span in spans:
-            if span is not None:
-                by_file.setdefault(span.path, []).append(span)
-        for path, own in by_file.items():
-            with contextlib.suppress(OSError), open(path, "rb", buffering=0) as file:
-                for span in own:
-                    os.posix_fadvise(file.fileno(), span.start, span.size, os.POSIX_FADV_WILLNEED)
-
     def load(self, tensor: WeightInfo, dtype: str | None) -> torch.Tensor | None:
         """Read a tensor exactly as the merge will, by mergekit's own task, or None where it is optional and absent."""
         loaded: torch.Tensor | None = LoadTensor(

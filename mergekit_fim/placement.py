@@ -191,15 +191,7 @@ def load_model(
         by_layer = {id(p) for layer in layers for p in layer.parameters()}
         kept = by_layer | {id(end.weight) for end in ends if end is not None}
         _fill(model, tensors, lambda _name: where.device, skip=kept)
-        weights: Weights = StreamedWeights(
-            tensors,
-            model,
-            where.device,
-            running,
-            layers,
-            each_layer,
-            lambda index: base.prefetch(base.layout.layers[index].tensors),
-        )
+        weights: Weights = StreamedWeights(tensors, model, where.device, running, layers, each_layer)
     else:
         for index in range(len(layers) if each_layer else 0):
             each_layer(index)  # type: ignore[misc]

@@ -61,8 +61,6 @@ class TaskVectorSweep:
         Raises:
             FimError: a task vector that isn't finite.
         """
-        for model, tensors in self._following(index).items():
-            model.prefetch(tensors)
         for base_tensor, users in self._work[index]:
             if not users:
                 continue
@@ -71,15 +69,6 @@ class TaskVectorSweep:
                 where = f"decoder layer {pair.source_layer}"
                 distance = _distance(self._base, reference, model, tensor, self._dtype, where)
                 self._sums[model][pair] += distance or 0.0
-
-    def _following(self, index: int) -> dict[InputModel, list[WeightInfo]]:
-        """What the next layer will read: the base's tensors come first."""
-        tensors: dict[InputModel, list[WeightInfo]] = {}
-        for base_tensor, users in self._work[index + 1] if index + 1 < len(self._work) else []:
-            tensors.setdefault(self._base, []).append(base_tensor)
-            for model, _, tensor in users:
-                tensors.setdefault(model, []).append(tensor)
-        return tensors
 
     def outside(self) -> dict[InputModel, TaskVectorNorms]:
         """Measure the tensors outside the layers: the squared norms per model, complete after all the layers.

@@ -58,7 +58,6 @@ class StreamedWeights:
         dtype: torch.dtype,
         layers: Sequence[nn.Module] = (),
         each_layer: Callable[[int], object] | None = None,
-        prefetch: Callable[[int], object] = lambda _index: None,
     ) -> None:
         """Stream weights.
 
@@ -69,13 +68,9 @@ class StreamedWeights:
             dtype: what it runs in.
             layers: its decoder layers.
             each_layer: called with the index of each of them before it is loaded for the first time.
-            prefetch: called with the index of a layer that will be loaded soon.
         """
         self._tensors = tensors
         self._first = {layer: partial(each_layer, i) for i, layer in enumerate(layers)} if each_layer else {}
-        self._indices = {layer: i for i, layer in enumerate(layers)}
-        self._sweep = -1, 1  # the layer that was loaded last, and the direction
-        self._prefetch = prefetch
         self._names = {module: name for name, module in model.named_modules()}
         self._device = device
         self._dtype = dtype
@@ -84,7 +79,6 @@ class StreamedWeights:
     def layer(self, module: nn.Module, *, widen: bool = False) -> Iterator[None]:
         """Load the weights of a decoder layer, and let them go at the end."""
         self._first.pop(module, lambda: None)()
-        self._announce(module)
         loaded = []
         try:
             with contextlib.ExitStack() as stack:
@@ -101,23 +95,6 @@ class StreamedWeights:
         finally:
             for part, name, parameter in loaded:
                 setattr(part, name, parameter)
-
-    def _announce(self, module: nn.Module) -> None:
-        """Have the layer after this one fetched, in the direction in which the sweep over the layers goes."""
-        index = self._indices.get(module)
-        if index is None:
-            return
-        before, self._sweep = self._sweep, (index, self._direction(index))
-        following = sum(self._sweep)
-        if self._sweep != before and 0 <= following < len(self._indices):
-            self._prefetch(following)
-
-    def _direction(self, index: int) -> int:
-        """1 towards the last layer, -1 towards the first; a layer may be loaded several times in a row."""
-        before, direction = self._sweep
-        if index != before:
-            return 1 if index > before else -1
-        return {0: 1, len(self._indices) - 1: -1}.get(index, direction)
 
     def rows(self, module: nn.Module, index: torch.Tensor | slice) -> torch.Tensor:
         """Rows of the module's weight, the only ones that are read."""

@@ -1,8 +1,5 @@
 """The fast engine against the reference engine: models, formats, micro-batches, and what it must not trust."""
 
-import itertools
-import json
-import os
 import re
 
 import numpy as np
@@ -292,34 +289,6 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch):
     expected = measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
     for a, b in zip(found.layers, expected.layers, strict=True):
         assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-4)
-
-
-def test_the_next_layer_is_fetched_from_the_disk_in_the_meantime(tmp_path, monkeypatch):
-    """Each layer's bytes are announced before it is read, in the order of the forward and then of the backward pass."""
-    path = tiny.save(tiny.build(tiny.config("llama")), tmp_path / "m", max_shard_size="30KB")
-    base = open_model(str(path), None, MergeOptions())
-    spans = {}  # (file, start) of every tensor, from the files themselves
-    for file in path.glob("*.safetensors"):
-        raw = file.read_bytes()
-        length = int.from_bytes(raw[:8], "little")
-        for name, entry in json.loads(raw[8 : 8 + length]).items():
-            if name != "__metadata__":
-                begin, end = entry["data_offsets"]
-                spans[file.stat().st_ino, 8 + length + begin, end - begin] = re.search(r"layers\.(\d+)\.", name)
-    announced = []
-
-    def fadvise(file, start, size, advice):
-        assert advice == os.POSIX_FADV_WILLNEED
-        announced.append(int(spans[os.fstat(file).st_ino, start, size][1]))
-
-    monkeypatch.setattr(os, "posix_fadvise", fadvise)
-    measure_base(base, SETTINGS, None, MergeOptions(quiet=True))
-    order = [layer for layer, _ in itertools.groupby(announced)]
-    assert order == [1, 2, 3, 4, 3, 2, 1, 0]
-    assert all(announced.count(layer) == 9 * order.count(layer) for layer in range(5))  # tensors per layer
-    # Without the call, as on macOS, nothing else changes.
-    monkeypatch.delattr(os, "posix_fadvise")
-    measure_base(base, SETTINGS, None, MergeOptions(quiet=True))
 
 
 def test_resident_and_streamed_agree(tmp_path):
