@@ -44,6 +44,15 @@ def _fresh_state():
     root.setLevel(level)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small gain nothing from more, and lose much where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class Pair:
     base: Path

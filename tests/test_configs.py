@@ -25,12 +25,7 @@ from mergekit_fim.placement import Placement
 LAYERS = 5
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def by_layer(alphas, other: float) -> list[dict]:

@@ -2,6 +2,7 @@
 the first.
 """
 
+import abc
 import errno
 import os
 import shutil
@@ -54,7 +55,7 @@ def moments(calls: dict[str, int]) -> list[tuple[str, int]]:
     return [(kind, 1 + calls[kind] * (2 * i + 1) // (2 * n)) for kind, n in parts.items() for i in range(n)]
 
 
-class Work:
+class Work(abc.ABC):
     """A command that is stopped and run again, what it leaves, and what it leaves undisturbed."""
 
     def __init__(self, warm: Warm, folder: Path, pair: Pair) -> None:
@@ -68,8 +69,9 @@ class Work:
         self.whole, self.kept = contents(self.out), contents(self.cache)
         assert len(self.kept) == 1
 
+    @abc.abstractmethod
     def prepare(self, pair: Pair) -> list[str]:
-        raise NotImplementedError
+        """The command, after whatever must be there before it runs."""
 
     def reset(self) -> None:
         """As before the first run."""
@@ -82,9 +84,9 @@ class Work:
         assert may_fail or job.get("fault") or done.status == 0, done.stderr
         return done
 
+    @abc.abstractmethod
     def check_stopped(self) -> None:
         """Nothing that has the name of a result is less than one."""
-        raise NotImplementedError
 
 
 class MergeWork(Work):

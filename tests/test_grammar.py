@@ -5,7 +5,6 @@ import math
 import pytest
 import reference
 import tiny
-import torch
 from conftest import Pair
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -38,12 +37,7 @@ def small(tmp_path_factory) -> Pair:
     return Pair(tiny.save(base, folder / "base"), *tunes)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # What makes sense for some parameter, what is at the edge of that, and what makes none for any.
