@@ -236,7 +236,7 @@ def measure_base(
         remedy = "free some memory" if on_cpu else "merge without --cuda, --device and --multi-gpu"
         raise FimError(
             f"{base}: {where.device} has too little memory for the Fisher pre-pass, which needs that of one decoder "
-            f"layer and one sequence; lower fisher_seq_len (--seq-len), or {remedy}"
+            f"layer and one sequence of {settings.seq_len} tokens; lower fisher_seq_len (--seq-len), or {remedy}"
         ) from None
 
 
