@@ -113,7 +113,8 @@ class FimMerge(GroupMergeMethod):
                 merged[run] = values
             if calibrate:
                 # The disjoint merge passes over a model that has nothing to add; so must the target.
-                entering = [weight if moved else 0.0 for weight, moved in zip(weights, moves_any, strict=True)]
+                enters = [m and (a != 0 or not self.trims) for m, a in zip(moves_any, alphas, strict=True)]
+                entering = [weight if enter else 0.0 for weight, enter in zip(weights, enters, strict=True)]
                 parts = shares(entering, parameters["normalize"])
                 moves = [parameters["lambda"] * share * alpha for share, alpha in zip(parts, alphas, strict=True)]
                 norms = [_norm(tensor, spans) for tensor in (theta0, *tuned)]
@@ -183,7 +184,8 @@ def _disjoint_merge(
 
     The sign of Σ_m w_m α_m trim(δ_m) is elected entry by entry (a zero sum elects plus, as in mergekit); the entries
     w_m α_m trim(δ_m) of that sign are summed and, if `normalize`, divided by Σ w_m over the models whose entry has it.
-    The divisor leaves α out: dividing by it would cancel it. An α of 0 leaves its model out.
+    The divisor leaves α out: dividing by it would cancel it. An α of 0 leaves its model out. A divisor of 0 divides by
+    nothing, as in mergekit, and so does one that is 0 but for rounding, by which mergekit's `ties` divides.
     """
     if len(deltas) == 1:  # a single model always agrees with itself
         share = 1.0 if normalize and weights[0] != 0 else weights[0]
@@ -202,7 +204,8 @@ def _disjoint_merge(
         total.addcmul_(delta, agrees)
         divisor.add_(agrees, alpha=weight)
     if normalize:
-        total.div_(divisor.masked_fill_(divisor == 0, 1.0))
+        rounding = 1e-6 * sum(abs(weight) for weight in weights)
+        total.div_(divisor.masked_fill_(divisor.abs() <= rounding, 1.0))
     return total
 
 

@@ -215,3 +215,23 @@ def test_a_model_without_a_task_vector_changes_nothing():
     beside = run("fim_ties", [base, tuned, base.clone()], alpha=[0.6, 1.0], norm_tolerance=1e-4)
     torch.testing.assert_close(beside, alone, rtol=1e-6, atol=1e-6)
     assert not torch.allclose(run("fim_ties", [base, tuned], alpha=0.6, norm_tolerance=0.0), alone)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("gate_scale", [1.0, 0.0])
+def test_a_model_with_an_alpha_of_zero_changes_nothing(normalize, gate_scale):
+    """The disjoint merge leaves it out; so does the norm that the result is calibrated to."""
+    base, tuned, other = tensors(2)
+    common = {"normalize": normalize, "norm_tolerance": 1e-4, "name": GATE, "gate_scale": gate_scale, "density": 1.0}
+    alone = run("fim_ties", [base, tuned * 8], alpha=0.6, **common)
+    beside = run("fim_ties", [base, tuned * 8, other], alpha=[0.6, 0.0], **common)
+    torch.testing.assert_close(beside, alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["fim_ties", "fim_ta"])
+@pytest.mark.parametrize("weights", [[0.3, 0.6, -0.9], [0.7, 0.1, -0.8], [3e-4, 6e-4, -9e-4]])
+def test_weights_that_cancel_but_for_rounding_divide_by_nothing(method, weights):
+    inputs = tensors(3)
+    deltas = [t - inputs[0] for t in inputs[1:]]
+    merged = run(method, inputs, weight=weights, alpha=1.0, density=1.0, normalize=True, norm_tolerance=0.0)
+    assert (merged - inputs[0]).abs().max() < 20 * sum(d.abs().max() for d in deltas)  # the smallest other divisor: 0.1
