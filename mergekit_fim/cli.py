@@ -84,7 +84,7 @@ def _loud(options: Any) -> None:
 
 def _config(path: str, no_cache: bool) -> tuple[Any, str]:
     """The merge config in a file, and its text."""
-    from mergekit_fim.planning import read_config
+    from mergekit_fim.config_file import read_config
 
     config, text = read_config(path)
     if no_cache:

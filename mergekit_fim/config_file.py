@@ -1,0 +1,94 @@
+"""A merge config's file -> mergekit's config, as `mergekit-yaml` reads it, with errors of one line."""
+
+from typing import Any
+
+import yaml
+from mergekit.config import MergeConfiguration
+from pydantic import ValidationError
+
+from mergekit_fim.errors import FimError
+from mergekit_fim.text import brief, reason
+
+# What `export` writes for 126 layers has some 20 kB, and PyYAML takes seconds for a megabyte.
+_LARGEST_CONFIG = 1 << 20
+_MOST_VALUES = 1_000_000
+
+
+def read_config(path: str) -> tuple[MergeConfiguration, str]:
+    """Read a merge config as `mergekit-yaml` does: the config, and its text.
+
+    Raises:
+        FimError: it can't be read, isn't YAML, or isn't a merge config.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_LARGEST_CONFIG + 1)
+        if len(text) > _LARGEST_CONFIG:
+            raise FimError(
+                f"{path}: expected a merge config of at most {_LARGEST_CONFIG >> 20} MB, found more; check the name"
+            )
+        content = _parse(text)
+    except OSError as error:
+        raise FimError(f"{path}: can't be read ({error.strerror or error}); check the name") from error
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # of odd tags, numbers
+        raise FimError(
+            f"{path}: expected a merge config in YAML, found something else ({reason(error)}); correct it"
+        ) from error
+    if not isinstance(content, dict):
+        raise FimError(f"{path}: expected a merge config in YAML, found {type(content).__name__}; check the name")
+    try:
+        return MergeConfiguration.model_validate(content), text
+    except ValidationError as error:
+        raise FimError(f"{path}: not a merge config: {_misfit(error, content)}; change it") from error
+    except Exception as error:  # the RuntimeErrors of mergekit's own checks
+        raise FimError(f"{path}: not a merge config that mergekit can use ({reason(error)}); change it") from error
+
+
+def _parse(text: str) -> Any:
+    """What YAML makes of a text, unless its aliases, which repeat a part without a copy, stand for far more than that.
+
+    A few lines can stand for billions of values, which the first to go through them, or to print them, would make.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _values(node, {}) > _MOST_VALUES:
+            raise ValueError(f"its aliases (`*name`) make it more than {_MOST_VALUES:,} values")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _values(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for, aliases included.
+
+    Raises:
+        ValueError: it contains itself.
+    """
+    if id(node) not in known:
+        known[id(node)] = -1
+        parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        inner = parts if isinstance(node, yaml.CollectionNode) else []
+        known[id(node)] = 1 + sum(_values(part, known) for part in inner)
+    if known[id(node)] < 0:
+        raise ValueError("an alias (`*name`) within what it stands for")
+    return known[id(node)]
+
+
+def _misfit(error: ValidationError, content: Any) -> str:
+    """The first thing in a config that mergekit's definition of it has no place for, by where it stands."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ""
+    for part in first["loc"]:
+        if isinstance(content, dict) and part in content:
+            where += f".{part}" if where else str(part)
+        elif isinstance(content, list) and isinstance(part, int) and part < len(content):
+            where += f"[{part}]"
+        elif first["type"] == "missing" and part == first["loc"][-1]:
+            return f"`{brief(where)}`: {part} is missing" if where else f"`{part}` is missing"
+        else:  # the name of a type among several that would do
+            return f"`{brief(where)}`: found {brief(content)}, which has no meaning there"
+        content = content[part]
+    return f"`{brief(where)}`: {first['msg'][:1].lower()}{first['msg'][1:]}, found {brief(content)}"
