@@ -1,12 +1,19 @@
-"""A merge config's file -> mergekit's config, as `mergekit-yaml` reads it, with errors of one line."""
+"""A merge config's file -> mergekit's config, as `mergekit-yaml` reads it, with errors of one line.
 
+mergekit passes over keys that it doesn't know, and of a key that stands there twice it takes the last; here both are
+errors, the first in merges by this package's methods.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 from mergekit.config import MergeConfiguration
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mergekit_fim.errors import FimError
+from mergekit_fim.parameters import METHODS
 from mergekit_fim.text import brief, reason
 
 # What `export` writes for 126 layers has some 20 kB, and PyYAML takes seconds for a megabyte.
@@ -37,11 +44,14 @@ def read_config(path: str) -> tuple[MergeConfiguration, str]:
     if not isinstance(content, dict):
         raise FimError(f"{path}: expected a merge config in YAML, found {type(content).__name__}; check the name")
     try:
-        return MergeConfiguration.model_validate(content), text
+        config = MergeConfiguration.model_validate(content)
     except ValidationError as error:
         raise FimError(f"{path}: not a merge config: {_misfit(error, content)}; change it") from error
     except Exception as error:  # the RuntimeErrors of mergekit's own checks
         raise FimError(f"{path}: not a merge config that mergekit can use ({reason(error)}); change it") from error
+    if config.merge_method in METHODS:
+        _check_keys(content, config, path, "at the top")
+    return config, text
 
 
 def _parse(text: str) -> Any:
@@ -65,10 +75,12 @@ def _values(node: yaml.Node, known: dict[int, int]) -> int:
     """How many values a node stands for, aliases included.
 
     Raises:
-        ValueError: it contains itself.
+        ValueError: it contains itself, or a key twice.
     """
     if id(node) not in known:
         known[id(node)] = -1
+        if isinstance(node, yaml.MappingNode):
+            _check_twice(node)
         parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
         inner = parts if isinstance(node, yaml.CollectionNode) else []
         known[id(node)] = 1 + sum(_values(part, known) for part in inner)
@@ -92,3 +104,44 @@ def _misfit(error: ValidationError, content: Any) -> str:
             return f"`{brief(where)}`: found {brief(content)}, which has no meaning there"
         content = content[part]
     return f"`{brief(where)}`: {first['msg'][:1].lower()}{first['msg'][1:]}, found {brief(content)}"
+
+
+def _check_twice(node: yaml.MappingNode) -> None:
+    keys: set[tuple[str, str]] = set()
+    for key, _ in node.value:
+        name = key.tag, str(key.value)
+        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge" and name in keys:
+            raise ValueError(f"{brief(key.value)} stands twice in one place, again in line {key.start_mark.line + 1}")
+        keys.add(name)
+
+
+def _check_keys(content: Any, parsed: Any, path: str, where: str) -> None:
+    """Check that mergekit has a place for every key of a config.
+
+    Args:
+        content: a part of the config as YAML has it.
+        parsed: what mergekit made of it.
+        path: the config's file.
+        where: the part, in words.
+
+    Raises:
+        FimError: it has none for one.
+    """
+    if isinstance(content, Mapping) and isinstance(parsed, BaseModel):
+        fields = type(parsed).model_fields
+        for key in content:
+            if key not in fields:
+                near = difflib.get_close_matches(str(key), fields, n=1)
+                known = f"did you mean `{near[0]}`?" if near else f"mergekit knows {', '.join(fields)} there"
+                raise FimError(f"{path}: unknown key `{brief(key)}` {where}; {known}")
+        parts = [(name, content[name], getattr(parsed, name)) for name in content]
+    elif isinstance(content, Mapping) and isinstance(parsed, Mapping):
+        parts = [(name, value, parsed.get(name)) for name, value in content.items()]
+    elif isinstance(content, list) and isinstance(parsed, Sequence):
+        parts = [(f"[{i}]", a, b) for i, (a, b) in enumerate(zip(content, parsed, strict=False))]
+    else:
+        return
+    outer = "" if where == "at the top" else where.removeprefix("in `").removesuffix("`")
+    for name, value, its in parts:
+        inner = f"{outer}{name}" if name.startswith("[") or not outer else f"{outer}.{name}"
+        _check_keys(value, its, path, f"in `{brief(inner)}`")

@@ -339,6 +339,29 @@ STOCK = {
     "a zero byte": (lambda p: {"base_model": "a\0b"}, ["folder of a model"]),
 }
 
+# Those that mergekit-yaml merges without.
+UNKNOWN = {
+    "at the top": (lambda p: {"out_dtyp": "float16"}, ["`out_dtyp` at the top", "did you mean `out_dtype`?"]),
+    "parameters at the top": (lambda p: {"paramters": {"lambda": 0.1}}, ["`paramters`", "`parameters`?"]),
+    "in a model": (lambda p: {"models": [{"model": str(p.long), "weight": 0.1}]}, ["`weight` in `models[0]`"]),
+    "a range in a model": (
+        lambda p: {"models": [{"model": str(p.long), "layer_range": [0, 2]}]},
+        ["`layer_range` in `models[0]`", "model, parameters"],
+    ),
+    "in a source": (
+        lambda p: {
+            "models": None,
+            "slices": [{"sources": [{"model": str(m), "layer_range": [0, 5], "x": 1} for m in (p.base, p.long)]}],
+        },
+        ["`x` in `slices[0].sources[0]`"],
+    ),
+    "in a filter": (
+        lambda p: model_parameters(p, weight=[{"filter": "mlp", "value": 1, "vlue": 2}, {"value": 1}]),
+        ["`vlue` in `models[0].parameters.weight[0]`", "`value`?"],
+    ),
+    "in the tokenizer": (lambda p: {"tokenizer": {"source": "base", "tokns": {}}}, ["`tokns` in `tokenizer`"]),
+}
+
 
 def nested(first: str, repeat: str) -> str:
     """Twelve lines for 10^11 values."""
@@ -365,8 +388,15 @@ TEXTS = {
     "a tab": ("\tx: 1", ["YAML", "line"]),
     "an open bracket": ("x: [", ["YAML"]),
     "17 MB": ("#" * (17 << 20), ["at most 1 MB"]),
+    "a key twice": ("dtype: float32\ndtype: bfloat16", ["dtype stands twice", "line"]),
+    "a parameter twice": ("parameters: {lambda: 0.5, lambda: 0.1}", ["lambda stands twice"]),
 }
-NOT_STOCK = {"a YAML bomb of mappings", "17 MB"}  # mergekit-yaml reads these, and merges
+NOT_STOCK = {
+    "a YAML bomb of mappings",
+    "17 MB",
+    "a key twice",
+    "a parameter twice",
+}  # mergekit-yaml reads these, and merges
 
 
 def write(name: str, content: str | bytes):
@@ -520,6 +550,10 @@ BAD = {
     **{f"config: {k}": Bad(words, config) for k, (config, words) in CONFIGS.items()},
     **{f"config: {k}": Bad(words, config, is_stock=True) for k, (config, words) in STOCK.items()},
     **{
+        f"unknown key: {k}": Bad(["{folder}/config.yml: unknown key", *words], config, commands=OURS)
+        for k, (config, words) in UNKNOWN.items()
+    },
+    **{
         f"text: {k}": Bad(
             ["{folder}/config.yml", *words],
             lambda p, text=text: yaml.safe_dump(config_for(p)) + text,
@@ -578,7 +612,7 @@ CASES = [(case, command) for case, bad in BAD.items() for command in bad.command
 
 
 def test_the_table_is_long_enough():
-    assert len(BAD) > 160
+    assert len(BAD) > 170
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
