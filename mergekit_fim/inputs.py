@@ -332,7 +332,7 @@ def _check_complete(model: InputModel, names: Sequence[Sequence[str]], shapes: M
     Raises:
         FimError: a tensor of the model is not part of mergekit's definition of its architecture, or is one that
             mergekit skips: an optional one that no checkpoint holds under its own name. Or its shape is not the one
-            that the config means; more rows than the config's vocabulary has are padding.
+            that the config means, so that transformers can't load it.
     """
     planned: set[str] = set()
     for tensor in model.layout.all_tensors():
@@ -350,9 +350,8 @@ def _check_complete(model: InputModel, names: Sequence[Sequence[str]], shapes: M
         expected = next((shapes[name] for name in (tensor.name, *(tensor.aliases or ())) if name in shapes), None)
         if stored is None or expected is None:
             continue
-        found, axis = model.headers[stored].shape, tensor.vocabulary_axis
-        padded = axis is not None and _same_except(expected, found, axis) and found[axis] >= expected[axis]
-        if found != expected and not padded:
+        found = model.headers[stored].shape
+        if found != expected:
             raise FimError(
                 f"{model}: expected the shape {list(expected)} of {stored}, which follows from config.json, found "
                 f"{list(found)}; download or save the model again"
@@ -408,6 +407,14 @@ def _check_causal_lm(reference: ModelReference, config: PretrainedConfig, trust_
 
 def _read_headers(reference: ModelReference) -> dict[str, TensorHeader]:
     index = tensor_index(reference)
+    files = {shard.filename for shard in index.shards}
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        both = [os.path.exists(os.path.join(index.base_path, name)) for name in (single, f"{single}.index.json")]
+        if all(both) and single not in files:
+            raise FimError(
+                f"{reference}: expected one set of weights, found {single} and the files of {single}.index.json: "
+                "transformers loads the one, mergekit the others; remove one of them"
+            )
     headers: dict[str, TensorHeader] = {}
     for shard in index.shards:
         path = os.path.join(index.base_path, shard.filename)

@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from mergekit_fim.atomic import part_path
 from mergekit_fim.errors import FimError
 
-# Weights, whole or left by a merge that failed, and the index of their files.
-_WEIGHTS = re.compile(r"(pytorch_)?model(-\d+(-of-\d+)?)?\.(safetensors|bin)(\.index\.json)?")
+REPORT_NAME = "fim_report.json"
+
+# Weights and the index of their files, under the names that a whole model has, and under those that mergekit gives the
+# files of one that isn't complete.
+_WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+_UNFINISHED = re.compile(r"(pytorch_)?model-\d+\.(safetensors|bin)")
 
 
 def check_output(path: str) -> None:
@@ -57,13 +61,23 @@ def model_written_whole(path: str) -> Iterator[str]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def remove_model(folder: str) -> None:
+    """Remove a whole model's weights, config and report; other files stay.
+
+    Nothing loads a model without its config.json, so that goes first: wherever this is cut off, what is left isn't one.
+    """
+    for name in sorted(os.listdir(folder), key=lambda name: name != "config.json"):
+        if name in ("config.json", REPORT_NAME) or _WEIGHTS.fullmatch(name):
+            os.remove(os.path.join(folder, name))
+
+
 def _replace(made: str, target: str) -> None:
-    """Move a model over another one. Nothing loads a model without its config.json: it goes first and comes last."""
-    files = sorted(os.listdir(made), key=lambda name: name == "config.json")
-    for name in sorted(os.listdir(target), key=lambda name: name != "config.json"):
-        if name == "config.json" or _WEIGHTS.fullmatch(name):
+    """Move a model over another one; its config.json comes last."""
+    remove_model(target)
+    for name in os.listdir(target):
+        if _UNFINISHED.fullmatch(name):
             os.remove(os.path.join(target, name))
-    for name in files:
+    for name in sorted(os.listdir(made), key=lambda name: name == "config.json"):
         os.replace(os.path.join(made, name), os.path.join(target, name))
 
 

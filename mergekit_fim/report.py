@@ -1,6 +1,5 @@
 """What the user sees of a pre-pass: one table, and `fim_report.json` beside the merged model."""
 
-import contextlib
 import json
 import logging
 import math
@@ -10,18 +9,18 @@ from typing import Any
 
 from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel
+from mergekit.io.tensor_writer import TensorWriter
 from pydantic import BaseModel
 
 from mergekit_fim.atomic import written_whole
 from mergekit_fim.gates import is_fused, is_gate_projection, is_layout_known
 from mergekit_fim.inputs import InputModel
 from mergekit_fim.measurement import layers_as_json, versions
+from mergekit_fim.output_folder import REPORT_NAME, remove_model
 from mergekit_fim.prepass import BaseCoefficients, ModelCoefficients, PrePass
 from mergekit_fim.text import echo, width, wrapped
 
 LOG = logging.getLogger("mergekit_fim")
-
-REPORT_NAME = "fim_report.json"
 
 
 def show(pre_pass: PrePass, *, quiet: bool) -> None:
@@ -226,23 +225,17 @@ def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(_jsonable(value), ensure_ascii=False)
 
 
-class RemoveReport(Task[None]):
-    """Removes the report of an earlier merge, so that it isn't taken for one of the model that is about to be there."""
+class ReplaceModel(FinalizeModel):
+    """mergekit's `FinalizeModel`, which gives the model's files their names, after removing an older model's.
 
-    out_path: str
+    mergekit leaves an older model's files that no new one has the name of: its single file beside new shards, which
+    transformers would go on to load, or its shards beside a new single file, which mergekit would.
+    """
 
-    def arguments(self) -> dict[str, Any]:
-        """Nothing must have run."""
-        return {}
-
-    def main_thread_only(self) -> bool:
-        """Like the `FinalizeModel` after it."""
-        return True
-
-    def execute(self, **_kwargs: Any) -> None:
-        """Remove it if it is there."""
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(self.out_path, REPORT_NAME))
+    def execute(self, writer: TensorWriter, **kwargs: Any) -> None:
+        """Remove the older model and its report, and name the new one's files."""
+        remove_model(writer.out_path)
+        super().execute(writer, **kwargs)
 
 
 class WriteReport(Task[None]):
@@ -271,14 +264,13 @@ class WriteReport(Task[None]):
 
 
 def with_report(targets: Sequence[Any], pre_pass: PrePass, out_path: str) -> list[Any]:
-    """mergekit's tasks, with the report around the `FinalizeModel` among them.
+    """mergekit's tasks, with the report after the `FinalizeModel` among them, which becomes a `ReplaceModel`.
 
-    That one gives the model's files their names. An earlier merge's report is removed before it, and this one's written
-    after it: wherever a merge is cut off, a report lies beside the model that it is of, or none is there.
+    Wherever a merge is cut off, a report lies beside the model that it is of, or none is there; and no config.json lies
+    beside weights that it isn't of, because mergekit writes that last.
     """
     (finalize,) = (task for task in targets if isinstance(task, FinalizeModel))
     text = json.dumps(as_json(pre_pass), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    remove = RemoveReport(out_path=out_path)
-    late = finalize.model_copy(update={"tensor_save_tasks": (*finalize.tensor_save_tasks, remove)})
-    others = [late if task is finalize else task for task in targets]
-    return [*others, WriteReport(finalize=late, text=text, out_path=out_path)]
+    replace = ReplaceModel(tensor_save_tasks=finalize.tensor_save_tasks, writer_task=finalize.writer_task)
+    others = [replace if task is finalize else task for task in targets]
+    return [*others, WriteReport(finalize=replace, text=text, out_path=out_path)]

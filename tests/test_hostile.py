@@ -181,6 +181,12 @@ def name_a_missing_tensor(path: Path):
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def both_single_and_sharded(path: Path):
+    whole = (path / "model.safetensors").read_bytes()
+    shard(path)
+    (path / "model.safetensors").write_bytes(whole)
+
+
 # name: (which model is damaged, how, words of the message)
 MODELS = {
     "another layer count": ("long", lambda p: remake(p, num_hidden_layers=4), ["num_hidden_layers 5", "found 4"]),
@@ -205,6 +211,17 @@ MODELS = {
         lambda p: change_tensor(p, UP, lambda t: t[:40].contiguous()),
         [UP, "[48, 32]", "[40, 32]"],
     ),
+    "more rows than the vocabulary": (
+        "base",
+        lambda p: change_tensor(p, "model.embed_tokens.weight", lambda t: torch.cat([t, t[:3]])),
+        ["[97, 32]", "embed_tokens", "config.json", "[100, 32]"],
+    ),
+    "a vocabulary smaller than its rows": (
+        "long",
+        lambda p: change_config(p, vocab_size=50),
+        ["[50, 32]", "embed_tokens", "[97, 32]"],
+    ),
+    "two sets of weights": ("base", both_single_and_sharded, ["model.safetensors", "index.json", "remove one"]),
     "a tensor missing": ("long", lambda p: change_tensor(p, UP, lambda t: None), [UP, "lacks the tensor"]),
     "a tensor missing in the base": ("base", lambda p: change_tensor(p, UP, lambda t: None), [UP, "lacks the tensor"]),
     "int8 weights": ("long", lambda p: change_tensor(p, UP, lambda t: t.to(torch.int8)), [UP, "I8", "unquantised"]),
@@ -826,15 +843,17 @@ def test_a_file_that_may_not_grow(pair, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["config.yml"]
 
 
-def test_an_older_model_gives_way_to_the_new_one_whole(pair, tmp_path):
-    """mergekit-yaml would leave the older model's weights beside the new shards, and loading would take the older."""
+@pytest.mark.parametrize("command", ["merge", "mergekit-yaml"])
+def test_an_older_model_gives_way_to_the_new_one_whole(command, pair, tmp_path):
+    """mergekit would leave the older model's weights beside the new shards, and loading would take the older."""
     source, out = tmp_path / "config.yml", tmp_path / "out"
     source.write_text(yaml.safe_dump(config_for(pair)))
-    assert run("merge", source, out).exit_code == 0
+    assert run(command, source, out).exit_code == 0
     (out / "notes.txt").write_text("mine")
-    (out / "model-3.safetensors").write_bytes(b"what a merge that failed left")
+    if command == "merge":
+        (out / "model-3.safetensors").write_bytes(b"what a merge that failed left")
     source.write_text(yaml.safe_dump(config_for(pair, "fim_ta", parameters={"alpha": 1.0})))
-    assert run("merge", source, out, "--out-shard-size", "60k").exit_code == 0
+    assert run(command, source, out, "--out-shard-size", "60k").exit_code == 0
     weights = {name for name in os.listdir(out) if name.startswith("model")}
     assert {name for name in weights if "-of-" not in name} == {"model.safetensors.index.json"}
     assert (out / "notes.txt").read_text() == "mine"
@@ -845,8 +864,18 @@ def test_an_older_model_gives_way_to_the_new_one_whole(pair, tmp_path):
         np.testing.assert_allclose(value.numpy(), expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
     assert not [p for p in tmp_path.rglob("*") if p.name.endswith(PART)]
     # And back: shards give way to a single file.
-    assert run("merge", source, out).exit_code == 0
+    assert run(command, source, out).exit_code == 0
     assert {name for name in os.listdir(out) if name.startswith("model")} == {"model.safetensors"}
+
+
+def test_no_report_of_an_older_merge_stays_beside_a_model_of_another_method(pair, tmp_path):
+    source, out = tmp_path / "config.yml", tmp_path / "out"
+    source.write_text(yaml.safe_dump(config_for(pair)))
+    assert run("merge", source, out).exit_code == 0
+    assert (out / "fim_report.json").exists()
+    source.write_text(yaml.safe_dump(config_for(pair, "task_arithmetic", parameters={"weight": 0.5})))
+    assert run("merge", source, out).exit_code == 0
+    assert not (out / "fim_report.json").exists()
 
 
 def test_the_config_goes_first_and_comes_last(pair, tmp_path, monkeypatch):
