@@ -221,7 +221,8 @@ def measure_base(
         options: the merge's options, which say where it runs.
         engine: how the gradient norms are computed.
         running: what to run it in; by default as `dtypes` has it.
-        each_layer: called once with every decoder layer's index, when its weights are about to be read.
+        each_layer: called with a decoder layer's index when its weights are about to be read; again where the
+            measurement has to start again, and not for all of the layers where that ends it early.
 
     Raises:
         FimError: it can't be loaded, doesn't fit, or a value isn't finite.
@@ -253,7 +254,6 @@ def _measure_base(
     warnings: list[str] = []
     while True:
         loaded = load_model(base, dtype, options, where, running=running, each_layer=each_layer)
-        each_layer = None
         try:
             found = _measure_loaded(loaded, settings, str(base), engine, options.quiet)
             return replace(found, warnings=tuple(warnings))

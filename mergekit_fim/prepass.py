@@ -455,8 +455,9 @@ def _measure(
         for reference in references
     }
     sweep = task_vectors.TaskVectorSweep(base, pairs, dtype)
-    norms = sweep.outside()
+    sweep.outside()
     measurement, origin = _fisher(base, identity, settings, saved, dtype, options, sweep)
+    norms = sweep.norms()
     LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
     models = []
     for model, layer_pairs in pairs.items():

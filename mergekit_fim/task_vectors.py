@@ -53,14 +53,19 @@ class TaskVectorSweep:
         """
         self._base, self._dtype = base, dtype
         self._sums = {model: dict.fromkeys(pairs, 0.0) for model, pairs in models.items()}
+        self._other: dict[InputModel, float | None] = {}
         self._work = [_layer_work(base, layer, models) for layer in base.layout.layers]
+        self._left = set(range(len(self._work)))
 
     def layer(self, index: int) -> None:
-        """Measure all task vectors that belong to one of the base's layers.
+        """Measure all task vectors that belong to one of the base's layers, unless that has been done.
 
         Raises:
             FimError: a task vector that isn't finite.
         """
+        if index not in self._left:
+            return
+        self._left.remove(index)
         for base_tensor, users in self._work[index]:
             if not users:
                 continue
@@ -70,8 +75,20 @@ class TaskVectorSweep:
                 distance = _distance(self._base, reference, model, tensor, self._dtype, where)
                 self._sums[model][pair] += distance or 0.0
 
-    def outside(self) -> dict[InputModel, TaskVectorNorms]:
-        """Measure the tensors outside the layers: the squared norms per model, complete after all the layers.
+    def norms(self) -> dict[InputModel, TaskVectorNorms]:
+        """The squared norms per model, after measuring whatever is left.
+
+        Raises:
+            FimError: a task vector that isn't finite.
+        """
+        for index in sorted(self._left):
+            self.layer(index)
+        if not self._other:
+            self.outside()
+        return {model: TaskVectorNorms(sums, self._other[model]) for model, sums in self._sums.items()}
+
+    def outside(self) -> None:
+        """Measure the tensors outside the layers.
 
         Raises:
             FimError: a task vector that isn't finite.
@@ -87,7 +104,7 @@ class TaskVectorSweep:
                 distance = _distance(base, reference, model, base_tensor, self._dtype, where)
                 so_far = other[model]
                 other[model] = None if distance is None or so_far is None else so_far + distance
-        return {model: TaskVectorNorms(self._sums[model], other[model]) for model in models}
+        self._other = other
 
 
 def _layer_work(

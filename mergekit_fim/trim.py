@@ -25,7 +25,7 @@ class Threshold:
     """Which entries of a task vector are kept: all from a magnitude up, but for some that have just this magnitude.
 
     Attributes:
-        magnitude: of the smallest entry that is kept.
+        magnitude: of the smallest entry that is kept; above 0.
         dropped: [entry], where the entries of this magnitude are that are not kept, in order.
     """
 
@@ -54,7 +54,8 @@ def find_threshold(part: Part, entries: int, density: float, device: torch.devic
         device: where the parts are.
 
     Returns:
-        The threshold, or None where everything is kept.
+        The threshold, or None where everything is kept: also where that is no more than what isn't zero, and where NaN
+        leaves no order.
     """
     keep = max(1, int(density * entries))
     if keep >= entries:
@@ -66,19 +67,35 @@ def find_threshold(part: Part, entries: int, density: float, device: torch.devic
             magnitude = part(run).abs_()
             over = _compare(torch.gt, magnitude, high)
             above += int(over.sum())
-            inside = _compare(torch.ge, magnitude, low).sub_(over).nonzero()[:, 0]
+            # Zeros are none of them: most of a tensor may be, and whether they are kept makes no difference.
+            inside = _compare(torch.ge if low else torch.gt, magnitude, low).sub_(over).nonzero()[:, 0]
             magnitudes.append(magnitude[inside])
-            positions.append(inside.add_(run.start))
-        near = torch.cat(magnitudes)
-        if above < keep <= above + len(near):
+            positions.append(inside.add_(run.start).to(torch.int32 if entries < 2**31 else torch.int64))
+        count = sum(map(len, magnitudes))
+        if above < keep <= above + count:
             break
+        if above < keep and low == 0:
+            return None
         low, high = 0.0, math.inf
-    threshold = near.kthvalue(len(near) - (keep - above) + 1).values
-    equal = torch.cat(positions)[near == threshold]
+    near = torch.cat(magnitudes)
+    threshold = near.kthvalue(count - (keep - above) + 1).values
     kept = keep - above - int(torch.count_nonzero(near > threshold))
-    # Of E equal entries W are kept: the i-th where ⌈(i + 1)W/E⌉ − ⌈iW/E⌉ is 1.
-    quota = -torch.div(-torch.arange(len(equal) + 1, device=device) * kept, len(equal), rounding_mode="floor")
-    return Threshold(float(threshold), equal[quota.diff() == 0])
+    del near
+    equal = [where[magnitude == threshold] for magnitude, where in zip(magnitudes, positions, strict=True)]
+    return Threshold(float(threshold), torch.cat([*_dropped(equal, kept)]))
+
+
+def _dropped(equal: list[torch.Tensor], kept: int) -> Iterator[torch.Tensor]:
+    """Which of equal entries, whose positions are given part by part, are not among the `kept` ones.
+
+    Of E entries W are kept: the i-th where ⌈(i + 1)W/E⌉ − ⌈iW/E⌉ is 1.
+    """
+    total, before = sum(map(len, equal)), 0
+    for where in equal:
+        ranks = torch.arange(before, before + len(where) + 1, device=where.device)
+        quota = -torch.div(-ranks * kept, total, rounding_mode="floor")
+        yield where[quota.diff() == 0]
+        before += len(where)
 
 
 def _compare(comparison: Callable[..., torch.Tensor], entries: torch.Tensor, value: float) -> torch.Tensor:
@@ -102,21 +119,10 @@ def trim_run(delta: torch.Tensor, run: slice, threshold: Threshold | None) -> to
     """Set the entries of a run of a task vector, [entry], that are not kept to zero; `delta` may be overwritten."""
     if threshold is None:
         return delta
-    first, last = torch.searchsorted(
-        threshold.dropped, torch.tensor([run.start, run.stop], device=delta.device)
-    ).tolist()
+    ends = torch.tensor([run.start, run.stop], dtype=threshold.dropped.dtype, device=delta.device)
+    first, last = torch.searchsorted(threshold.dropped, ends).tolist()
     if first < last:
-        delta.index_fill_(0, threshold.dropped[first:last] - run.start, 0)
-    if threshold.magnitude == 0:
-        return delta
+        delta.index_fill_(0, threshold.dropped[first:last].long() - run.start, 0)
     # The largest number below, in the entries' dtype: `hardshrink` keeps what is larger than its argument.
     below = torch.nextafter(torch.tensor(threshold.magnitude, dtype=delta.dtype), torch.tensor(0, dtype=delta.dtype))
     return F.hardshrink(delta, float(below))
-
-
-def trim(delta: torch.Tensor, density: float) -> torch.Tensor:
-    """A task vector of any shape with all but its largest entries set to zero, as by `find_threshold`."""
-    flat = delta.reshape(-1)
-    threshold = find_threshold(lambda run: flat[run].clone(), len(flat), density, delta.device)
-    trimmed = [trim_run(flat[run].clone(), run, threshold) for run in runs(len(flat), delta.device)]
-    return torch.cat(trimmed).view(delta.shape)

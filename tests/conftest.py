@@ -18,6 +18,8 @@ from click.testing import CliRunner, Result
 from mergekit.io.tasks import LoaderCache
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
+from mergekit_fim.trim import find_threshold, runs, trim_run
+
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask the network
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(2)
@@ -176,3 +178,10 @@ def installed(wheel, tmp_path_factory) -> Environment:
     environment = make_environment(tmp_path_factory.mktemp("installed") / "venv")
     pip(environment, "install", "--no-deps", "--no-index", "--quiet", str(wheel))
     return environment
+
+
+def trim(delta: torch.Tensor, density: float) -> torch.Tensor:
+    """A task vector of any shape with all but its largest entries set to zero, run by run as the merge does it."""
+    flat = delta.reshape(-1)
+    threshold = find_threshold(lambda run: flat[run].clone(), len(flat), density, delta.device)
+    return torch.cat([trim_run(flat[r].clone(), r, threshold) for r in runs(len(flat), delta.device)]).view(delta.shape)

@@ -1,13 +1,19 @@
 """One tensor at a time: the kernels against NumPy, and the identities with mergekit's own methods."""
 
+import math
+
 import numpy as np
 import pytest
 import reference
 import torch
+from conftest import trim
 from mergekit.merge_methods import TensorGroup, get
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+from mergekit_fim.errors import FimError
 from mergekit_fim.gates import is_gate_projection
-from mergekit_fim.trim import trim
+from mergekit_fim.trim import find_threshold
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
@@ -235,3 +241,41 @@ def test_weights_that_cancel_but_for_rounding_divide_by_nothing(method, weights)
     deltas = [t - inputs[0] for t in inputs[1:]]
     merged = run(method, inputs, weight=weights, alpha=1.0, density=1.0, normalize=True, norm_tolerance=0.0)
     assert (merged - inputs[0]).abs().max() < 20 * sum(d.abs().max() for d in deltas)  # the smallest other divisor: 0.1
+
+
+def test_nan_leaves_no_order_and_ends_in_an_error():
+    base, tuned = tensors(1)
+    with pytest.raises(FimError, match=r"up_proj.weight: the merged tensor isn't finite"):
+        run("fim_ties", [base, torch.full_like(tuned, math.nan)], alpha=0.5)
+    tuned[0, 0] = math.nan
+    with pytest.raises(FimError, match="isn't finite"):
+        run("fim_ties", [base, tuned], alpha=0.5)
+
+
+class Largest(TorchDispatchMode):
+    """Records the size of the largest tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.bytes = max(self.bytes, leaf.nbytes)
+        return result
+
+
+@pytest.mark.parametrize(("changed", "equal"), [(0.0, False), (0.01, False), (0.15, False), (0.5, True), (1.0, True)])
+def test_trimming_many_equal_entries_takes_little_memory(changed, equal):
+    """Zeros, as of frozen embeddings and sparse fine-tunes, take none; entries that are equal, a few bytes each."""
+    size = 1 << 22
+    delta = torch.zeros(size)
+    count = int(changed * size)
+    delta[:count] = 1.0 if equal else torch.randn(count, generator=torch.Generator().manual_seed(0))
+    with Largest() as largest:
+        threshold = find_threshold(lambda run: delta[run].clone(), size, 0.2, delta.device)
+    assert largest.bytes <= max(4 * count * equal, 1 << 21)
+    kept = trim(delta, 0.2)
+    keep = int(0.2 * size)
+    assert int(torch.count_nonzero(kept)) == min(keep, count)
+    assert (threshold is None) is (count <= keep)

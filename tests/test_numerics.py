@@ -14,7 +14,7 @@ import tiny
 import torch
 import transformers
 import yaml
-from conftest import ROOT, config_for
+from conftest import ROOT, config_for, trim
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.options import MergeOptions
@@ -25,7 +25,6 @@ from mergekit_fim.inputs import open_model
 from mergekit_fim.norms import squared_distance, squared_norm
 from mergekit_fim.samples import draw_samples
 from mergekit_fim.settings import FisherSettings
-from mergekit_fim.trim import trim
 
 SETTINGS = FisherSettings(samples=3, seq_len=8, seed=2)
 always = settings(derandomize=True, deadline=None, max_examples=150, database=None)
