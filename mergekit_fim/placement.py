@@ -15,7 +15,7 @@ import accelerate
 import torch
 import tqdm
 import transformers
-from accelerate.utils import get_balanced_memory, get_max_memory, infer_auto_device_map, set_module_tensor_to_device
+from accelerate.utils import get_balanced_memory, get_max_memory, infer_auto_device_map
 from mergekit.common import dtype_from_name
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.inputs import InputModel, tensor_names
-from mergekit_fim.weights import ResidentWeights, StreamedWeights, Weights
+from mergekit_fim.weights import ResidentWeights, StreamedWeights, Weights, put
 
 # On the CPU a 16-bit dtype must be this many times faster than float32 to be worth its lost digits. The known CPUs are
 # far from it on either side: 0.002 and 0.6 without matrix units, 3 and more with them.
@@ -65,14 +65,23 @@ def placement(options: MergeOptions) -> Placement:
         raise FimError(
             f"--device: expected a torch device such as cpu, cuda or cuda:1, found {options.device}"
         ) from None
-    if options.multi_gpu or device.type == "cuda":
-        current = torch.accelerator.current_accelerator(check_available=True)
-        if current is None or (not options.multi_gpu and current.type != device.type):
-            option = "--multi-gpu" if options.multi_gpu else f"--device {options.device}"
-            raise FimError(f"{option} asks for an accelerator, but torch sees none; leave it out to merge on the CPU")
-        if options.multi_gpu:
-            return Placement(current, spread=True, streamed=False)
-    return Placement(device, spread=False, streamed=device.type == "cpu")
+    if not options.multi_gpu and device.type == "cpu":
+        return Placement(device, spread=False, streamed=True)
+    option = "--multi-gpu" if options.multi_gpu else f"--device {options.device}"
+    current = torch.accelerator.current_accelerator(check_available=True)
+    if current is None or (not options.multi_gpu and current.type != device.type):
+        raise FimError(
+            f"{option} asks for an accelerator, but torch sees {'none' if current is None else current.type}; "
+            "leave it out to merge on the CPU"
+        )
+    if current.type == "mps":
+        raise FimError(f"{option}: mps has no float64, in which norms are summed; leave it out to merge on the CPU")
+    if options.multi_gpu:
+        return Placement(current, spread=True, streamed=False)
+    count = torch.accelerator.device_count()
+    if (device.index or 0) >= count:
+        raise FimError(f"{option}: torch sees {count} accelerator{'s' * (count > 1)}, counted from 0; choose another")
+    return Placement(device, spread=False, streamed=False)
 
 
 def running_dtype(wanted: torch.dtype, device: torch.device) -> torch.dtype:
@@ -232,13 +241,12 @@ def _without_weights(base: InputModel, dtype: torch.dtype, trust_remote_code: bo
 def _fitting(model: PreTrainedModel, layers: list[nn.Module], where: Placement) -> dict[str, Any] | None:
     """accelerate's device map of the whole model on the accelerator or accelerators, or None if it doesn't fit."""
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    free = {index: size for index, size in get_max_memory().items() if index != "cpu"}
-    if not where.spread:
-        index = where.device.index if where.device.index is not None else torch.accelerator.current_device_index()
-        fits = needed * (1 + _RESERVED_PART) + _RESERVE < free.get(index, 0)
-        return {"": where.device} if fits else None
+    if not where.spread:  # accelerate would take some memory on every accelerator to ask for what is free
+        free, _ = torch.get_device_module(where.device).mem_get_info(where.device)
+        return {"": where.device} if needed * (1 + _RESERVED_PART) + _RESERVE < free else None
+    sizes = {index: size for index, size in get_max_memory().items() if index != "cpu"}
     classes = sorted({type(layer).__name__ for layer in layers})
-    limits = {index: max(0, int(size * (1 - _RESERVED_PART)) - _RESERVE) for index, size in free.items()}
+    limits = {index: max(0, int(size * (1 - _RESERVED_PART)) - _RESERVE) for index, size in sizes.items()}
     balanced = get_balanced_memory(model, max_memory=limits | {"cpu": 0}, no_split_module_classes=classes)
     device_map: dict[str, Any] = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=classes)
     if {"cpu", "disk"} & {str(place) for place in device_map.values()}:
@@ -257,11 +265,10 @@ def _fill(
     """Load all parameters but those in `skip`, and put the buffers on their devices."""
     for name, parameter in list(model.named_parameters()):
         if id(parameter) not in skip:
-            set_module_tensor_to_device(model, name, device_of(name), value=tensors[name], dtype=parameter.dtype)
+            put(model, name, device_of(name), tensors[name], parameter.dtype)
             progress()
     for name, buffer in list(model.named_buffers()):
-        value = tensors.get(name, buffer)
-        set_module_tensor_to_device(model, name, device_of(name), value=value, dtype=buffer.dtype)
+        put(model, name, device_of(name), tensors.get(name, buffer), buffer.dtype)
     if not skip:
         model.tie_weights()
 

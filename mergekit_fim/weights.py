@@ -12,6 +12,11 @@ from torch import nn
 from mergekit_fim.narrow import narrowed
 
 
+def put(module: nn.Module, name: str, device: torch.device, value: torch.Tensor, dtype: torch.dtype) -> None:
+    """Set a module's parameter or buffer; accelerate would empty the allocator's cache each time."""
+    set_module_tensor_to_device(module, name, device, value=value, dtype=dtype, clear_cache=False)
+
+
 class Weights(Protocol):
     """How the weights of a model's parts are had."""
 
@@ -87,7 +92,7 @@ class StreamedWeights:
                     for name, parameter in part.named_parameters(recurse=False):
                         value = self._tensors[f"{prefix}.{name}"]
                         dtype = value.dtype if narrow and name == "weight" else parameter.dtype
-                        set_module_tensor_to_device(part, name, self._device, value=value, dtype=dtype)
+                        put(part, name, self._device, value, dtype)
                         loaded.append((part, name, parameter))
                     if narrow and part.weight.dtype != self._dtype:
                         stack.enter_context(narrowed(part, self._dtype))

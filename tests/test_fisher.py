@@ -172,6 +172,15 @@ def test_the_place_follows_the_options(monkeypatch):
     with pytest.raises(FimError, match="--multi-gpu asks for an accelerator"):
         placement(multi)  # mergekit leaves its device at "cpu"
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     assert placement(cpu) == Placement(torch.device("cpu"), spread=False, streamed=True)  # even where a GPU exists
     assert placement(cuda) == Placement(torch.device("cuda:1"), spread=False, streamed=False)
     assert placement(multi) == Placement(torch.device("cuda"), spread=True, streamed=False)
+    with pytest.raises(FimError, match="--device cuda:2: torch sees 2 accelerators"):
+        placement(MergeOptions(device="cuda:2"))
+    for name in ("meta", "xpu", "mps"):
+        with pytest.raises(FimError, match=f"--device {name} asks for an accelerator, but torch sees cuda"):
+            placement(MergeOptions(device=name))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("mps"))
+    with pytest.raises(FimError, match="--device mps: mps has no float64"):
+        placement(MergeOptions(device="mps"))
