@@ -70,15 +70,18 @@ def batched_engine(
     run = _Run(model, layers, weights, progress)
     parts: list[torch.Tensor] = []
     start = 0
-    while start < count:
-        try:
-            parts.append(run.measure(samples.part(start, start + size), device))
-        except (RuntimeError, MemoryError) as error:
-            if size == 1 or not is_out_of_memory(error):
-                raise
-            size = (size + 1) // 2
-        else:
-            start += size
+    try:
+        while start < count:
+            try:
+                parts.append(run.measure(samples.part(start, start + size), device))
+            except (RuntimeError, MemoryError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+                size = (size + 1) // 2
+            else:
+                start += size
+    finally:
+        run.layers.clear()  # which refer to the run in turn, and would keep the model in memory for now
     return torch.cat(parts)
 
 
@@ -125,11 +128,13 @@ class _Run:
             hidden, output = self._forward(ids)
             if not hidden.requires_grad:
                 raise NotSupportedError
-            labels = None if samples.uniforms is not None else ids[:, 1:].to(hidden.device)
             head = Head(self.head, self.weights, hidden.dtype)
+            labels = None if samples.uniforms is not None else ids[:, 1:].to(head.device)
             tail = partial(self._tail, ids, output)
             gradient = torch.zeros_like(hidden)
-            gradient[:, :-1] = loss_gradient(head, tail, hidden[:, :-1], labels, samples.uniforms)
+            # With a model over several devices the head may be on another one than what comes before it.
+            before = hidden.detach()[:, :-1].to(head.device)
+            gradient[:, :-1] = loss_gradient(head, tail, before, labels, samples.uniforms)
             del output
             hidden.backward(gradient)
         if (self.norms < 0).any():
@@ -161,7 +166,7 @@ class _Run:
             replaced(self.head, lambda _original, *_args, **_kwargs: head_output),
         ):
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
-        return logits
+        return logits.to(head_output.device)  # accelerate's hooks bring results to where the ids are
 
     def _embed(self, original: Callable[..., torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
         """The token embeddings, from which gradients are taken on; only the rows that occur are loaded."""

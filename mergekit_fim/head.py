@@ -33,6 +33,7 @@ class Head:
     def __init__(self, module: nn.Linear, weights: Weights, dtype: torch.dtype) -> None:
         self._module, self._weights, self._dtype = module, weights, dtype
         self.size = module.out_features
+        self.device = weights.rows(module, slice(0, 1)).device
 
     def __call__(self, hidden: torch.Tensor, start: int, end: int) -> torch.Tensor:
         """The head's output for the tokens from `start` up to `end`: [sequence, position, token]."""
