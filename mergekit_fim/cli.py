@@ -148,6 +148,7 @@ def fisher(
     """
     from mergekit_fim import fisher as fishing
     from mergekit_fim.cache import CacheEntry
+    from mergekit_fim.engines import autograd_engine
     from mergekit_fim.inputs import open_model
     from mergekit_fim.measurement import Measurement, ModelIdentity, check_writable, write_measurement
     from mergekit_fim.processes import SharedError, in_all, processes, shared_engine
@@ -158,29 +159,43 @@ def fisher(
         is_main = state is None or state.is_main_process
         merge_options = _options_of_process(options, state)
         try:
-            opened = []
+            opened: list[Any] = []
+
+            def open_base() -> None:
+                opened.append(open_model(model, revision, merge_options))
+                fishing.check_measurable(opened[0], settings)
 
             def prepare() -> tuple[Any, Any, Any]:
                 if is_main:
                     check_writable(output)
-                base = open_model(model, revision, merge_options)
-                fishing.check_measurable(base, settings)
-                opened.append(base)
+                if state is None or state.is_local_main_process:
+                    open_base()
                 if not is_main:
                     return None, None, None
-                identity = ModelIdentity.of(base)
-                reading, running = fishing.dtypes(base, dtype, merge_options)
+                identity = ModelIdentity.of(opened[0])
+                reading, running = fishing.dtypes(opened[0], dtype, merge_options)
                 entry = CacheEntry(identity, settings, reading, running)
                 return entry, running, None if no_cache else entry.read()
 
             # What the main process found holds for all of them: the dtype is timed, and the cache is its machine's.
             entry, running, measured = in_all(state, prepare)[0]
+            # The others of a machine come later: opening a model may merge an adapter into a folder that they share.
+            in_all(state, lambda: None if opened else open_base())
             origin = "" if measured is None else f", kept from an earlier measurement: {entry.path}"
-            if measured is None:
-                engine = shared_engine(state)
-                measured = fishing.measure_base(
-                    opened[0], settings, dtype, merge_options, engine=engine, running=running
+
+            def measure() -> Any:
+                return fishing.measure_base(
+                    opened[0],
+                    settings,
+                    dtype,
+                    merge_options,
+                    engine=shared_engine(state),
+                    reference=shared_engine(state, autograd_engine),
+                    running=running,
                 )
+
+            if measured is None:
+                measured = in_all(state, measure)[0]
                 if is_main and not no_cache:
                     entry.write(measured)
             if is_main:

@@ -1,6 +1,7 @@
 """Base model + random tokens -> Fisher information per decoder layer."""
 
 import contextlib
+import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from mergekit_fim.batched import NotSupportedError, batched_engine
 from mergekit_fim.engines import FisherEngine, autograd_engine
 from mergekit_fim.errors import FimError, is_out_of_memory
 from mergekit_fim.inputs import InputModel
-from mergekit_fim.placement import LoadedModel, Placement, load_model
+from mergekit_fim.placement import Placement, load_model
 from mergekit_fim.samples import Samples, draw_samples
 from mergekit_fim.settings import FisherSettings
 from mergekit_fim.weights import ResidentWeights, Weights
@@ -106,6 +107,7 @@ def measure(
     settings: FisherSettings,
     *,
     engine: FisherEngine = batched_engine,
+    reference: FisherEngine = autograd_engine,
     weights: Weights | None = None,
     name: str = "the base model",
     quiet: bool = False,
@@ -116,19 +118,20 @@ def measure(
         model: a causal language model; it is left as it was.
         layers: its decoder layers, in order.
         settings: how many tokens, which, and which labels.
-        engine: how the gradient norms are computed. A model that the default can't run layer by layer is measured by
-            the reference engine.
+        engine: how the gradient norms are computed.
+        reference: how they are computed of a model that `engine` can't run.
         weights: where the model's weights are; by default in the model.
         name: what to call the model in an error.
         quiet: no progress bar.
 
     Raises:
         NotFiniteError: a value that isn't finite, naming the layer.
-        NotSupportedError: the engine can't run this model, and its weights are not in memory for the reference engine.
+        NotSupportedError: the engine can't run this model, and its weights are not in memory for `reference`.
     """
     vocab_size = model.config.get_text_config().vocab_size
     weights = weights or ResidentWeights()
-    norms = squared_norms(model, layers, draw_samples(settings, vocab_size), engine, weights, quiet=quiet)
+    samples = draw_samples(settings, vocab_size)
+    norms = squared_norms(model, layers, samples, engine, weights, reference=reference, quiet=quiet)
     return measurement(norms, model, layers, settings, name)
 
 
@@ -139,6 +142,7 @@ def squared_norms(
     engine: FisherEngine,
     weights: Weights,
     *,
+    reference: FisherEngine = autograd_engine,
     quiet: bool = False,
 ) -> torch.Tensor:
     """‖∇_{θ^l} L_n‖² of `samples`, [sequence, layer], with a progress bar; the model is left as it was."""
@@ -153,7 +157,7 @@ def squared_norms(
             if not isinstance(weights, ResidentWeights):
                 raise
             progress.reset()
-            return autograd_engine(model, layers, samples, progress.update, weights)
+            return reference(model, layers, samples, progress.update, weights)
 
 
 def measurement(
@@ -209,6 +213,7 @@ def measure_base(
     options: MergeOptions,
     *,
     engine: FisherEngine = batched_engine,
+    reference: FisherEngine = autograd_engine,
     running: torch.dtype | None = None,
     each_layer: Callable[[int], object] | None = None,
 ) -> FisherMeasurement:
@@ -220,6 +225,7 @@ def measure_base(
         dtype: the merge's dtype, or None for the checkpoint's own.
         options: the merge's options, which say where it runs.
         engine: how the gradient norms are computed.
+        reference: how they are computed of a model that `engine` can't run, with all of it in memory.
         running: what to run it in; by default as `dtypes` has it.
         each_layer: called with a decoder layer's index when its weights are about to be read; again where the
             measurement has to start again, and not for all of the layers where that ends it early.
@@ -229,7 +235,7 @@ def measure_base(
     """
     where = placement.placement(options)
     try:
-        return _measure_base(base, settings, dtype, options, where, engine, running, each_layer)
+        return _measure_base(base, settings, dtype, options, where, engine, reference, running, each_layer)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -239,6 +245,8 @@ def measure_base(
             f"{base}: {where.device} has too little memory for the Fisher pre-pass, which needs that of one decoder "
             f"layer and one sequence of {settings.seq_len} tokens; lower fisher_seq_len (--seq-len), or {remedy}"
         ) from None
+    finally:
+        _free_memory(where.device)
 
 
 def _measure_base(
@@ -248,14 +256,27 @@ def _measure_base(
     options: MergeOptions,
     where: Placement,
     engine: FisherEngine,
+    reference: FisherEngine,
     running: torch.dtype | None,
     each_layer: Callable[[int], object] | None,
 ) -> FisherMeasurement:
     warnings: list[str] = []
+    whole = False  # whether all of the model must be in memory
     while True:
         loaded = load_model(base, dtype, options, where, running=running, each_layer=each_layer)
         try:
-            found = _measure_loaded(loaded, settings, str(base), engine, options.quiet)
+            if whole and loaded.placement.streamed:
+                raise torch.OutOfMemoryError
+            found = measure(
+                loaded.model,
+                loaded.layers,
+                settings,
+                engine=engine,
+                reference=reference,
+                weights=loaded.weights,
+                name=str(base),
+                quiet=options.quiet,
+            )
             return replace(found, warnings=tuple(warnings))
         except NotFiniteError:
             if loaded.model.dtype is not torch.float16:
@@ -266,18 +287,25 @@ def _measure_base(
                 f"{str(running).removeprefix('torch.')}; a `dtype:` of bfloat16 or float32 merges it more safely"
             )
         except NotSupportedError:
-            where, engine = replace(where, streamed=False), autograd_engine
+            where, engine, whole = replace(where, streamed=False), reference, True
             warnings.append(
                 f"{base} can't be run layer by layer: its Fisher information was measured with all of it in memory"
             )
         except torch.OutOfMemoryError:
-            if loaded.placement.streamed:
+            if whole and where.device.type != "cpu":
+                warnings.append(f"{base} doesn't fit on {where.device}, and was measured on the CPU")
+                where = Placement(torch.device("cpu"), spread=False, streamed=False)
+                running = placement.running_dtype(dtype_from_name(dtype) or base.stored_dtype(), where.device)
+            elif loaded.placement.streamed or where.device.type == "cpu":
                 raise
-            where = replace(where, streamed=True, spread=False)
+            else:
+                where = replace(where, streamed=True, spread=False)
         del loaded
+        _free_memory(where.device)
 
 
-def _measure_loaded(
-    loaded: LoadedModel, settings: FisherSettings, name: str, engine: FisherEngine, quiet: bool
-) -> FisherMeasurement:
-    return measure(loaded.model, loaded.layers, settings, engine=engine, weights=loaded.weights, name=name, quiet=quiet)
+def _free_memory(device: torch.device) -> None:
+    """Give back an accelerator's memory that nothing refers to any more, before the next needs it."""
+    if device.type != "cpu":
+        gc.collect()
+        torch.get_device_module(device).empty_cache()

@@ -6,6 +6,7 @@ The processes are started by `accelerate launch` or, on CPUs, by `torchrun`; acc
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -22,6 +23,9 @@ from mergekit_fim.weights import ResidentWeights, Weights
 
 T = TypeVar("T")
 
+# How long a process waits for the others' shares. One that has ended is noticed by the launcher, which ends them all.
+_PATIENCE = timedelta(days=30)
+
 
 @contextlib.contextmanager
 def processes() -> Iterator[PartialState | None]:
@@ -35,7 +39,8 @@ def processes() -> Iterator[PartialState | None]:
         return
     no_accelerator = torch.accelerator.current_accelerator(check_available=True) is None
     try:
-        state = PartialState(cpu=no_accelerator or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true"))
+        cpu = no_accelerator or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+        state = PartialState(cpu=cpu, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise FimError(
             f"the processes can't reach each other ({_line(error)}); check the launcher's options"
@@ -53,8 +58,10 @@ class SharedError(FimError):
 def in_all(state: PartialState | None, work: Callable[[], T]) -> list[T]:
     """Do `work` in every process: the results of all, in their order, which are sent between them.
 
+    `work` may itself do something `in_all`: a process that fails before it comes to that tells the others there.
+
     Raises:
-        SharedError: it failed in one of them, which is named.
+        SharedError: it failed in one of them, which is named, or in all of them in the same way.
         NotSupportedError: raised by one of them.
         torch.OutOfMemoryError: likewise.
     """
@@ -63,6 +70,8 @@ def in_all(state: PartialState | None, work: Callable[[], T]) -> list[T]:
     outcome: tuple[T | None, str, str]
     try:
         outcome = work(), "", ""
+    except SharedError:
+        raise
     except Exception as error:  # whatever it is, the other processes must not wait for this one
         outcome = None, type(error).__name__, _line(error)
     try:
@@ -75,7 +84,8 @@ def in_all(state: PartialState | None, work: Callable[[], T]) -> list[T]:
         if name == torch.OutOfMemoryError.__name__:
             raise torch.OutOfMemoryError(reason)
         if name:
-            raise SharedError(f"process {rank} of {state.num_processes}: {reason}")
+            everywhere = all(outcome[1:] == (name, reason) for outcome in outcomes)
+            raise SharedError(reason if everywhere else f"process {rank} of {state.num_processes}: {reason}")
     return [result for result, _, _ in outcomes]
 
 

@@ -1,6 +1,7 @@
 """`python -m mergekit_fim fisher`, alone and by several processes."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -88,6 +89,61 @@ def measure(self, *args):
 batched._Run.measure = measure
 main(sys.argv[1:])
 """
+
+
+UNSUPPORTED = """
+import os, sys
+import mergekit_fim.batched as batched
+import mergekit_fim.engines as engines
+from mergekit_fim.cli import main
+def measure(self, *args):
+    raise batched.NotSupportedError
+batched._Run.measure = measure
+original = engines.sequence_loss
+def counted(*args):
+    print("sequence")
+    return original(*args)
+engines.sequence_loss = counted
+main(sys.argv[1:])
+"""
+
+
+def test_the_reference_engine_is_shared_too(model, tmp_path):
+    script = tmp_path / "unsupported.py"
+    script.write_text(UNSUPPORTED)
+    options = ["fisher", str(model), "-q", "--samples", "5", "--seq-len", "8"]
+    result = CliRunner().invoke(main, [*options, "--no-cache", "-o", str(tmp_path / "one.json")])
+    assert result.exit_code == 0, result.output
+    done = launch(2, str(script), *options, "-o", str(tmp_path / "many.json"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sequence") == 5
+    assert norms(tmp_path / "many.json") == pytest.approx(norms(tmp_path / "one.json"), rel=1e-4)
+
+
+def test_an_error_of_all_processes_is_said_once(tmp_path):
+    built = tiny.build(tiny.config("llama"))
+    built.model.layers[2].mlp.up_proj.weight.data[0, 0] = math.nan
+    broken = tiny.save(built, tmp_path / "broken")
+    done = launch(2, "-m", "mergekit_fim", "fisher", str(broken), "-q", "-o", str(tmp_path / "f.json"))
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert len(lines) == 1
+    assert lines[0].startswith(f"Error: {broken}: the Fisher information of decoder layer")
+    assert not (tmp_path / "f.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft with transformers 5
+def test_an_adapter_is_merged_by_one_of_the_processes(tmp_path):
+    base = tiny.save(tiny.build(tiny.config("llama")), tmp_path / "base")
+    adapter = tiny.adapter(base, tmp_path / "adapter")
+    options = ["fisher", f"{base}+{adapter}", "-q", "--samples", "2", "--seq-len", "8", "--no-cache"]
+    for name, run in {
+        "many": lambda arguments: launch(3, "-m", "mergekit_fim", *arguments).returncode,
+        "one": lambda arguments: CliRunner().invoke(main, arguments).exit_code,
+    }.items():
+        places = ["--lora-merge-cache", str(tmp_path / f"cache-{name}"), "-o", str(tmp_path / f"{name}.json")]
+        assert run([*options, *places]) == 0
+    assert norms(tmp_path / "many.json") == pytest.approx(norms(tmp_path / "one.json"), rel=1e-6)
 
 
 @pytest.mark.parametrize("action", ["raise ValueError('no such luck')", "os._exit(9)"])

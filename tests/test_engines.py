@@ -1,6 +1,8 @@
 """The fast engine against the reference engine: models, formats, micro-batches, and what it must not trust."""
 
 import re
+import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import nn
 
-from mergekit_fim import batched, head
+from mergekit_fim import batched, fisher, head, placement
 from mergekit_fim.batched import NotSupportedError, batched_engine
 from mergekit_fim.engines import autograd_engine
 from mergekit_fim.fisher import measure, measure_base
@@ -21,7 +23,7 @@ from mergekit_fim.narrow import narrow_linear
 from mergekit_fim.placement import Placement, load_model
 from mergekit_fim.samples import Samples, draw_samples
 from mergekit_fim.settings import FisherSettings
-from mergekit_fim.weights import StreamedWeights
+from mergekit_fim.weights import ResidentWeights, StreamedWeights
 
 SETTINGS = FisherSettings(samples=5, seq_len=12, seed=3)
 
@@ -303,7 +305,7 @@ def test_resident_and_streamed_agree(tmp_path):
     assert np.array(norms[0]) == pytest.approx(np.array(norms[1]), rel=1e-6)
 
 
-def test_a_model_that_runs_out_of_memory_is_halved_and_then_streamed(tmp_path, monkeypatch):
+def test_a_model_that_runs_out_of_memory_is_halved(tmp_path, monkeypatch):
     path = tiny.save(tiny.build(tiny.config("llama")), tmp_path / "m")
     base = open_model(str(path), None, MergeOptions())
     expected = measure_base(base, SETTINGS, None, MergeOptions(quiet=True))
@@ -322,6 +324,71 @@ def test_a_model_that_runs_out_of_memory_is_halved_and_then_streamed(tmp_path, m
     assert sizes == [5, 3, 2, 2, 1]
     for a, b in zip(found.layers, expected.layers, strict=True):
         assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-5)
+
+
+def loads(monkeypatch, fits: bool) -> list[tuple[str, bool, weakref.ref]]:
+    """Make a stand-in for an accelerator, the CPU in fact: where models are loaded, whether streamed, the models."""
+    loaded = []
+    original = placement.load_model
+    wanted = Placement(torch.device("cuda"), spread=False, streamed=False)
+    cpu = torch.device("cpu")
+
+    def load(base, dtype, options, where, **keywords):
+        streamed = where.streamed or (where.device.type == "cuda" and not fits)
+        found = original(base, dtype, options, replace(where, device=cpu, streamed=streamed), **keywords)
+        loaded.append((where.device.type, streamed, weakref.ref(found.model)))
+        return replace(found, placement=replace(where, streamed=streamed))
+
+    monkeypatch.setattr(fisher, "load_model", load)
+    monkeypatch.setattr(fisher, "_free_memory", lambda device: None)
+    monkeypatch.setattr(placement, "placement", lambda options: wanted)
+    monkeypatch.setattr(placement, "running_dtype", lambda dtype, device: torch.float32)
+    return loaded
+
+
+def test_a_model_too_large_for_its_place_is_streamed_and_nothing_is_left_of_it(tmp_path, monkeypatch):
+    path = tiny.save(tiny.build(tiny.config("llama")), tmp_path / "m")
+    base = open_model(str(path), None, MergeOptions())
+    expected = measure_base(base, SETTINGS, None, MergeOptions(quiet=True))
+    loaded = loads(monkeypatch, fits=True)
+    original = batched._Run.measure
+
+    def small(self, samples: Samples, device):
+        if isinstance(self.weights, ResidentWeights):
+            raise torch.OutOfMemoryError
+        assert loaded[0][2]() is None  # what didn't do is gone
+        return original(self, samples, device)
+
+    monkeypatch.setattr(batched._Run, "measure", small)
+    found = measure_base(base, SETTINGS, None, MergeOptions(quiet=True))
+    assert [where[:2] for where in loaded] == [("cuda", False), ("cuda", True)]
+    assert loaded[1][2]() is None
+    for a, b in zip(found.layers, expected.layers, strict=True):
+        assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_model_that_must_be_in_memory_and_is_too_large_for_the_accelerator(fits, tmp_path, monkeypatch):
+    """Whether that is known beforehand or not."""
+    path = tiny.save(tiny.build(tiny.config("llama")), tmp_path / "m")
+    base = open_model(str(path), None, MergeOptions())
+    expected = measure_base(base, SETTINGS, None, MergeOptions(quiet=True))
+    loaded = loads(monkeypatch, fits=fits)
+
+    def unsupported(self, samples: Samples, device):
+        raise NotSupportedError
+
+    def reference(*args):
+        if loaded[-1][0] == "cuda":
+            raise torch.OutOfMemoryError
+        return autograd_engine(*args)
+
+    monkeypatch.setattr(batched._Run, "measure", unsupported)
+    found = measure_base(base, SETTINGS, None, MergeOptions(quiet=True), reference=reference)
+    assert loaded[-1][:2] == ("cpu", False)
+    assert "measured on the CPU" in found.warnings[-1]
+    for a, b in zip(found.layers, expected.layers, strict=True):
+        assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-4)
 
 
 def test_progress_counts_every_layer_of_every_sequence():

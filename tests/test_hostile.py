@@ -787,10 +787,10 @@ def test_an_output_that_cannot_be_written_is_seen_first(kind, command, pair, tmp
 
 
 def test_too_little_memory_on_the_cpu(pair, merge, monkeypatch):
-    def out_of_memory(*_args):
+    def out_of_memory(*_args, **_kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
 
-    monkeypatch.setattr("mergekit_fim.fisher._measure_loaded", out_of_memory)
+    monkeypatch.setattr("mergekit_fim.fisher.measure", out_of_memory)
     target, result = merge(config_for(pair))
     is_one_line(result, [str(pair.base), "too little memory", "64 tokens", "lower fisher_seq_len"])
     assert not target.exists()

@@ -18,6 +18,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mergekit_fim.layers import _layer_prefix
 from mergekit_fim.placement import Placement
@@ -313,18 +314,8 @@ def test_mergekit_multi_with_a_later_stage_on_ours(installed, pair, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft with transformers 5
 def test_lora_references_base_included(pair, merge, tmp_path):
-    import peft
-
     base = transformers.AutoModelForCausalLM.from_pretrained(pair.base)
-    adapters = []
-    for seed, name in enumerate(("one", "two")):
-        torch.manual_seed(seed)
-        lora = peft.get_peft_model(
-            transformers.AutoModelForCausalLM.from_pretrained(pair.base),
-            peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False),
-        )
-        lora.save_pretrained(tmp_path / name)
-        adapters.append(f"{pair.base}+{tmp_path / name}")
+    adapters = [f"{pair.base}+{tiny.adapter(pair.base, tmp_path / n, i)}" for i, n in enumerate(("one", "two"))]
     config = {
         "merge_method": "fim_ta",
         "base_model": adapters[0],
@@ -339,6 +330,27 @@ def test_lora_references_base_included(pair, merge, tmp_path):
         reference.load(Path(merged[0]))["model.layers.0.self_attn.q_proj.weight"],
         base.state_dict()["model.layers.0.self_attn.q_proj.weight"].numpy(),
     )
+
+
+def test_a_model_that_cannot_be_run_layer_by_layer_has_all_its_task_vectors_measured(pair, merge, monkeypatch):
+    """One that overwrites its layers' inputs is found out in the first of them, when no other has been read."""
+    plain, _ = merge.ok(config_for(pair, "fim_ta", parameters={"fisher_cache": False}))
+    original = LlamaDecoderLayer.forward
+
+    def forward(self, hidden_states, *args, **kwargs):
+        with torch.no_grad():
+            hidden_states.mul_(1.0)
+        return original(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    out, _ = merge.ok(config_for(pair, "fim_ta", parameters={"fisher_cache": False}), out="overwrites")
+    report = reference.report(out)
+    assert "can't be run layer by layer" in report["warnings"][0]
+    for found, expected in zip(
+        report["models"][0]["layers"], reference.report(plain)["models"][0]["layers"], strict=True
+    ):
+        assert found["task_vector_sq_norm"] == expected["task_vector_sq_norm"]
+        assert found["alpha"] == pytest.approx(expected["alpha"], rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"max_shard_size": "20KB"}, "bin"])

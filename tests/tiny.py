@@ -90,3 +90,13 @@ def tuned(base: PreTrainedModel, seed: int, *, cfg: PretrainedConfig | None = No
 def save(model: PreTrainedModel, path: Path, dtype: torch.dtype | None = None, **options) -> Path:
     (model.to(dtype) if dtype else model).save_pretrained(path, **options)
     return path
+
+
+def adapter(base: Path, path: Path, seed: int = 0) -> Path:
+    """A LoRA adapter of a saved model, with random weights."""
+    import peft
+
+    torch.manual_seed(seed)
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(path)
+    return path
