@@ -4,10 +4,16 @@ import os
 import re
 
 import huggingface_hub
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.measurement import Measurement, read_measurement
+from mergekit_fim.text import reason
 
 # What `user/repo` stands for.
 DEFAULT_NAME = "fisher.json"
@@ -48,8 +54,22 @@ def _file(reference: str, cache_dir: str | None) -> str:
             f"{reference}: the repository {match['repo']} on the Hub has no file {name}; name the file as "
             f"{match['repo']}/FILE"
         ) from error
-    except (OSError, ValueError) as error:  # all the others of the Hub's are one or the other
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except GatedRepoError as error:
         raise FimError(
-            f"{reference}: neither a file here nor to be had from the Hub ({reason}); check the name and the connection"
+            f"{reference}: the repository {match['repo']} on the Hub is gated; ask for access on its page, and log in "
+            "with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FimError(
+            f"{reference}: no file of that name here, and on the Hub no repository {match['repo']}, or a private one; "
+            "check the name, or log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FimError(
+            f"{reference}: the repository {match['repo']} on the Hub has no revision {match['revision']}; check it"
+        ) from error
+    except Exception as error:  # of the Hub's, and of what it connects by
+        raise FimError(
+            f"{reference}: neither a file here nor to be had from the Hub ({reason(error)}); check the name and the "
+            "connection"
         ) from error
