@@ -36,13 +36,14 @@ def fingerprint(model: InputModel) -> str:
     Returns:
         "<weights>-<config>", two hexadecimal numbers of 32 and 16 digits. The first covers every tensor's name, dtype
         and shape, and evenly spaced blocks of its bytes, the first and the last among them; the second what config.json
-        says of the computation.
+        says of the computation. A tied output head counts only where it is stored with other values than the embedding.
 
     Raises:
         FimError: a file can't be read.
     """
     index = LoaderCache().get(model.reference).index
-    total = sum(math.prod(header.shape) for header in model.headers.values())
+    tied = _tied(model)
+    total = sum(math.prod(header.shape) for name, header in model.headers.items() if name not in tied)
     digests: dict[str, bytes] = {}
     for shard in index.shards:
         path = os.path.join(index.base_path, shard.filename)
@@ -50,15 +51,29 @@ def fingerprint(model: InputModel) -> str:
         try:
             for name, size, read in read_tensors(path, model.headers):
                 header = model.headers[name]
-                digest = hashlib.sha256(f"{name} {header.torch_dtype} {list(header.shape)}\n".encode())
+                digest = hashlib.sha256(f"{header.torch_dtype} {list(header.shape)}\n".encode())
                 share = math.ceil(_BLOCKS * math.prod(header.shape) / max(1, total))
                 for start in _starts(size, max(_LEAST, share)):
                     digest.update(read(start, min(_BLOCK, size - start)))
                 digests[name] = digest.digest()
         except Exception as error:  # each format has its own exceptions for a damaged file
             raise FimError(f"{model}: can't read {path} ({reason(error)}); download or save the model again") from error
-    weights = hashlib.sha256(b"".join(digests[name] for name in sorted(digests))).hexdigest()[:32]
+    for head, embedding in tied.items():
+        if digests[head] == digests[embedding]:
+            del digests[head]
+    named = "".join(f"{name} {digests[name].hex()}\n" for name in sorted(digests))
+    weights = hashlib.sha256(named.encode()).hexdigest()[:32]
     return f"{weights}-{_config_digest(os.path.join(index.base_path, 'config.json'))}"
+
+
+def _tied(model: InputModel) -> dict[str, str]:
+    """Output heads that the config ties to embeddings and the checkpoint stores all the same, as .bin files do."""
+    pairs = {
+        model.stored_name(tensor, tied=False): next((n for n in tensor.tied_names if n in model.headers), None)
+        for tensor in model.layout.other
+        if tensor.tied_names and model.text_config.tie_word_embeddings
+    }
+    return {head: embedding for head, embedding in pairs.items() if head and embedding and head != embedding}
 
 
 def _starts(size: int, blocks: int) -> list[int]:
