@@ -142,6 +142,12 @@ def render_comparison(first: Measurement, second: Measurement, count: int) -> st
     difference = first.model.difference(second.model)
     if difference:
         lines += wrapped(f"They are of different models: {difference} differ.")
+    tokens = [(side.vocab_size, side.settings.seed, side.settings.seq_len) for side in sides]
+    if tokens[0] == tokens[1]:
+        lines += wrapped(
+            "They share tokens, having the same seed: the standard errors, which take them for independent, are too "
+            "large, and too many layers are within them; another --seed makes them right."
+        )
     numbers = [("Spearman", found.spearman), ("Pearson of ln F", found.log_pearson)]
     lines.append(", ".join(f"{name} {'undefined' if v is None else f'{v:.3f}'}" for name, v in numbers))
     known = [layer for layer in found.layers if layer.is_beyond is not None]

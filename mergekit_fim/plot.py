@@ -224,7 +224,8 @@ def _draw_alphas(panel: "Axes", models: Sequence[ModelCurve], outside: float) ->
 
 
 def _draw_lines(panel: "Axes", models: Sequence[ModelCurve], values: Sequence[Sequence[float]]) -> None:
-    for model, y, (colour, marker, dash) in zip(models, values, _cycle(len(models)), strict=True):
+    names = _short_names([model.name for model in models])
+    for model, name, y, (colour, marker, dash) in zip(models, names, values, _cycle(len(models)), strict=True):
         panel.plot(
             model.layers,
             y,
@@ -233,7 +234,7 @@ def _draw_lines(panel: "Axes", models: Sequence[ModelCurve], values: Sequence[Se
             linestyle=dash,
             markersize=4,
             linewidth=1.2,
-            label=_short(model.name),
+            label=name,
         )
 
 
@@ -245,3 +246,14 @@ def _short(name: str) -> str:
     """A model's name without the folders that it lies in."""
     parts = name.rstrip("/").split("/")
     return "/".join(parts[-2:]) if len(parts) == 2 and parts[0] not in ("", ".", "..") else parts[-1]
+
+
+def _short_names(names: Sequence[str]) -> list[str]:
+    """Their short names, with so many of the folders that they lie in as tell them apart."""
+    short = [_short(name) for name in names]
+    most = max((name.count("/") for name in names), default=0)
+    for folders in range(1, most + 1):
+        if len(set(short)) == len(set(names)):
+            break
+        short = ["/".join(name.rstrip("/").split("/")[-folders - 1 :]) for name in names]
+    return short
