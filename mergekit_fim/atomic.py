@@ -33,25 +33,37 @@ def part_path(folder: str, name: str) -> str:
 def written_whole(path: str) -> Iterator[str]:
     """The name of a file to write beside `path`, one of its own, which takes the place of `path` when all went well.
 
+    What is there and isn't a file, such as a pipe or /dev/null, is written to as it is.
+
     Raises:
         FimError: it can't be written.
     """
-    part = part_path(*os.path.split(os.path.abspath(path)))
+    is_file = os.path.isfile(path) or not os.path.exists(path)
+    target = os.path.realpath(path) if is_file else path  # a link stays one
+    part = part_path(*os.path.split(target)) if is_file else target
     try:
         yield part
-        with open(part, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        if is_file:
+            with open(part, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(part, target)
     except OSError as error:
         reason = error.strerror or str(error)
         raise FimError(f"{path}: can't be written ({reason}); free some space, or write elsewhere") from error
     finally:
-        with contextlib.suppress(OSError):
-            os.remove(part)
+        if is_file:
+            with contextlib.suppress(OSError):
+                os.remove(part)
 
 
 def _machine() -> str:
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+    """Where a process number means this process: containers may share a host's name, and have numbers of their own."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):  # there are none but on Linux
+        parts.append(os.readlink("/proc/self/ns/pid"))
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            parts.append(file.read())
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]
 
 
 def _remove_abandoned(folder: str) -> None:
