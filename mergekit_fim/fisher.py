@@ -18,6 +18,7 @@ from mergekit_fim.batched import NotSupportedError, batched_engine
 from mergekit_fim.engines import FisherEngine, autograd_engine
 from mergekit_fim.errors import FimError, is_out_of_memory
 from mergekit_fim.inputs import InputModel
+from mergekit_fim.parameters import FLOAT_DTYPES
 from mergekit_fim.placement import Placement, load_model
 from mergekit_fim.samples import Samples, draw_samples
 from mergekit_fim.settings import FisherSettings
@@ -201,7 +202,12 @@ def dtypes(base: InputModel, dtype: str | None, options: MergeOptions) -> tuple[
     """What most of the weights are read as, the merge's dtype or the checkpoint's own, and what the model runs in.
 
     Which is the faster on a CPU is timed, so that two machines might choose differently.
+
+    Raises:
+        FimError: `dtype` isn't one of floating-point numbers that a model can be run in.
     """
+    if dtype is not None and dtype.removeprefix("torch.") not in FLOAT_DTYPES:
+        raise FimError(f"dtype: expected one of {', '.join(FLOAT_DTYPES)}, found {dtype}")
     reading = dtype_from_name(dtype) or base.stored_dtype()
     return reading, placement.running_dtype(reading, placement.placement(options).device)
 

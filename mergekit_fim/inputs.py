@@ -5,6 +5,7 @@ import copy
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,7 @@ class InputModel:
         headers: the tensors that its checkpoint holds, by their names there.
         absent: the names of the layout's tensors that mergekit can't load from the checkpoint, not even by converting
             others (fused experts).
+        unknown: the names of the checkpoint's tensors that neither mergekit nor transformers has a place for.
     """
 
     reference: ModelReference
@@ -103,6 +105,7 @@ class InputModel:
     layout: ModelLayout
     headers: Mapping[str, TensorHeader]
     absent: frozenset[str]
+    unknown: tuple[str, ...]
 
     def __str__(self) -> str:
         return str(self.reference)
@@ -209,7 +212,7 @@ def open_models(
         layout = model_layout(architecture, config, str(reference))
         skeleton = _skeleton(reference, config, trust_remote_code)
         names = tensor_names(skeleton, layout, floating_point=True)
-        models[reference] = _open_model(reference, config, layout, names)
+        models[reference] = _open_model(reference, config, layout, names, skeleton)
         _check_complete(models[reference], names, {n: tuple(v.shape) for n, v in skeleton.state_dict().items()})
     return models
 
@@ -278,6 +281,7 @@ def _open_model(
     config: PretrainedConfig,
     layout: ModelLayout,
     names: Sequence[Sequence[str]],
+    skeleton: PreTrainedModel,
 ) -> InputModel:
     headers = _read_headers(reference)
     weights = {alias for aliases in names for alias in aliases}  # without the masks that old checkpoints hold
@@ -295,7 +299,33 @@ def _open_model(
                 if not tensor.optional:
                     raise FimError(f"{reference}: {_why_lacking(tensor, config, headers, names)}")
                 absent.append(tensor.name)
-    return InputModel(reference, config, layout, headers, frozenset(absent))
+    unknown = tuple(_unknown(headers, layout, skeleton))
+    return InputModel(reference, config, layout, headers, frozenset(absent), unknown)
+
+
+# Buffers that old checkpoints hold, and the models of today make themselves.
+_OLD_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
+
+
+def _unknown(headers: Mapping[str, TensorHeader], layout: ModelLayout, skeleton: PreTrainedModel) -> Iterator[str]:
+    """Names in a checkpoint that are of no tensor of the model, and that transformers doesn't pass over knowingly."""
+    known = {name for aliases in tensor_names(skeleton, layout) for name in aliases}
+    for tensor in layout.all_tensors():
+        known.update((tensor.name, *(tensor.aliases or ()), *(tensor.tied_names or ())))
+    conversions = [
+        conversion
+        for kind in (skeleton.config.model_type, type(skeleton).__name__)
+        for conversion in get_checkpoint_conversion_mapping(kind) or []
+    ]
+    passed_over = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_unexpected or ()]
+    for name in headers:
+        if (
+            name not in known
+            and not name.endswith(_OLD_BUFFERS)
+            and not any(pattern.search(name) for pattern in passed_over)
+            and all(conversion.rename_source_key(name)[1] is None for conversion in conversions)
+        ):
+            yield name
 
 
 def _why_lacking(

@@ -126,10 +126,15 @@ class FimMerge(GroupMergeMethod):
         gate_scale = parameters["gate_scale"]
         name = (group.metadata.name or "") if gate_scale != 1 else ""
         gate, others = gate_parts(name, base.shape)
-        if gate:
-            merge_part(gate, [gate_scale * alpha for alpha in alphas])
-        if others:
-            merge_part(others, alphas)
+        try:
+            if gate:
+                merge_part(gate, [gate_scale * alpha for alpha in alphas])
+            if others:
+                merge_part(others, alphas)
+        except RuntimeError as error:
+            if "without overflow" not in str(error):  # torch's, of a factor beyond the working dtype
+                raise
+            merged.fill_(math.inf)
         _check_finite(merged, group.metadata.name)
         return merged.view(base.shape)
 

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 METHODS = ("fim_ties", "fim_ta")
 LABELS = ("inputs", "sampled")
+FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 class Scope(Enum):
@@ -63,7 +64,7 @@ def _convert(value: Any, kind: type) -> Any:
     # YAML reads 1e-3 as a string; mergekit takes such strings for numbers, so they are taken here too.
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise TypeError
-    number = float(value)
+    number: float = TypeAdapter(float).validate_python(value)  # by the same reading as mergekit's
     if kind is int:
         if not number.is_integer():
             raise ValueError

@@ -224,9 +224,11 @@ def load_model(
 
 def _without_weights(base: InputModel, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     """The model on the meta device, in evaluation mode; buffers that are not part of the checkpoint are real."""
+    config = copy.deepcopy(base.config)
+    config.return_dict = True
     with torch.random.fork_rng(devices=[]), accelerate.init_empty_weights(include_buffers=False):
         model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
-            copy.deepcopy(base.config), trust_remote_code=trust_remote_code, dtype=dtype
+            config, trust_remote_code=trust_remote_code, dtype=dtype
         )
     model.tie_weights()
     # As from_pretrained does: what a model insists on keeping in float32.

@@ -34,13 +34,11 @@ from mergekit_fim.gates import is_fused, is_layout_known
 from mergekit_fim.inputs import InputModel, check_compatible, open_models
 from mergekit_fim.measurement import Measurement, ModelIdentity
 from mergekit_fim.output_config import ConfigDifference, adapt_output_config
-from mergekit_fim.parameters import PARAMETERS, Scope
+from mergekit_fim.parameters import FLOAT_DTYPES, PARAMETERS, Scope
 from mergekit_fim.saved import load_measurement
 from mergekit_fim.settings import Settings, conditions, read_settings
 from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms
 from mergekit_fim.text import reason
-
-_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 # Below this many base parameters `density` is the paper's value for 1.5B, from there on its value for 7B. Where between
 # the two the change lies is this project's choice.
@@ -180,8 +178,8 @@ def check_config(config: MergeConfiguration, options: MergeOptions) -> Settings:
         )
     for name in ("dtype", "out_dtype"):
         value = getattr(config, name)
-        if value is not None and value.removeprefix("torch.") not in _DTYPES:
-            raise FimError(f"{name}: expected one of {', '.join(_DTYPES)}, found {value}")
+        if value is not None and value.removeprefix("torch.") not in FLOAT_DTYPES:
+            raise FimError(f"{name}: expected one of {', '.join(FLOAT_DTYPES)}, found {value}")
     placement.placement(options)
     return settings
 
@@ -262,6 +260,13 @@ def run(
     inputs = _open_inputs(slices, config, architecture, options)
     sources = list(_source_slices(slices, module, config, inputs))
     warnings = _check_inputs(sources, inputs, config, options)
+    for model in inputs.values():
+        if model.unknown:
+            more = f" and {len(model.unknown) - 1} more" if len(model.unknown) > 1 else ""
+            warnings.append(
+                f"{model} holds tensors that no model with its config.json has, and the merge leaves them out: "
+                f"{model.unknown[0]}{more}"
+            )
     if config.merge_method == "fim_ta" and any("density" in scope for s in sources for scope in s.scopes):
         warnings.append("density has no effect in fim_ta, which keeps every entry of the task vectors")
 
@@ -276,6 +281,8 @@ def run(
     bases = _distinct(s.base for s in measured)
     identities = {base: ModelIdentity.of(inputs[base]) for base in bases}
     saved = _saved_measurement(settings, identities, options) if bases else None
+    if not bases and settings.saved is not None:
+        warnings.append(f"fisher: {settings.saved} is not used, as every alpha is set by hand")
     if saved is not None:
         settings = replace(settings, fisher=saved.fisher.settings)
     for base in bases:
@@ -488,10 +495,8 @@ def _fisher(
     """The base's measurement and where it comes from; in any case the sweep over its layers is made."""
     reading, running = fisher.dtypes(base, dtype, options)
     entry = CacheEntry(identity, settings.fisher, reading, running)
-    known, origin = None, ""
-    if saved is not None:
-        known, origin = saved.fisher, f"from {settings.saved}"
-    elif settings.cache:
+    known, origin = saved, f"from {settings.saved}"
+    if known is None and settings.cache:
         known, origin = entry.read(), f"kept from an earlier measurement: {entry.path}"
     if known is not None:
         layers = tqdm.trange(
@@ -499,12 +504,12 @@ def _fisher(
         )
         for layer in layers:
             sweep.layer(layer)
-        return known, origin
+        return known.fisher, origin
     # Along with the forward pass, so that the base's layers are read once for both. Broken weights end it there, before
     # the costlier backward pass.
     found = fisher.measure_base(base, settings.fisher, dtype, options, running=running, each_layer=sweep.layer)
     if settings.cache:
-        entry.write(found)
+        entry.write(Measurement.of(found, identity))
     return found, ""
 
 
