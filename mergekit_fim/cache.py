@@ -8,12 +8,11 @@ import hashlib
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.fisher import FisherMeasurement
 from mergekit_fim.measurement import Measurement, ModelIdentity, read_measurement, versions, write_measurement
 from mergekit_fim.settings import FisherSettings
 
@@ -58,8 +57,8 @@ class CacheEntry:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
         return os.path.join(cache_folder(), f"{name}.json")
 
-    def read(self) -> FisherMeasurement | None:
-        """The kept measurement, or None where there is none that can be used."""
+    def read(self) -> Measurement | None:
+        """The kept measurement, as one of this model, or None where there is none that can be used."""
         path = self.path
         if not os.path.exists(path):
             return None
@@ -71,13 +70,13 @@ class CacheEntry:
         if kept.model.difference(self.model) or kept.fisher.settings != self.settings:
             LOG.warning("the cache can't be used, the model is measured anew: %s is of another model", path)
             return None
-        return kept.fisher
+        return replace(kept, model=self.model)  # it may lie elsewhere by now
 
-    def write(self, fisher: FisherMeasurement) -> None:
-        """Keep a measurement, if that is possible."""
+    def write(self, made: Measurement) -> None:
+        """Keep a measurement that was just made, if that is possible."""
         path = self.path
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            write_measurement(Measurement.of(fisher, self.model), path)
+            write_measurement(made, path)
         except (OSError, FimError) as error:
             LOG.warning("the measurement is not kept for the next merge: %s", error)

@@ -19,12 +19,29 @@ from mergekit_fim.text import brief
 
 @dataclass(frozen=True)
 class FisherSettings:
-    """What determines a Fisher measurement, besides the model."""
+    """What determines a Fisher measurement, besides the model.
+
+    Attributes:
+        samples: N, the number of sequences.
+        seq_len: T, the tokens per sequence.
+        seed: of the random tokens.
+        labels: what is predicted, `inputs` or `sampled`.
+
+    Raises:
+        FimError: a value of another type or out of range.
+    """
 
     samples: int = 8
     seq_len: int = 64
     seed: int = 0
     labels: str = "inputs"
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            parameter = PARAMETERS[f"fisher_{name}"]
+            is_kind = isinstance(value, parameter.type) and not isinstance(value, bool)
+            if not is_kind or not parameter.accepts(value):
+                raise FimError(f"FisherSettings: `{name}` must be {parameter.expected}, found {_shown(value)}")
 
 
 @dataclass(frozen=True)
