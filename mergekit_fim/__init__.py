@@ -103,9 +103,12 @@ def _run_hook(name: str) -> None:
             )
 
 
-def install() -> None:
-    """Hook mergekit's modules, now if they are imported already, else when they are. Calling it again does nothing."""
-    if os.environ.get("MERGEKIT_FIM_DISABLE"):
+def install(*, always: bool = False) -> None:
+    """Hook mergekit's modules, now if they are imported already, else when they are. Calling it again does nothing.
+
+    MERGEKIT_FIM_DISABLE is about what happens by itself: our own commands hook `always`.
+    """
+    if os.environ.get("MERGEKIT_FIM_DISABLE") and not always:
         return
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return

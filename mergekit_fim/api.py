@@ -1,19 +1,20 @@
 """The Python API, importable from `mergekit_fim` itself; docs/python.md has examples of all of it."""
 
+import os
 from typing import Any
 
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
-from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 from mergekit_fim import fisher
 from mergekit_fim.cache import CacheEntry
 from mergekit_fim.coefficients import Mapping, importance_scores, merge_coefficients
+from mergekit_fim.config_file import validated
 from mergekit_fim.errors import FimError
 from mergekit_fim.inputs import open_model
 from mergekit_fim.measurement import Measurement, ModelIdentity, write_measurement
-from mergekit_fim.output_folder import check_output, model_written_whole
+from mergekit_fim.merging import merge_whole
 from mergekit_fim.planning import MergePlan, plan_fim_merge
 from mergekit_fim.saved import load_measurement
 from mergekit_fim.settings import FisherSettings
@@ -34,7 +35,7 @@ __all__ = [
 
 
 def measure(
-    model: str,
+    model: str | os.PathLike[str],
     settings: FisherSettings | None = None,
     *,
     dtype: str | None = None,
@@ -57,26 +58,26 @@ def measure(
     """
     settings, options = settings or FisherSettings(), options or MergeOptions(quiet=True)
     LoaderCache().setup(options)
-    base = open_model(model, revision, options)
+    base = open_model(os.fspath(model), revision, options)
     fisher.check_measurable(base, settings)
     identity = ModelIdentity.of(base)
     reading, running = fisher.dtypes(base, dtype, options)
     entry = CacheEntry(identity, settings, reading, running)
     found = entry.read() if cache else None
     if found is None:
-        found = fisher.measure_base(base, settings, dtype, options, running=running)
+        found = Measurement.of(fisher.measure_base(base, settings, dtype, options, running=running), identity)
         if cache:
             entry.write(found)
-    return Measurement.of(found, identity)
+    return found
 
 
-def read_measurement(reference: str) -> Measurement:
+def read_measurement(reference: str | os.PathLike[str]) -> Measurement:
     """Read a measurement from a file, or from the Hub: `user/repo` or `user/repo/FILE`, either with `@revision`.
 
     Raises:
         FimError: there is no such file, or it isn't a measurement that this version can use.
     """
-    return load_measurement(reference)
+    return load_measurement(os.fspath(reference))
 
 
 def resolve(config: MergeConfiguration | dict[str, Any], options: MergeOptions | None = None) -> MergePlan:
@@ -96,7 +97,11 @@ def resolve(config: MergeConfiguration | dict[str, Any], options: MergeOptions |
     return plan_fim_merge(_validated(config), options or MergeOptions(quiet=True))[0]
 
 
-def merge(config: MergeConfiguration | dict[str, Any], out_path: str, options: MergeOptions | None = None) -> None:
+def merge(
+    config: MergeConfiguration | dict[str, Any],
+    out_path: str | os.PathLike[str],
+    options: MergeOptions | None = None,
+) -> None:
     """Merge, by mergekit's own `run_merge`; what is written is a whole model or nothing.
 
     Args:
@@ -107,10 +112,8 @@ def merge(config: MergeConfiguration | dict[str, Any], out_path: str, options: M
     Raises:
         FimError: the models can't be merged.
     """
-    check_output(out_path)
-    with model_written_whole(out_path) as folder:
-        run_merge(_validated(config), folder, options or MergeOptions(quiet=True))
+    merge_whole(_validated(config), None, os.fspath(out_path), options or MergeOptions(quiet=True))
 
 
-def _validated(config: MergeConfiguration | dict[str, Any]) -> MergeConfiguration:
-    return config if isinstance(config, MergeConfiguration) else MergeConfiguration.model_validate(config)
+def _validated(config: Any) -> MergeConfiguration:
+    return config if isinstance(config, MergeConfiguration) else validated(config, "the config")

@@ -4,15 +4,18 @@ Whatever is heavy is imported when a command runs, so that help and shell comple
 come from mergekit.
 """
 
+import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 
 import mergekit_fim
-from mergekit_fim.errors import FimError, check_own_code
+from mergekit_fim.errors import FimError
+from mergekit_fim.text import reason
 
+_PATH = click.Path(readable=False)  # for completion; what it must be is checked where it is read
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
@@ -32,6 +35,17 @@ def main() -> None:
     """
 
 
+@contextlib.contextmanager
+def _one_line_of_options() -> Iterator[None]:
+    """Errors of pydantic, torch and mergekit about the value of an option, in one line."""
+    try:
+        yield
+    except (click.exceptions.Exit, click.Abort):  # RuntimeErrors of click's, as after --help
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise FimError(f"one of the options has a value that can't be used ({reason(error)}); change it") from error
+
+
 class _MergekitCommand(click.Command):
     """A command with all of mergekit-yaml's options, which it hands on as `options`, mergekit's MergeOptions."""
 
@@ -49,10 +63,19 @@ class _MergekitCommand(click.Command):
             self.mergekit_params = [parameter for parameter in theirs if parameter.name not in own]
         return [*super().get_params(ctx)[:-1], *self.mergekit_params, *super().get_params(ctx)[-1:]]
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """As in click; mergekit's own types have errors of their own."""
+        with _one_line_of_options():
+            return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command with mergekit's options made one."""
+        """Run the command with mergekit's options made one, and with threads, seeds and logging as they say."""
+        mergekit_fim.install(always=True)
         given = {parameter.name: ctx.params.pop(parameter.name) for parameter in self.mergekit_params}
-        ctx.params["options"] = self.merge_options(**given)
+        with _one_line_of_options():
+            options = self.merge_options(**given)
+            options.apply_global_options()
+        ctx.params["options"] = options
         return super().invoke(ctx)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -77,11 +100,6 @@ def _no_cache(command: Callable[..., Any]) -> Callable[..., Any]:
     )(command)
 
 
-def _loud(options: Any) -> None:
-    """As mergekit-yaml sets up logging and threads."""
-    options.apply_global_options()
-
-
 def _config(path: str, no_cache: bool) -> tuple[Any, str]:
     """The merge config in a file, and its text."""
     from mergekit_fim.config_file import read_config
@@ -93,7 +111,7 @@ def _config(path: str, no_cache: bool) -> tuple[Any, str]:
 
 
 @main.command(short_help="Measure a model's Fisher information, once.")
-@click.argument("model")
+@click.argument("model", type=_PATH)
 @click.option("-o", "--output", required=True, type=click.Path(), help="The JSON file to write.")
 @click.option("--samples", default=8, show_default=True, type=click.IntRange(min=1), help="Number of sequences.")
 @click.option("--seq-len", default=64, show_default=True, type=click.IntRange(min=2), help="Tokens per sequence.")
@@ -150,7 +168,13 @@ def fisher(
     from mergekit_fim.cache import CacheEntry
     from mergekit_fim.engines import autograd_engine
     from mergekit_fim.inputs import open_model
-    from mergekit_fim.measurement import Measurement, ModelIdentity, check_writable, write_measurement
+    from mergekit_fim.measurement import (
+        Measurement,
+        ModelIdentity,
+        check_writable,
+        model_files,
+        write_measurement,
+    )
     from mergekit_fim.processes import SharedError, in_all, processes, shared_engine
     from mergekit_fim.settings import FisherSettings
 
@@ -167,7 +191,7 @@ def fisher(
 
             def prepare() -> tuple[Any, Any, Any]:
                 if is_main:
-                    check_writable(output)
+                    check_writable(output, *model_files(model))
                 if state is None or state.is_local_main_process:
                     open_base()
                 if not is_main:
@@ -183,7 +207,7 @@ def fisher(
             in_all(state, lambda: None if opened else open_base())
             origin = "" if measured is None else f", kept from an earlier measurement: {entry.path}"
 
-            def measure() -> Any:
+            def measure() -> fishing.FisherMeasurement:
                 return fishing.measure_base(
                     opened[0],
                     settings,
@@ -195,20 +219,24 @@ def fisher(
                 )
 
             if measured is None:
-                measured = in_all(state, measure)[0]
-                if is_main and not no_cache:
-                    entry.write(measured)
+                found = in_all(state, measure)[0]
+                if is_main:
+                    measured = Measurement.of(found, entry.model)
+                    if not no_cache:
+                        entry.write(measured)
             if is_main:
-                write_measurement(Measurement.of(measured, entry.model), output)
+                write_measurement(measured, output)
         except SharedError:
             if is_main:
                 raise
             sys.exit(1)
     if is_main:
-        for warning in measured.warnings:
+        for warning in measured.fisher.warnings:
             click.echo(f"Warning: {warning}", err=True)
         if not options["quiet"]:
-            click.echo(f"{output}: {len(measured.layers)} decoder layers of {model}, in {measured.dtype}{origin}")
+            click.echo(
+                f"{output}: {measured.model.num_layers} decoder layers of {model}, in {measured.fisher.dtype}{origin}"
+            )
 
 
 def _options_of_process(options: dict[str, Any], state: Any) -> Any:
@@ -226,7 +254,7 @@ def _options_of_process(options: dict[str, Any], state: Any) -> Any:
 
 
 @main.command(cls=_MergekitCommand, short_help="Show what a merge will do, and its coefficients.")
-@click.argument("config_file")
+@click.argument("config_file", type=_PATH)
 @click.option("--json", "json_file", type=click.Path(), help="Write the report that the merge would write, as JSON.")
 @click.option("--plot", "figure", type=click.Path(), help="Draw the coefficients into a .png or .svg file.")
 @_no_cache
@@ -238,14 +266,14 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
     """
     from mergekit_fim.measurement import check_writable, write_json
 
-    for path in (json_file, figure):
-        if path is not None:
-            check_writable(path)
+    if json_file is not None:
+        check_writable(json_file, config_file)
+    if figure is not None:
+        check_writable(figure, config_file, *([json_file] if json_file else []))
     if figure is not None:
         from mergekit_fim.plot import check_figure
 
         check_figure(figure)
-    _loud(options)
     config, _ = _config(config_file, no_cache)
     from mergekit_fim import report
     from mergekit_fim.explain import explain
@@ -266,7 +294,7 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
 
 
 @main.command(cls=_MergekitCommand, short_help="Write a merge as a config for stock mergekit.")
-@click.argument("config_file")
+@click.argument("config_file", type=_PATH)
 @click.option("-o", "--output", required=True, type=click.Path(), help="The YAML file to write.")
 @click.option(
     "--check/--no-check",
@@ -285,8 +313,7 @@ def export(config_file: str, output: str, check: bool, no_cache: bool, options: 
     from mergekit_fim.atomic import written_whole
     from mergekit_fim.measurement import check_writable
 
-    check_writable(output)
-    _loud(options)
+    check_writable(output, config_file)
     config, _ = _config(config_file, no_cache)
     from mergekit_fim import export as exporting
     from mergekit_fim.planning import plan_fim_merge
@@ -313,8 +340,8 @@ def export(config_file: str, output: str, check: bool, no_cache: bool, options: 
 
 
 @main.command(cls=_MergekitCommand, short_help="Merge, as mergekit-yaml does.")
-@click.argument("config_file")
-@click.argument("out_path")
+@click.argument("config_file", type=_PATH)
+@click.argument("out_path", type=_PATH)
 @_no_cache
 def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None:
     """Do the merge in CONFIG_FILE, and write the merged model to the folder OUT_PATH.
@@ -324,32 +351,14 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
 
     A model that is in OUT_PATH already is replaced when the new one is complete; until then both are on the disk.
     """
-    _loud(options)
     config, text = _config(config_file, no_cache)
-    from mergekit.merge import run_merge
+    from mergekit_fim.merging import merge_whole
 
-    from mergekit_fim.output_folder import check_output, model_written_whole
-    from mergekit_fim.planning import check
-    from mergekit_fim.text import reason
-
-    check_output(out_path)
-    check(config, options)
-    try:
-        with model_written_whole(out_path) as folder:
-            run_merge(config, folder, options, config_source=text)
-    except FimError:
-        raise
-    except Exception as error:
-        if options.verbosity:
-            raise
-        check_own_code(error)
-        full = "No space left" in str(error)
-        remedy = "free some space, or write elsewhere" if full else "-v shows where it failed"
-        raise FimError(f"mergekit can't do this merge ({reason(error)}); {remedy}") from error
+    merge_whole(config, text, out_path, options)
 
 
 @main.command(short_help="Draw a report or a measurement.")
-@click.argument("report")
+@click.argument("report", type=_PATH)
 @click.option("-o", "--output", required=True, type=click.Path(), help="The .png or .svg file to write.")
 def plot(report: str, output: str) -> None:
     """Draw REPORT, a merge's fim_report.json or a measurement: per decoder layer, the Fisher information on a
@@ -358,15 +367,15 @@ def plot(report: str, output: str) -> None:
     from mergekit_fim.measurement import check_writable
     from mergekit_fim.plot import check_figure, read_curves, write_figure
 
-    check_writable(output)
+    check_writable(output, report)
     check_figure(output)
     write_figure(read_curves(report), output)
     click.echo(output)
 
 
 @main.command(short_help="Do two measurements rank the layers alike?")
-@click.argument("first")
-@click.argument("second")
+@click.argument("first", type=_PATH)
+@click.argument("second", type=_PATH)
 @click.option("--layers", "count", default=5, show_default=True, type=click.IntRange(min=0), help="How many to list.")
 def compare(first: str, second: str, count: int) -> None:
     """Compare two measurements, FIRST and SECOND, made with other settings or of other models.

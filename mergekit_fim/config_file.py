@@ -43,15 +43,30 @@ def read_config(path: str) -> tuple[MergeConfiguration, str]:
         ) from error
     if not isinstance(content, dict):
         raise FimError(f"{path}: expected a merge config in YAML, found {type(content).__name__}; check the name")
+    return validated(content, path), text
+
+
+def validated(content: Any, where: str) -> MergeConfiguration:
+    """Make a merge config of a mapping.
+
+    Args:
+        content: whatever it is.
+        where: what to call it in an error.
+
+    Raises:
+        FimError: it isn't a merge config, or has keys that mergekit would pass over.
+    """
+    if not isinstance(content, dict):
+        raise FimError(f"{where}: expected the mapping of a merge config, found {type(content).__name__}; change it")
     try:
         config = MergeConfiguration.model_validate(content)
     except ValidationError as error:
-        raise FimError(f"{path}: not a merge config: {_misfit(error, content)}; change it") from error
+        raise FimError(f"{where}: not a merge config: {_misfit(error, content)}; change it") from error
     except Exception as error:  # the RuntimeErrors of mergekit's own checks
-        raise FimError(f"{path}: not a merge config that mergekit can use ({reason(error)}); change it") from error
+        raise FimError(f"{where}: not a merge config that mergekit can use ({reason(error)}); change it") from error
     if config.merge_method in METHODS:
-        _check_keys(content, config, path, "at the top")
-    return config, text
+        _check_keys(content, config, where, "at the top")
+    return config
 
 
 def _parse(text: str) -> Any:
@@ -115,13 +130,13 @@ def _check_twice(node: yaml.MappingNode) -> None:
         keys.add(name)
 
 
-def _check_keys(content: Any, parsed: Any, path: str, where: str) -> None:
+def _check_keys(content: Any, parsed: Any, config: str, where: str) -> None:
     """Check that mergekit has a place for every key of a config.
 
     Args:
         content: a part of the config as YAML has it.
         parsed: what mergekit made of it.
-        path: the config's file.
+        config: what to call the config.
         where: the part, in words.
 
     Raises:
@@ -133,7 +148,7 @@ def _check_keys(content: Any, parsed: Any, path: str, where: str) -> None:
             if key not in fields:
                 near = difflib.get_close_matches(str(key), fields, n=1)
                 known = f"did you mean `{near[0]}`?" if near else f"mergekit knows {', '.join(fields)} there"
-                raise FimError(f"{path}: unknown key `{brief(key)}` {where}; {known}")
+                raise FimError(f"{config}: unknown key `{brief(key)}` {where}; {known}")
         parts = [(name, content[name], getattr(parsed, name)) for name in content]
     elif isinstance(content, Mapping) and isinstance(parsed, Mapping):
         parts = [(name, value, parsed.get(name)) for name, value in content.items()]
@@ -144,4 +159,4 @@ def _check_keys(content: Any, parsed: Any, path: str, where: str) -> None:
     outer = "" if where == "at the top" else where.removeprefix("in `").removesuffix("`")
     for name, value, its in parts:
         inner = f"{outer}{name}" if name.startswith("[") or not outer else f"{outer}.{name}"
-        _check_keys(value, its, path, f"in `{brief(inner)}`")
+        _check_keys(value, its, config, f"in `{brief(inner)}`")

@@ -61,7 +61,7 @@ def _hook_planner() -> None:
         if self.config.merge_method in METHODS and not _planning_only.get():
             from mergekit_fim.output_folder import check_output
 
-            check_output(out_path)
+            check_output(out_path, self.config)
         targets: list[Any] = to_disk(self, out_path)
         if self.config.merge_method in METHODS:
             from mergekit_fim.report import with_report

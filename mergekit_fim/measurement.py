@@ -277,19 +277,42 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"the value {constant}, which isn't finite")
 
 
-def check_writable(path: str) -> None:
+def check_writable(path: str, *others: str) -> None:
     """Check that a file can be written, before the work that it is for.
 
+    Args:
+        path: the file.
+        others: files that it must not take the place of.
+
     Raises:
-        FimError: it is a folder, or its folder is missing or read-only.
+        FimError: it is a folder, its folder is missing or read-only, or it is one of the others.
     """
     folder = os.path.dirname(os.path.abspath(path))
-    if os.path.isdir(path):
+    if os.path.isdir(path) or not os.path.basename(path):
         raise FimError(f"{path}: expected the name of a file to write, found a folder; add a file name")
+    if path == "-":
+        raise FimError(f"{path}: expected the name of a file to write; for the standard output, name /dev/stdout")
+    for other in others:
+        if os.path.realpath(path) == os.path.realpath(other):
+            raise FimError(f"{path}: this would take the place of {other}, which the command needs; write elsewhere")
     if not os.path.isdir(folder):
         raise FimError(f"{path}: the folder {folder} doesn't exist; make it first, or write elsewhere")
     if not os.access(folder, os.W_OK):
         raise FimError(f"{path}: the folder {folder} can't be written to; write elsewhere")
+
+
+def model_files(model: str) -> list[str]:
+    """The files in a model's folder, if it is one, that aren't measurements: what must stay there."""
+    names = os.listdir(model) if os.path.isdir(model) else []
+    return [path for name in names if not _is_measurement(path := os.path.join(model, name))]
+
+
+def _is_measurement(path: str) -> bool:
+    try:
+        content = read_json(path, path) if path.endswith(".json") else None
+    except FimError:
+        return False
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def write_json(path: str, content: Mapping[str, Any]) -> None:

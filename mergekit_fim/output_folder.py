@@ -4,7 +4,10 @@ import contextlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
+
+from mergekit.config import MergeConfiguration
 
 from mergekit_fim.atomic import part_path
 from mergekit_fim.errors import FimError
@@ -17,11 +20,11 @@ _WEIGHTS = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.inde
 _UNFINISHED = re.compile(r"(pytorch_)?model-\d+\.(safetensors|bin)")
 
 
-def check_output(path: str) -> None:
+def check_output(path: str, config: MergeConfiguration) -> None:
     """Check that a merged model can be written to a folder, before the work that this takes.
 
     Raises:
-        FimError: there is no name, a file is in the way, or the folder is read-only.
+        FimError: there is no name, a file is in the way, the folder is read-only, or one of the merge's own inputs.
     """
     if not path:
         raise FimError("expected the name of a folder to write the merged model to, found an empty one; name one")
@@ -32,6 +35,10 @@ def check_output(path: str) -> None:
         )
     if not os.access(there, os.W_OK | os.X_OK):
         raise FimError(f"{path}: the folder {there} can't be written to; write elsewhere")
+    for reference in config.referenced_models() if os.path.isdir(path) else ():
+        for part in (reference.model, reference.lora):
+            if part is not None and os.path.isdir(part.path) and os.path.samefile(part.path, path):
+                raise FimError(f"{path}: this is the folder of {part.path}, which the merge reads; write elsewhere")
 
 
 @contextlib.contextmanager
@@ -58,7 +65,16 @@ def model_written_whole(path: str) -> Iterator[str]:
         except OSError as error:
             raise FimError(f"{path}: can't be written ({error.strerror or error}); write elsewhere") from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        _remove(part)
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder into which threads of a merge that failed (`--async-write`) may still be writing."""
+    for _ in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder):
+            break
+        time.sleep(0.05)
 
 
 def remove_model(folder: str) -> None:
