@@ -181,6 +181,7 @@ def test_every_tensor_of_the_checkpoint_is_in_a_layer_or_outside(checkpoints):
     base = open_model(str(checkpoints.base), None, MergeOptions())
     names = [tensor.name for tensor in base.layout.all_tensors()]
     assert len(names) == len(set(names))
+    assert base.unknown == ()
 
     def held(tensors) -> int:
         own = [t for t in tensors if t.name not in base.absent]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from test_errors import unwrapped
 from mergekit_fim import cache, fisher
 from mergekit_fim.atomic import PART
 from mergekit_fim.cli import main
+from mergekit_fim.measurement import read_measurement, write_measurement
 
 
 @pytest.fixture
@@ -188,3 +190,14 @@ def test_where_the_cache_is(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache.cache_folder() == str(tmp_path / ".cache" / "mergekit-fim")
+
+
+def test_a_kept_measurement_says_what_it_was_made_with(pair, cache_folder, tmp_path):
+    """A newer torch, for one, changes no key of the cache."""
+    arguments = ["fisher", str(pair.base), "-q", "-o"]
+    assert CliRunner().invoke(main, [*arguments, str(tmp_path / "a.json")]).exit_code == 0
+    (file,) = cache_folder.iterdir()
+    kept = read_measurement(str(file))
+    write_measurement(replace(kept, versions={**kept.versions, "torch": "2.0"}), str(file))
+    assert CliRunner().invoke(main, [*arguments, str(tmp_path / "b.json")]).exit_code == 0
+    assert read_measurement(str(tmp_path / "b.json")).versions["torch"] == "2.0"

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import reference
@@ -15,6 +17,7 @@ import torch
 import yaml
 from click.testing import CliRunner
 from conftest import config_for
+from mergekit.scripts.run_yaml import main as mergekit_yaml
 from test_measurement import measurement
 
 from mergekit_fim.cli import main
@@ -364,6 +367,37 @@ def test_merge_where_python_reads_no_start_up_files(pair, config, tmp_path):
     assert (tmp_path / "ours" / "fim_report.json").exists()
 
 
+def test_a_model_card_that_cannot_be_made_costs_no_merge(pair, config, tmp_path, monkeypatch, caplog):
+    """mergekit asks the Hub about a relative path of two parts; without a connection that fails."""
+    for path in (pair.base, pair.long):
+        shutil.copytree(path, tmp_path / "models" / path.name)
+    monkeypatch.chdir(tmp_path)
+    path = config(config_for(pair, base_model="models/base", models=[{"model": "models/long"}]))
+    run("merge", path, tmp_path / "merged", "--no-copy-tokenizer", "--quiet")
+    assert "the merged model is whole, but its model card can't be made" in caplog.text
+    assert (tmp_path / "merged" / "model.safetensors").exists()
+    assert (tmp_path / "merged" / "mergekit_config.yml").read_text() == Path(path).read_text()
+    assert not (tmp_path / "merged" / "README.md").exists()
+
+
+def test_a_model_card_is_mergekits(pair, merge, config, tmp_path):
+    path = config(config_for(pair))
+    expected = tmp_path / "stock" / "merged"
+    result = CliRunner().invoke(mergekit_yaml, [str(path), str(expected), "--no-copy-tokenizer", "--quiet"])
+    assert result.exit_code == 0, result.output
+    run("merge", path, tmp_path / "merged", "--no-copy-tokenizer", "--quiet")
+    for name in ("README.md", "mergekit_config.yml"):
+        assert (expected / name).read_text() == (tmp_path / "merged" / name).read_text()
+
+
+def test_our_commands_work_where_the_hook_is_off(pair, config):
+    environment = {**os.environ, "MERGEKIT_FIM_DISABLE": "1"}
+    path = config(config_for(pair))
+    command = [sys.executable, "-m", "mergekit_fim", "plan", str(path), "--quiet"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_merge_with_an_error_of_mergekits(pair, config, tmp_path):
     stock = config_for(pair, "linear")  # no weight
     result = run("merge", config(stock), tmp_path / "out", "--no-copy-tokenizer", "--quiet", ok=False)
@@ -415,6 +449,15 @@ def test_what_a_figure_shows(pair, merge, tmp_path):
     styles = {(line.get_marker(), line.get_linestyle()) for line in norms.lines}
     assert len(styles) == 2
     assert [text.get_text() for text in norms.get_legend().get_texts()] == ["long", "third"]
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders():
+    from mergekit_fim.plot import _short_names
+
+    assert _short_names(["runs/a/last", "runs/b/last"]) == ["a/last", "b/last"]
+    assert _short_names(["/x/a/one/last", "/x/b/one/last", "/x/b/two"]) == ["a/one/last", "b/one/last", "x/b/two"]
+    assert _short_names(["user/model", "/x/long"]) == ["user/model", "long"]
+    assert _short_names(["same", "same"]) == ["same", "same"]
 
 
 def test_a_report_of_slices_is_drawn_by_the_bases_layers(pair, merge, tmp_path):
@@ -496,6 +539,8 @@ def test_compare_prints_what_moved(tmp_path):
     output = run("compare", first, second, "--layers", "2").output
     assert "first: user/model, 2 × 64 tokens, seed 0" in output
     assert "Spearman 1.000" in output
+    assert "share tokens" not in output
+    assert "share tokens" in run("compare", first, first).output
     assert "6 of 6 layers moved by more than 2 standard errors" in output
     rows = [line.split() for line in output.splitlines() if line.split()[:1] == ["4"]]
     assert rows[0][-1] == "beyond"
@@ -542,6 +587,14 @@ def test_help_and_completion_import_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_completion_of_files(command):
+    arguments = [parameter for parameter in main.commands[command].params if isinstance(parameter, click.Argument)]
+    assert arguments
+    for argument in arguments:
+        assert [item.type for item in argument.type.shell_complete(None, argument, "c")] in (["file"], ["dir"])
 
 
 def test_completion_of_mergekits_options():

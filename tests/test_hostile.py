@@ -99,6 +99,7 @@ CONFIGS = {
     ),
     "weight not a number": (lambda p: model_parameters(p, weight="heavy"), ["`weight`", "finite number", "'heavy'"]),
     "weight a boolean": (lambda p: model_parameters(p, weight=True), ["`weight`", "found True"]),
+    "weight in other digits": (lambda p: model_parameters(p, weight="\uff11"), ["`weight`", "finite number"]),
     "weight NaN": (lambda p: model_parameters(p, weight=float("nan")), ["`weight`", "found nan"]),
     "alpha infinite": (lambda p: model_parameters(p, alpha=float("inf")), ["`alpha`", "found inf"]),
     "no samples": (lambda p: {"parameters": {"fisher_samples": 0}}, ["`fisher_samples`", "at least 1"]),
@@ -603,12 +604,22 @@ BAD = {
         is_stock=True,
     ),
     "a device that isn't one": Bad(["--device", "abacus"], options=("--device", "abacus")),
+    "a device for shapes only": Bad(["--device meta", "leave it out"], options=("--device", "meta")),
+    "no threads": Bad(["options", "positive"], options=("--num-threads", "0"), commands=OURS),
+    "a seed below 0": Bad(["options", "Seed"], options=("--random-seed", "-1"), commands=OURS),
+    "a size that isn't one": Bad(["options", "abc"], options=("--out-shard-size", "abc"), commands=OURS),
     "no text at all": Bad(["{folder}/config.yml", "NoneType"], lambda _: "# nothing\n", is_stock=True),
     "a list": Bad(["{folder}/config.yml", "found list"], lambda _: "- 1\n", is_stock=True),
     # The merge alone can see these, tensor by tensor.
     "a factor beyond all numbers": Bad(
         ["isn't finite in float32", "`lambda`"],
         lambda p: {"parameters": {"lambda": 1e300}},
+        commands=("merge",),
+        is_early=False,
+    ),
+    "a weight beyond all numbers": Bad(
+        ["isn't finite in float32", "`weight`"],
+        lambda p: {"models": [{"model": str(m), "parameters": {"weight": 1e308}} for m in (p.long, p.third)]},
         commands=("merge",),
         is_early=False,
     ),
@@ -730,6 +741,21 @@ COMMAND_LINES = {
     "a merge into a file": (["merge", "{t}/c.yml", "{t}/c.yml"], ["found the file {t}/c.yml"]),
     "a merge below a file": (["merge", "{t}/c.yml", "{t}/c.yml/a/b"], ["found the file {t}/c.yml"]),
     "a merge into nothing": (["merge", "{t}/c.yml", ""], ["name of a folder", "name one"]),
+    "an export over its config": (["export", "{t}/c.yml", "-o", "{t}/c.yml"], ["take the place of {t}/c.yml"]),
+    "a report over its config": (["plan", "{t}/c.yml", "--json", "{t}/./c.yml"], ["take the place of {t}/c.yml"]),
+    "two outputs in one": (
+        ["plan", "{t}/c.yml", "--json", "{t}/f.svg", "--plot", "{t}/f.svg"],
+        ["{t}/f.svg", "take the place"],
+    ),
+    "a measurement over the weights": (
+        ["fisher", "{b}", "-o", "{b}/model.safetensors"],
+        ["take the place of {b}/model.safetensors"],
+    ),
+    "a measurement over the config": (["fisher", "{b}", "-o", "{b}/config.json"], ["take the place of {b}/config"]),
+    "a measurement into a folder to be": (["fisher", "{b}", "-o", "{t}/f/"], ["{t}/f/", "found a folder"]),
+    "a measurement to -": (["fisher", "{b}", "-o", "-"], ["/dev/stdout"]),
+    "a merge over its base": (["merge", "{t}/c.yml", "{b}"], ["folder of {b}", "write elsewhere"]),
+    "a merge over its long model": (["merge", "{t}/c.yml", "{l}/."], ["folder of {l}", "write elsewhere"]),
     "a figure of nothing": (["plot", "{t}/none.json", "-o", "{t}/f.png"], ["none.json"]),
     "a figure of a config": (["plot", "{t}/c.yml", "-o", "{t}/f.png"], ["c.yml", "JSON"]),
     "a comparison with a config": (["compare", "{t}/c.yml", "{t}/c.yml"], ["c.yml", "JSON"]),
@@ -745,9 +771,12 @@ def test_bad_command_lines(case, pair, tmp_path):
     arguments, words = COMMAND_LINES[case]
     (tmp_path / "c.yml").write_text(yaml.safe_dump(config_for(pair)))
     before = snapshot(tmp_path)
-    result = CliRunner().invoke(main, [a.format(t=tmp_path, b=pair.base) for a in arguments])
-    is_one_line(result, [w.format(t=tmp_path) for w in words])
+    weights = snapshot(pair.base), snapshot(pair.long)
+    places = {"t": tmp_path, "b": pair.base, "l": pair.long}
+    result = CliRunner().invoke(main, [a.format(**places) for a in arguments])
+    is_one_line(result, [w.format(**places) for w in words])
     assert snapshot(tmp_path) == before
+    assert (snapshot(pair.base), snapshot(pair.long)) == weights
 
 
 @pytest.mark.parametrize(
@@ -794,6 +823,43 @@ def test_too_little_memory_on_the_cpu(pair, merge, monkeypatch):
     target, result = merge(config_for(pair))
     is_one_line(result, [str(pair.base), "too little memory", "64 tokens", "lower fisher_seq_len"])
     assert not target.exists()
+
+
+def test_mergekit_yaml_does_not_merge_over_its_inputs(pair, tmp_path):
+    base = Path(shutil.copytree(pair.base, tmp_path / "base"))
+    source = tmp_path / "config.yml"
+    source.write_text(yaml.safe_dump(config_for(pair, base_model=str(base))))
+    before = snapshot(tmp_path)
+    is_one_line(run("mergekit-yaml", source, base), [f"folder of {base}", "write elsewhere"])
+    assert snapshot(tmp_path) == before
+
+
+def test_tensors_that_nobody_knows_are_named(pair, tmp_path, merge):
+    """The merge leaves them out, as transformers does when it loads the models."""
+    long = Path(shutil.copytree(pair.long, tmp_path / "long"))
+    tensors = safetensors.torch.load_file(long / "model.safetensors")
+    extra = {"model.layers.2.self_attn.q_proj.bias": torch.ones(32), "model.layers.5.mlp.up_proj.weight": torch.ones(3)}
+    safetensors.torch.save_file(tensors | extra, long / "model.safetensors", metadata={"format": "pt"})
+    plain, _ = merge.ok(config_for(pair))
+    out, _ = merge.ok(config_for(pair, models=[{"model": str(long)}]), out="extra")
+    (warning,) = reference.report(out)["warnings"]
+    assert f"{long} holds tensors that no model with its config.json has" in warning
+    assert "model.layers.2.self_attn.q_proj.bias and 1 more" in warning
+    assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+
+
+def test_a_config_that_wants_tuples(pair, merge, tmp_path):
+    base = Path(shutil.copytree(pair.base, tmp_path / "base"))
+    change_config(base, return_dict=False)
+    plain, _ = merge.ok(config_for(pair))
+    out, _ = merge.ok(config_for(pair, base_model=str(base)), out="tuples")
+    assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+
+
+def test_a_measurement_that_is_not_used_is_said(pair, merge):
+    parameters = {"alpha": 0.5, "fisher": "/no/such.json"}
+    out, _ = merge.ok(config_for(pair, parameters=parameters))
+    assert "/no/such.json is not used" in reference.report(out)["warnings"][0]
 
 
 # A model that is whole or isn't there
@@ -903,7 +969,7 @@ def test_the_python_merge_is_whole_too(pair, tmp_path, monkeypatch):
     import mergekit_fim
 
     full_disk(monkeypatch, 0)
-    with pytest.raises(safetensors.SafetensorError):
+    with pytest.raises(mergekit_fim.FimError, match=r"No space left on device.*free some space"):
         mergekit_fim.merge(config_for(pair), str(tmp_path / "out"))
     assert os.listdir(tmp_path) == []
     (tmp_path / "file").write_text("")

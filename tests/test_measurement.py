@@ -24,6 +24,7 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from test_errors import ends_in_one_line, unwrapped
 
+import mergekit_fim
 from mergekit_fim.atomic import PART
 from mergekit_fim.cli import main
 from mergekit_fim.errors import FimError
@@ -213,6 +214,21 @@ def test_the_fingerprint_is_that_of_the_weights_wherever_they_are(model, tmp_pat
         assert fingerprint(opened(tmp_path / "copy")) == own, key
 
 
+def test_a_tied_head_that_is_stored_is_that_of_the_embedding(tmp_path):
+    """As `torch.save` of a state dict stores it, and safetensors don't."""
+    built = tiny.build(tiny.config("qwen2", tie_word_embeddings=True))
+    tiny.save(built, tmp_path / "tied")
+    for name in ("bin", "other"):
+        built.config.save_pretrained(tmp_path / name)
+        tensors = {k: v.clone() for k, v in built.state_dict().items()}
+        assert "lm_head.weight" in tensors
+        if name == "other":
+            tensors["lm_head.weight"][0, 0] += 1
+        torch.save(tensors, tmp_path / name / "pytorch_model.bin")
+    tied, stored, other = (fingerprint(opened(tmp_path / name)) for name in ("tied", "bin", "other"))
+    assert tied == stored != other
+
+
 def change(path, key, value):
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {key: value}))
@@ -340,10 +356,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def answer(self, *, body):
         Hub.asked.append(self.path)
         content = Hub.files.get(self.path)
-        self.send_response(200 if content is not None else 404)
+        if "broken" in self.path:  # the connection ends in the middle of an answer
+            return
+        self.send_response(200 if content is not None else 403 if "gated" in self.path else 404)
         self.send_header("X-Repo-Commit", ("2" if "/v2/" in self.path else "1") * 40)
         if content is None:
-            self.send_header("X-Error-Code", "EntryNotFound")
+            codes = {"gated": "GatedRepo", "none": "RepoNotFound", "v9": "RevisionNotFound"}
+            code = next((code for word, code in codes.items() if word in self.path), "EntryNotFound")
+            self.send_header("X-Error-Code", code)
             self.send_header("Content-Length", "0")
         else:
             self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
@@ -388,14 +408,23 @@ for name in sys.argv[1:]:
     except FimError as error:
         print(error)
 """
-    names = ["user/repo", "user/repo@v2", "user/repo/more/other.json", "user/repo/missing.json"]
+    names = ["user/repo", "user/repo@v2", "user/repo/more/other.json"]
+    bad = {
+        "user/repo/missing.json": "the repository user/repo on the Hub has no file missing.json",
+        "user/gated": "the repository user/gated on the Hub is gated; ask for access",
+        "user/none": "no file of that name here, and on the Hub no repository user/none, or a private one",
+        "user/repo@v9": "the repository user/repo on the Hub has no revision v9",
+        "user/broken": "neither a file here nor to be had from the Hub",
+    }
+    names += bad
     environment = {**os.environ, "HF_ENDPOINT": hub, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf")}
     environment |= {"NO_PROXY": "*", "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-c", code, *names]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120)
     lines = done.stdout.splitlines()
     assert lines[:3] == ["1", "2", "2"], done.stdout + done.stderr
-    assert lines[3].startswith("user/repo/missing.json: the repository user/repo on the Hub has no file missing.json")
+    for line, (name, words) in zip(lines[3:], bad.items(), strict=True):
+        assert line.startswith(f"{name}: {words}"), line
     assert Hub.asked
     # What was downloaded is there without the Hub.
     environment["HF_HUB_OFFLINE"] = "1"
@@ -427,3 +456,33 @@ def test_slices_of_two_bases_use_a_measurement_of_one(pair, merge, tmp_path):
     other = report["fisher_of_other_bases"][str(pair.third)]
     assert [len(layer["squared_norms"]) for layer in other["layers"]] == [3] * 5
     assert not [name for name in os.listdir(tmp_path) if name.endswith(PART)]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"labels": "bogus"}, {"seed": -1}, {"samples": 0}, {"seq_len": 1}, {"samples": 2.0}, {"seed": True}]
+)
+def test_settings_are_checked_when_they_are_made(changes):
+    (name,) = changes
+    with pytest.raises(FimError, match=f"FisherSettings: `{name}` must be"):
+        FisherSettings(**changes)
+
+
+def test_whatever_is_wrong_in_python_is_one_error(pair, tmp_path):
+    good = config_for(pair)
+    bad = {
+        "empty": {},
+        "none": None,
+        "text": good | {"models": "long"},
+        "key": good | {"modelss": []},
+        "base": good | {"base_model": str(tmp_path / "no")},
+        "method": good | {"merge_method": "nope"},
+    }
+    for config in bad.values():
+        with pytest.raises(FimError):
+            mergekit_fim.resolve(config)
+        with pytest.raises(FimError):
+            mergekit_fim.merge(config, tmp_path / "out")
+    with pytest.raises(FimError, match="dtype"):
+        mergekit_fim.measure(pair.base, dtype="int8")
+    assert list(tmp_path.iterdir()) == []
+    assert mergekit_fim.measure(pair.base, FisherSettings(1, 4)).model.num_layers == 5  # a Path will do

@@ -20,12 +20,12 @@ from typing import Any
 # Calls that make, fill, name or remove files; and the modules from which our own files are written.
 FILES = {"fsync", "replace", "rename", "mkdir", "remove", "unlink", "serialize_file", "open", "write"}
 WRITERS = ("mergekit_fim/measurement.py", "mergekit_fim/report.py", "json/__init__.py")
-TIMEOUT = 60
+TIMEOUT = 180
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a command ended: `status` is negative where a signal ended it, and `calls` counts kinds of calls."""
+    """How a command ended, by itself: `status` is negative where a signal ended it, `calls` counts kinds of calls."""
 
     status: int
     stdout: str
@@ -48,12 +48,14 @@ class Warm:
         )
 
     def together(self, *jobs: dict[str, Any]) -> list[Outcome]:
-        """Run commands at the same time."""
+        """Run commands at the same time. One that doesn't end is an error, whatever was to be seen of it."""
         assert self.process.stdin
         assert self.process.stdout
         self.process.stdin.write(json.dumps(jobs) + "\n")
         self.process.stdin.flush()
-        return [Outcome(**outcome) for outcome in json.loads(self.process.stdout.readline())]
+        outcomes = json.loads(self.process.stdout.readline())
+        assert not any(outcome.pop("timed_out") for outcome in outcomes), jobs
+        return [Outcome(**outcome) for outcome in outcomes]
 
     def run(self, *arguments: str, **job: Any) -> Outcome:
         """Run one command: its name, its arguments, and keywords of `_child`."""
@@ -92,14 +94,15 @@ def _main(folder: Path) -> None:
 
 def _outcome(name: Path, pid: int) -> dict[str, Any]:
     descriptor = os.pidfd_open(pid)
-    if not select.select([descriptor], [], [], TIMEOUT)[0]:
+    timed_out = not select.select([descriptor], [], [], TIMEOUT)[0]
+    if timed_out:
         os.kill(pid, signal.SIGKILL)
     os.close(descriptor)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     texts = {s: name.with_suffix(f".{s}").read_text(encoding="utf-8") for s in ("stdout", "stderr")}
     counts = name.with_suffix(".calls")
     calls = json.loads(counts.read_text()) if counts.exists() else {}
-    return {"status": status, **texts, "calls": calls}
+    return {"status": status, **texts, "calls": calls, "timed_out": timed_out}
 
 
 def _child(
