@@ -15,8 +15,8 @@ SEQUENCES, LENGTH, WIDTH = 8, 64, 2  # the default settings, in bfloat16
 
 # How much longer than its arithmetic the pre-pass takes: 1.3 to 1.4 at 1.5B and 1.6 at 7B, which waits for its disk.
 OVER_ARITHMETIC = 1.4
-# fim_ties beside reading and writing: seconds of a CPU core per GB of each model. (35.7 − 19.7) s × 2 cores / 3.1 GB at
-# 1.5B, (133.4 − 85.7) s × 2 cores / 15.2 GB at 7B.
+# fim_ties beside reading and writing: seconds of a CPU core per GB of each model. (35.3 − 19.6) s × 2 cores / 3.1 GB at
+# 1.5B, (135.2 − 83.3) s × 2 cores / 15.2 GB at 7B.
 MERGE_CORE_SECONDS = 8.0
 
 
