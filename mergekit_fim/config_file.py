@@ -65,7 +65,7 @@ def validated(content: Any, where: str) -> MergeConfiguration:
     except Exception as error:  # the RuntimeErrors of mergekit's own checks
         raise FimError(f"{where}: not a merge config that mergekit can use ({reason(error)}); change it") from error
     if config.merge_method in METHODS:
-        _check_keys(content, config, where, "at the top")
+        _check_keys(content, config, where)
     return config
 
 
@@ -130,14 +130,14 @@ def _check_twice(node: yaml.MappingNode) -> None:
         keys.add(name)
 
 
-def _check_keys(content: Any, parsed: Any, config: str, where: str) -> None:
+def _check_keys(content: Any, parsed: Any, config: str, path: str = "") -> None:
     """Check that mergekit has a place for every key of a config.
 
     Args:
         content: a part of the config as YAML has it.
         parsed: what mergekit made of it.
         config: what to call the config.
-        where: the part, in words.
+        path: where the part stands in it, such as `slices[0].sources[1]`.
 
     Raises:
         FimError: it has none for one.
@@ -148,15 +148,14 @@ def _check_keys(content: Any, parsed: Any, config: str, where: str) -> None:
             if key not in fields:
                 near = difflib.get_close_matches(str(key), fields, n=1)
                 known = f"did you mean `{near[0]}`?" if near else f"mergekit knows {', '.join(fields)} there"
+                where = f"in `{brief(path)}`" if path else "at the top"
                 raise FimError(f"{config}: unknown key `{brief(key)}` {where}; {known}")
-        parts = [(name, content[name], getattr(parsed, name)) for name in content]
+        parts = [(f".{name}", content[name], getattr(parsed, name)) for name in content]
     elif isinstance(content, Mapping) and isinstance(parsed, Mapping):
-        parts = [(name, value, parsed.get(name)) for name, value in content.items()]
+        parts = [(f".{name}", value, parsed.get(name)) for name, value in content.items()]
     elif isinstance(content, list) and isinstance(parsed, Sequence):
         parts = [(f"[{i}]", a, b) for i, (a, b) in enumerate(zip(content, parsed, strict=False))]
     else:
         return
-    outer = "" if where == "at the top" else where.removeprefix("in `").removesuffix("`")
     for name, value, its in parts:
-        inner = f"{outer}{name}" if name.startswith("[") or not outer else f"{outer}.{name}"
-        _check_keys(value, its, config, f"in `{brief(inner)}`")
+        _check_keys(value, its, config, f"{path}{name}".removeprefix("."))

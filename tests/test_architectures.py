@@ -97,13 +97,7 @@ def add_masks(path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Models as small as these run slower on two, the more so beside other work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @dataclass(frozen=True)

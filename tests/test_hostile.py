@@ -284,7 +284,7 @@ CONFIGS |= {
     ),
     "a text with line breaks": (lambda p: model_parameters(p, weight="1\n2"), ["`weight`", "finite number"]),
     "a name with line breaks": (lambda p: {"parameters": {"a\nb\x1b[2J": 1}}, ["unknown parameter `a b"]),
-    "a long text": (lambda p: model_parameters(p, weight="x" * 10**5), ["`weight`", "xxx..."]),
+    "a long text": (lambda p: model_parameters(p, weight="w" * 10**5), ["`weight`", "www..."]),
     "a number for labels": (lambda p: {"parameters": {"fisher_labels": 1}}, ["`fisher_labels`", "found 1"]),
     "a text for a switch": (lambda p: {"parameters": {"fisher_cache": "maybe"}}, ["`fisher_cache`", "true or false"]),
     "an empty dtype": (lambda p: {"dtype": ""}, ["dtype", "bfloat16"]),
