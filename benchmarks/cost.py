@@ -96,10 +96,10 @@ def worker(side: str, folder: Path, dtype_name: str, device: str) -> dict:
         return {"gflops": {d: rate(folder, getattr(torch, d), device) for d in {"float32", dtype_name}}}
     if side == "fast":
         return fast(folder, dtype_name, device)
-    from mergekit_fim.engines import autograd_engine
-    from mergekit_fim.fisher import measure
-    from mergekit_fim.samples import draw_samples
-    from mergekit_fim.settings import FisherSettings
+    from mergekit_fim.config.settings import FisherSettings
+    from mergekit_fim.fisher.engine import autograd_engine
+    from mergekit_fim.fisher.measure import measure
+    from mergekit_fim.fisher.samples import draw_samples
 
     transformers.utils.logging.disable_progress_bar()
     begin = time.perf_counter()
@@ -125,10 +125,10 @@ def fast(folder: Path, dtype_name: str, device: str) -> dict:
     from mergekit.io.tasks import LoaderCache
     from mergekit.options import MergeOptions
 
-    from mergekit_fim.fisher import measure
-    from mergekit_fim.inputs import open_model
-    from mergekit_fim.placement import load_model, placement
-    from mergekit_fim.settings import FisherSettings
+    from mergekit_fim.config.settings import FisherSettings
+    from mergekit_fim.fisher.loading import load_model, placement
+    from mergekit_fim.fisher.measure import measure
+    from mergekit_fim.models.inputs import open_model
     from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
 
     options = MergeOptions(device=device, quiet=True)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 # mergekit's module -> ours that is imported right after it, and does its work on being imported. (Not by a call from
 # here: where ours is imported first, and in turn imports mergekit's, it isn't complete at that moment.)
 _TARGETS = {
-    "mergekit.merge_methods.registry": "mergekit_fim.methods",
-    "mergekit.plan": "mergekit_fim.integration",
+    "mergekit.merge_methods.registry": "mergekit_fim.merging.methods",
+    "mergekit.plan": "mergekit_fim.hook",
 }
 _warned = False
 

@@ -7,17 +7,17 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_fim import fisher
-from mergekit_fim.cache import CacheEntry
 from mergekit_fim.coefficients import Mapping, importance_scores, merge_coefficients
-from mergekit_fim.config_file import validated
+from mergekit_fim.config.file import validated
+from mergekit_fim.config.settings import FisherSettings
 from mergekit_fim.errors import FimError
-from mergekit_fim.inputs import open_model
-from mergekit_fim.measurement import Measurement, ModelIdentity, write_measurement
-from mergekit_fim.merging import merge_whole
-from mergekit_fim.planning import MergePlan, plan_fim_merge
-from mergekit_fim.saved import load_measurement
-from mergekit_fim.settings import FisherSettings
+from mergekit_fim.fisher import measure as fisher
+from mergekit_fim.measurements.file import Measurement, ModelIdentity, write_measurement
+from mergekit_fim.measurements.saved import load_measurement
+from mergekit_fim.measurements.store import CacheEntry
+from mergekit_fim.models.inputs import open_model
+from mergekit_fim.tools.merge import merge_whole
+from mergekit_fim.tools.plan import MergePlan, plan_fim_merge
 
 __all__ = [
     "FimError",

@@ -102,7 +102,7 @@ def _no_cache(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _config(path: str, no_cache: bool) -> tuple[Any, str]:
     """The merge config in a file, and its text."""
-    from mergekit_fim.config_file import read_config
+    from mergekit_fim.config.file import read_config
 
     config, text = read_config(path)
     if no_cache:
@@ -164,19 +164,19 @@ def fisher(
     accelerate launch --num_processes K -m mergekit_fim fisher MODEL -o FILE
     torchrun --nproc_per_node K -m mergekit_fim fisher MODEL -o FILE    (on CPUs)
     """
-    from mergekit_fim import fisher as fishing
-    from mergekit_fim.cache import CacheEntry
-    from mergekit_fim.engines import autograd_engine
-    from mergekit_fim.inputs import open_model
-    from mergekit_fim.measurement import (
+    from mergekit_fim.config.settings import FisherSettings
+    from mergekit_fim.fisher import measure as fishing
+    from mergekit_fim.fisher.engine import autograd_engine
+    from mergekit_fim.fisher.processes import SharedError, in_all, processes, shared_engine
+    from mergekit_fim.measurements.file import (
         Measurement,
         ModelIdentity,
         check_writable,
         model_files,
         write_measurement,
     )
-    from mergekit_fim.processes import SharedError, in_all, processes, shared_engine
-    from mergekit_fim.settings import FisherSettings
+    from mergekit_fim.measurements.store import CacheEntry
+    from mergekit_fim.models.inputs import open_model
 
     settings = FisherSettings(samples, seq_len, seed, labels)
     with processes() as state:
@@ -264,21 +264,21 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
     Prints the table that the merge prints, and what the merge will do that can't be seen in the config: densities,
     gate protection, output heads, config keys in which the models differ, and what it will read, write and hold.
     """
-    from mergekit_fim.measurement import check_writable, write_json
+    from mergekit_fim.measurements.file import check_writable, write_json
 
     if json_file is not None:
         check_writable(json_file, config_file)
     if figure is not None:
         check_writable(figure, config_file, *([json_file] if json_file else []))
     if figure is not None:
-        from mergekit_fim.plot import check_figure
+        from mergekit_fim.tools.plot import check_figure
 
         check_figure(figure)
     config, _ = _config(config_file, no_cache)
     from mergekit_fim import report
-    from mergekit_fim.explain import explain
-    from mergekit_fim.planning import plan_fim_merge
     from mergekit_fim.text import echo
+    from mergekit_fim.tools.explain import explain
+    from mergekit_fim.tools.plan import plan_fim_merge
 
     planned, pre_pass = plan_fim_merge(config, options)
     echo(report.render(pre_pass) + explain(planned, options))
@@ -288,7 +288,7 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
     if json_file is not None:
         write_json(json_file, content)
     if figure is not None:
-        from mergekit_fim.plot import report_curves, write_figure
+        from mergekit_fim.tools.plot import report_curves, write_figure
 
         write_figure(report_curves(content, config_file), figure)
 
@@ -310,14 +310,14 @@ def export(config_file: str, output: str, check: bool, no_cache: bool, options: 
     said, and by how much the result differs: the largest difference of a merged tensor, which takes as long as two
     merges (--no-check leaves it out).
     """
-    from mergekit_fim.atomic import written_whole
-    from mergekit_fim.measurement import check_writable
+    from mergekit_fim.files import written_whole
+    from mergekit_fim.measurements.file import check_writable
 
     check_writable(output, config_file)
     config, _ = _config(config_file, no_cache)
-    from mergekit_fim import export as exporting
-    from mergekit_fim.planning import plan_fim_merge
     from mergekit_fim.text import wrapped
+    from mergekit_fim.tools import export as exporting
+    from mergekit_fim.tools.plan import plan_fim_merge
 
     planned, pre_pass = plan_fim_merge(config, options)
     exported = exporting.export(planned, options)
@@ -352,7 +352,7 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     A model that is in OUT_PATH already is replaced when the new one is complete; until then both are on the disk.
     """
     config, text = _config(config_file, no_cache)
-    from mergekit_fim.merging import merge_whole
+    from mergekit_fim.tools.merge import merge_whole
 
     merge_whole(config, text, out_path, options)
 
@@ -364,8 +364,8 @@ def plot(report: str, output: str) -> None:
     """Draw REPORT, a merge's fim_report.json or a measurement: per decoder layer, the Fisher information on a
     logarithmic axis with its standard error, the norm of each task vector, and each model's merge coefficient.
     """
-    from mergekit_fim.measurement import check_writable
-    from mergekit_fim.plot import check_figure, read_curves, write_figure
+    from mergekit_fim.measurements.file import check_writable
+    from mergekit_fim.tools.plot import check_figure, read_curves, write_figure
 
     check_writable(output, report)
     check_figure(output)
@@ -384,8 +384,8 @@ def compare(first: str, second: str, count: int) -> None:
     each with its shift in standard errors: what is beyond two of them isn't chance. A factor common to all layers
     changes no merge coefficient, so shifts are counted from the mean.
     """
-    from mergekit_fim.comparison import render_comparison
-    from mergekit_fim.saved import load_measurement
+    from mergekit_fim.measurements.compare import render_comparison
+    from mergekit_fim.measurements.saved import load_measurement
     from mergekit_fim.text import echo
 
     echo(render_comparison(load_measurement(first), load_measurement(second), count))

@@ -25,18 +25,20 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import AutoTokenizer, PretrainedConfig
 
-from mergekit_fim import fisher, placement, task_vectors
-from mergekit_fim.cache import CacheEntry
+from mergekit_fim import task_vectors
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
+from mergekit_fim.config.parameters import FLOAT_DTYPES, PARAMETERS, Scope
+from mergekit_fim.config.settings import Settings, conditions, read_settings
 from mergekit_fim.errors import FimError
-from mergekit_fim.fisher import FisherMeasurement
-from mergekit_fim.gates import is_fused, is_layout_known
-from mergekit_fim.inputs import InputModel, check_compatible, open_models
-from mergekit_fim.measurement import Measurement, ModelIdentity
-from mergekit_fim.output_config import ConfigDifference, adapt_output_config
-from mergekit_fim.parameters import FLOAT_DTYPES, PARAMETERS, Scope
-from mergekit_fim.saved import load_measurement
-from mergekit_fim.settings import Settings, conditions, read_settings
+from mergekit_fim.fisher import loading
+from mergekit_fim.fisher import measure as fisher
+from mergekit_fim.fisher.measure import FisherMeasurement
+from mergekit_fim.measurements.file import Measurement, ModelIdentity
+from mergekit_fim.measurements.saved import load_measurement
+from mergekit_fim.measurements.store import CacheEntry
+from mergekit_fim.merging.gates import is_fused, is_layout_known
+from mergekit_fim.merging.output_config import ConfigDifference, adapt_output_config
+from mergekit_fim.models.inputs import InputModel, check_compatible, open_models
 from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms
 from mergekit_fim.text import reason
 
@@ -180,7 +182,7 @@ def check_config(config: MergeConfiguration, options: MergeOptions) -> Settings:
         value = getattr(config, name)
         if value is not None and value.removeprefix("torch.") not in FLOAT_DTYPES:
             raise FimError(f"{name}: expected one of {', '.join(FLOAT_DTYPES)}, found {value}")
-    placement.placement(options)
+    loading.placement(options)
     return settings
 
 

@@ -12,11 +12,11 @@ from mergekit.io.tasks import FinalizeModel
 from mergekit.io.tensor_writer import TensorWriter
 from pydantic import BaseModel
 
-from mergekit_fim.atomic import written_whole
-from mergekit_fim.gates import is_fused, is_gate_projection, is_layout_known
-from mergekit_fim.inputs import InputModel
-from mergekit_fim.measurement import layers_as_json, versions
-from mergekit_fim.output_folder import REPORT_NAME, remove_model
+from mergekit_fim.files import written_whole
+from mergekit_fim.measurements.file import layers_as_json, versions
+from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_known
+from mergekit_fim.merging.output_folder import REPORT_NAME, remove_model
+from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.prepass import BaseCoefficients, ModelCoefficients, PrePass
 from mergekit_fim.text import echo, width, wrapped
 

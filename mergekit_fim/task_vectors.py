@@ -7,8 +7,8 @@ import torch
 from mergekit.architecture import WeightInfo
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.inputs import InputModel
-from mergekit_fim.layers import DecoderLayer
+from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.models.layout import DecoderLayer
 from mergekit_fim.norms import squared_distance
 
 

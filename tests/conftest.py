@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 from mergekit.io.tasks import LoaderCache
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-from mergekit_fim.trim import find_threshold, runs, trim_run
+from mergekit_fim.merging.trim import find_threshold, runs, trim_run
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask the network
 ROOT = Path(__file__).parents[1]

@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mergekit_fim import resolve
-from mergekit_fim.engines import autograd_engine
-from mergekit_fim.explain import explain
-from mergekit_fim.export import compare, export
-from mergekit_fim.fisher import measure, measure_base
-from mergekit_fim.gates import is_layout_known
-from mergekit_fim.inputs import open_model
-from mergekit_fim.settings import FisherSettings
+from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.fisher.engine import autograd_engine
+from mergekit_fim.fisher.measure import measure, measure_base
+from mergekit_fim.merging.gates import is_layout_known
+from mergekit_fim.models.inputs import open_model
+from mergekit_fim.tools.explain import explain
+from mergekit_fim.tools.export import compare, export
 
 LAYERS = 2
 SETTINGS = FisherSettings(samples=2, seq_len=8, seed=2)

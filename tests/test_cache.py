@@ -15,10 +15,11 @@ from click.testing import CliRunner
 from conftest import Merge, config_for
 from test_errors import unwrapped
 
-from mergekit_fim import cache, fisher
-from mergekit_fim.atomic import PART
 from mergekit_fim.cli import main
-from mergekit_fim.measurement import read_measurement, write_measurement
+from mergekit_fim.files import PART
+from mergekit_fim.fisher import measure as fisher
+from mergekit_fim.measurements import store as cache
+from mergekit_fim.measurements.file import read_measurement, write_measurement
 
 
 @pytest.fixture

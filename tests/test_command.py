@@ -14,9 +14,9 @@ import tiny
 from click.testing import CliRunner
 
 from mergekit_fim.cli import main
-from mergekit_fim.engines import autograd_engine
-from mergekit_fim.fisher import measure
-from mergekit_fim.settings import FisherSettings
+from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.fisher.engine import autograd_engine
+from mergekit_fim.fisher.measure import measure
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_several_processes_measure_the_same(processes, samples, model, tmp_path)
 
 FAILING = """
 import os, sys
-import mergekit_fim.batched as batched
+import mergekit_fim.fisher.batched as batched
 from mergekit_fim.cli import main
 original = batched._Run.measure
 def measure(self, *args):
@@ -93,8 +93,8 @@ main(sys.argv[1:])
 
 UNSUPPORTED = """
 import os, sys
-import mergekit_fim.batched as batched
-import mergekit_fim.engines as engines
+import mergekit_fim.fisher.batched as batched
+import mergekit_fim.fisher.engine as engines
 from mergekit_fim.cli import main
 def measure(self, *args):
     raise batched.NotSupportedError

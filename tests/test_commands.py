@@ -21,11 +21,11 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from test_measurement import measurement
 
 from mergekit_fim.cli import main
-from mergekit_fim.comparison import compare_fisher
-from mergekit_fim.export import summary
-from mergekit_fim.fisher import FisherMeasurement, LayerFisher
-from mergekit_fim.measurement import write_measurement
-from mergekit_fim.settings import FisherSettings
+from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.fisher.measure import FisherMeasurement, LayerFisher
+from mergekit_fim.measurements.compare import compare_fisher
+from mergekit_fim.measurements.file import write_measurement
+from mergekit_fim.tools.export import summary
 
 COMMANDS = ["compare", "export", "fisher", "merge", "plan", "plot"]
 
@@ -76,7 +76,7 @@ def test_plan_prints_what_the_merge_prints_and_merges_nothing(pair, merge, confi
 
 def test_plan_says_what_the_config_does_not_show(merge, config, tmp_path, monkeypatch):
     # It is timed, so that on a busy machine the second plan may choose otherwise, and measure anew.
-    monkeypatch.setattr("mergekit_fim.placement.running_dtype", lambda dtype, device: torch.float32)
+    monkeypatch.setattr("mergekit_fim.fisher.loading.running_dtype", lambda dtype, device: torch.float32)
     base = tiny.build(tiny.config("qwen2", tie_word_embeddings=True))
     long = tiny.tuned(base, 1, cfg=tiny.config("qwen2", tie_word_embeddings=False))
     paths = [tiny.save(base, tmp_path / "base", torch.bfloat16), tiny.save(long, tmp_path / "long", torch.bfloat16)]
@@ -105,7 +105,7 @@ def test_plan_says_what_an_accelerator_holds(pair):
     from mergekit.options import MergeOptions
 
     import mergekit_fim
-    from mergekit_fim.explain import explain
+    from mergekit_fim.tools.explain import explain
 
     plan = mergekit_fim.resolve(config_for(pair))
     on_cpu, on_gpu = (" ".join(explain(plan, MergeOptions(device=device)).split()) for device in ("cpu", "cuda"))
@@ -157,7 +157,7 @@ def test_bad_files_end_in_one_line(tmp_path):
 
 
 def test_plan_checks_its_files_first(pair, config, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_fim.planning.plan_merge", lambda *_: pytest.fail("planned"))
+    monkeypatch.setattr("mergekit_fim.tools.plan.plan_merge", lambda *_: pytest.fail("planned"))
     path = config(config_for(pair))
     one_line(run("plan", path, "--json", tmp_path / "no" / "f.json", ok=False), "doesn't exist")
     one_line(run("plan", path, "--plot", tmp_path / "f.pdf", ok=False), ".png or .svg")
@@ -321,7 +321,7 @@ def test_what_stock_mergekit_writes_otherwise(merge, config, tmp_path):
 
 
 def test_summary_of_differences():
-    from mergekit_fim.export import Difference
+    from mergekit_fim.tools.export import Difference
 
     text = summary([Difference("a", 0.1, 0.2), Difference("b", 0.05, 0.9)])
     assert text.endswith("1.0e-01 of its norm (a), or 9.0e-01 of what the merge changes in it (b)")
@@ -427,7 +427,7 @@ def test_plot_of_a_report_and_of_a_measurement(pair, merge, tmp_path):
 
 def test_what_a_figure_shows(pair, merge, tmp_path):
     """Every value of the report stands where it belongs, told apart without colour."""
-    from mergekit_fim.plot import draw, read_curves
+    from mergekit_fim.tools.plot import draw, read_curves
 
     models = [{"model": str(pair.long)}, {"model": str(pair.third)}]
     out, _ = merge.ok(config_for(pair, models=models))
@@ -452,7 +452,7 @@ def test_what_a_figure_shows(pair, merge, tmp_path):
 
 
 def test_models_of_one_name_are_told_apart_by_their_folders():
-    from mergekit_fim.plot import _short_names
+    from mergekit_fim.tools.plot import _short_names
 
     assert _short_names(["runs/a/last", "runs/b/last"]) == ["a/last", "b/last"]
     assert _short_names(["/x/a/one/last", "/x/b/one/last", "/x/b/two"]) == ["a/one/last", "b/one/last", "x/b/two"]
@@ -461,7 +461,7 @@ def test_models_of_one_name_are_told_apart_by_their_folders():
 
 
 def test_a_report_of_slices_is_drawn_by_the_bases_layers(pair, merge, tmp_path):
-    from mergekit_fim.plot import read_curves
+    from mergekit_fim.tools.plot import read_curves
 
     sources = [{"model": str(pair.base), "layer_range": [2, 5]}, {"model": str(pair.long), "layer_range": [1, 4]}]
     content = {k: v for k, v in config_for(pair, slices=[{"sources": sources}]).items() if k != "models"}

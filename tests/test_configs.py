@@ -20,7 +20,7 @@ from conftest import config_for
 from mergekit.scripts.multimerge import main as mergekit_multi
 from safetensors.torch import load_file
 
-from mergekit_fim.placement import Placement
+from mergekit_fim.fisher.loading import Placement
 
 LAYERS = 5
 
@@ -181,7 +181,7 @@ DTYPES = [  # stored base, stored long, dtype, out_dtype
 def test_dtypes(method, stored_base, stored_long, dtype, out_dtype, merge, tmp_path, monkeypatch):
     """Every tensor is read in `dtype`, else as stored; the result is in that, or in what holds both."""
     monkeypatch.setattr(
-        "mergekit_fim.placement.running_dtype", lambda wanted, device: torch.promote_types(wanted, FP32)
+        "mergekit_fim.fisher.loading.running_dtype", lambda wanted, device: torch.promote_types(wanted, FP32)
     )
     base = tiny.build(tiny.config("llama"))
     long = tiny.tuned(base, 1, scale=0.05)
@@ -285,7 +285,7 @@ def test_options(case, method, pair, merge, monkeypatch):
         monkeypatch.setattr("mergekit.multigpu_executor.get_torch_accelerator_type", lambda: "cpu")
         monkeypatch.setattr("mergekit.multigpu_executor.get_torch_accelerator_count", lambda: 2)
         where = Placement(torch.device("cpu"), False, True)
-        monkeypatch.setattr("mergekit_fim.placement.placement", lambda options: where)
+        monkeypatch.setattr("mergekit_fim.fisher.loading.placement", lambda options: where)
         monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
         monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     out, _ = merge.ok(config, *OPTIONS[case], out="options")

@@ -13,17 +13,19 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import nn
 
-from mergekit_fim import batched, fisher, head, placement
-from mergekit_fim.batched import NotSupportedError, batched_engine
-from mergekit_fim.engines import autograd_engine
-from mergekit_fim.fisher import measure, measure_base
-from mergekit_fim.gradient_norms import GramCache, product_squared_norm
-from mergekit_fim.inputs import open_model
-from mergekit_fim.narrow import narrow_linear
-from mergekit_fim.placement import Placement, load_model
-from mergekit_fim.samples import Samples, draw_samples
-from mergekit_fim.settings import FisherSettings
-from mergekit_fim.weights import ResidentWeights, StreamedWeights
+from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.fisher import batched, head
+from mergekit_fim.fisher import loading as placement
+from mergekit_fim.fisher import measure as fisher
+from mergekit_fim.fisher.batched import NotSupportedError, batched_engine
+from mergekit_fim.fisher.engine import autograd_engine
+from mergekit_fim.fisher.loading import Placement, load_model
+from mergekit_fim.fisher.measure import measure, measure_base
+from mergekit_fim.fisher.narrow import narrow_linear
+from mergekit_fim.fisher.rules import GramCache, product_squared_norm
+from mergekit_fim.fisher.samples import Samples, draw_samples
+from mergekit_fim.fisher.weights import ResidentWeights, StreamedWeights
+from mergekit_fim.models.inputs import open_model
 
 SETTINGS = FisherSettings(samples=5, seq_len=12, seed=3)
 
@@ -220,7 +222,7 @@ def test_layers_that_hand_on_more_than_their_result():
 
 
 def test_narrow_weights_are_multiplied_in_the_inputs_dtype(monkeypatch):
-    monkeypatch.setattr("mergekit_fim.narrow._ELEMENTS", 40)
+    monkeypatch.setattr("mergekit_fim.fisher.narrow._ELEMENTS", 40)
     module = nn.Linear(12, 30)
     x = torch.randn(2, 5, 12, requires_grad=True)
     module.weight = nn.Parameter(module.weight.detach().bfloat16(), requires_grad=False)

@@ -75,7 +75,7 @@ def test_tensors_that_mergekit_does_not_plan(which, merge, tmp_path):
 
 def test_activations_that_overflow(merge, tmp_path, monkeypatch):
     """float16 is left for a wider type, with a warning, and a wider type that overflows is an error."""
-    monkeypatch.setattr("mergekit_fim.placement.running_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr("mergekit_fim.fisher.loading.running_dtype", lambda dtype, device: dtype)
     base = tiny.build(tiny.config("llama"))
     paths = [tiny.save(base, tmp_path / "base"), tiny.save(tiny.tuned(base, 1), tmp_path / "long")]
     for name in ("up", "down"):

@@ -22,10 +22,13 @@ from conftest import Merge, Pair, config_for
 from test_errors import ends_in_one_line
 from warm import Outcome, Warm
 
-from mergekit_fim import atomic, batched, measurement, report
-from mergekit_fim.atomic import PART
+from mergekit_fim import files as atomic
+from mergekit_fim import report
 from mergekit_fim.cli import main
-from mergekit_fim.measurement import read_measurement
+from mergekit_fim.files import PART
+from mergekit_fim.fisher import batched
+from mergekit_fim.measurements import file as measurement
+from mergekit_fim.measurements.file import read_measurement
 
 PLAIN = ("--no-copy-tokenizer", "--no-write-model-card", "--quiet")
 SMALL = {"fisher_samples": 2, "fisher_seq_len": 8}

@@ -6,13 +6,13 @@ import tiny
 import torch
 from mergekit.options import MergeOptions
 
-from mergekit_fim.batched import batched_engine
-from mergekit_fim.engines import autograd_engine
+from mergekit_fim.config.settings import FisherSettings
 from mergekit_fim.errors import FimError
-from mergekit_fim.fisher import measure
-from mergekit_fim.placement import Placement, placement, running_dtype
-from mergekit_fim.samples import Samples, draw_samples, sequence_loss
-from mergekit_fim.settings import FisherSettings
+from mergekit_fim.fisher.batched import batched_engine
+from mergekit_fim.fisher.engine import autograd_engine
+from mergekit_fim.fisher.loading import Placement, placement, running_dtype
+from mergekit_fim.fisher.measure import measure
+from mergekit_fim.fisher.samples import Samples, draw_samples, sequence_loss
 
 SETTINGS = FisherSettings(samples=3, seq_len=16, seed=5)
 
@@ -155,7 +155,7 @@ def test_a_value_that_is_not_finite_names_the_layer():
 def test_sixteen_bits_only_where_the_cpu_multiplies_them_much_faster(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     seconds = {torch.float32: 3.0, torch.bfloat16: 1.0, torch.float16: 2.5}
-    monkeypatch.setattr("mergekit_fim.placement._seconds", seconds.__getitem__)
+    monkeypatch.setattr("mergekit_fim.fisher.loading._seconds", seconds.__getitem__)
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: False)
     assert running_dtype(torch.bfloat16, cpu) is torch.bfloat16
     assert running_dtype(torch.float16, cpu) is torch.float32

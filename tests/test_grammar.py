@@ -14,10 +14,10 @@ from mergekit.options import MergeOptions
 from pydantic import ValidationError
 
 from mergekit_fim.coefficients import Mapping, merge_coefficients
+from mergekit_fim.config.parameters import METHODS, PARAMETERS, Scope
 from mergekit_fim.errors import FimError
-from mergekit_fim.parameters import METHODS, PARAMETERS, Scope
-from mergekit_fim.planning import plan_fim_merge
 from mergekit_fim.prepass import check_config
+from mergekit_fim.tools.plan import plan_fim_merge
 
 SETTINGS = {
     "derandomize": True,

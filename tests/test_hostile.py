@@ -28,13 +28,13 @@ from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from test_errors import UP, change_config, change_tensor, poison, remake
 
-from mergekit_fim.atomic import PART
 from mergekit_fim.cli import main
-from mergekit_fim.fingerprint import fingerprint
-from mergekit_fim.fisher import FisherMeasurement, LayerFisher
-from mergekit_fim.inputs import open_model
-from mergekit_fim.measurement import Measurement, ModelIdentity, write_measurement
-from mergekit_fim.settings import FisherSettings
+from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.files import PART
+from mergekit_fim.fisher.measure import FisherMeasurement, LayerFisher
+from mergekit_fim.measurements.file import Measurement, ModelIdentity, write_measurement
+from mergekit_fim.models.identity import fingerprint
+from mergekit_fim.models.inputs import open_model
 
 
 @dataclass(frozen=True)
@@ -687,7 +687,7 @@ def test_bad_input(case, command, pair, tmp_path, monkeypatch):
         def expensive(*_args, **_kwargs):
             raise AssertionError("expensive work began")
 
-        monkeypatch.setattr("mergekit_fim.fisher.load_model", expensive)
+        monkeypatch.setattr("mergekit_fim.fisher.measure.load_model", expensive)
         monkeypatch.setattr("mergekit_fim.task_vectors.TaskVectorSweep", expensive)
     if bad.damage is not None:
         pair = Pair(*(Path(shutil.copytree(p, tmp_path / p.name)) for p in (pair.base, pair.long)), pair.third)
@@ -722,7 +722,7 @@ UNMEASURABLE |= {
 
 @pytest.mark.parametrize("case", UNMEASURABLE)
 def test_bad_models_are_not_measured(case, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_fim.fisher.load_model", lambda *_a, **_k: pytest.fail("measured"))
+    monkeypatch.setattr("mergekit_fim.fisher.measure.load_model", lambda *_a, **_k: pytest.fail("measured"))
     change, words = UNMEASURABLE[case]
     model = Path(shutil.copytree(pair.base, tmp_path / "model"))
     change(model)
@@ -803,7 +803,7 @@ def test_usage_errors(arguments, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", ["mergekit-yaml", "merge"])
 @pytest.mark.parametrize("kind", ["a file", "below a file", "read-only"])
 def test_an_output_that_cannot_be_written_is_seen_first(kind, command, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_fim.fisher.load_model", lambda *_a, **_k: pytest.fail("measured"))
+    monkeypatch.setattr("mergekit_fim.fisher.measure.load_model", lambda *_a, **_k: pytest.fail("measured"))
     source, out = tmp_path / "config.yml", tmp_path / "out"
     source.write_text(yaml.safe_dump(config_for(pair)))
     if kind == "read-only":  # root may write everywhere
@@ -819,7 +819,7 @@ def test_too_little_memory_on_the_cpu(pair, merge, monkeypatch):
     def out_of_memory(*_args, **_kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
 
-    monkeypatch.setattr("mergekit_fim.fisher.measure", out_of_memory)
+    monkeypatch.setattr("mergekit_fim.fisher.measure.measure", out_of_memory)
     target, result = merge(config_for(pair))
     is_one_line(result, [str(pair.base), "too little memory", "64 tokens", "lower fisher_seq_len"])
     assert not target.exists()

@@ -25,13 +25,12 @@ from safetensors.torch import load_file, save_file
 from test_errors import ends_in_one_line, unwrapped
 
 import mergekit_fim
-from mergekit_fim.atomic import PART
 from mergekit_fim.cli import main
+from mergekit_fim.config.settings import FisherSettings
 from mergekit_fim.errors import FimError
-from mergekit_fim.fingerprint import _starts, fingerprint
-from mergekit_fim.fisher import FisherMeasurement, LayerFisher
-from mergekit_fim.inputs import open_model
-from mergekit_fim.measurement import (
+from mergekit_fim.files import PART
+from mergekit_fim.fisher.measure import FisherMeasurement, LayerFisher
+from mergekit_fim.measurements.file import (
     Measurement,
     ModelIdentity,
     as_json,
@@ -39,8 +38,9 @@ from mergekit_fim.measurement import (
     read_measurement,
     write_measurement,
 )
-from mergekit_fim.saved import load_measurement
-from mergekit_fim.settings import FisherSettings
+from mergekit_fim.measurements.saved import load_measurement
+from mergekit_fim.models.identity import _starts, fingerprint
+from mergekit_fim.models.inputs import open_model
 
 IDENTITY = ModelIdentity("user/model", "main", "LlamaForCausalLM", 2, 97, "a" * 32 + "-" + "b" * 16)
 
@@ -277,7 +277,7 @@ def no_measurement(monkeypatch):
     def forbidden(*_args, **_kwargs):
         raise AssertionError("measured")
 
-    monkeypatch.setattr("mergekit_fim.fisher.measure_base", forbidden)
+    monkeypatch.setattr("mergekit_fim.fisher.measure.measure_base", forbidden)
 
 
 def test_a_merge_uses_a_measurement(pair, merge, tmp_path, request):

@@ -20,8 +20,8 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mergekit_fim.layers import _layer_prefix
-from mergekit_fim.placement import Placement
+from mergekit_fim.fisher.loading import Placement
+from mergekit_fim.models.layout import _layer_prefix
 
 
 def expect(base: Path, models: list[Path], method: str, alphas: list[list[float]], densities=None, weights=None):
@@ -194,7 +194,7 @@ def test_quiet_prints_nothing(pair, merge, capfd):
 
 
 def test_the_dtype_of_the_config_is_that_of_measurement_and_result(merge, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_fim.placement.running_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr("mergekit_fim.fisher.loading.running_dtype", lambda dtype, device: dtype)
     base = tiny.build(tiny.config("llama"))
     half = [tiny.save(m, tmp_path / n, torch.bfloat16) for n, m in (("b", base), ("l", tiny.tuned(base, 1)))]
     config = {"merge_method": "fim_ties", "base_model": str(half[0]), "models": [{"model": str(half[1])}]}
@@ -215,7 +215,7 @@ def test_alpha_by_hand_runs_no_pre_pass(pair, merge, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("the pre-pass ran")
 
-    monkeypatch.setattr("mergekit_fim.fisher.measure_base", forbidden)
+    monkeypatch.setattr("mergekit_fim.fisher.measure.measure_base", forbidden)
     monkeypatch.setattr("mergekit_fim.task_vectors.TaskVectorSweep", forbidden)
     models = [{"model": str(pair.long), "parameters": {"alpha": 0.3}}]
     out, result = merge.ok(config_for(pair, "fim_ta", models=models))
@@ -377,7 +377,7 @@ def test_layer_prefixes():
 def test_importing_mergekit_in_any_order_registers_once():
     modules = [
         *("mergekit.config", "mergekit.plan"),
-        *("mergekit_fim.methods", "mergekit_fim.integration", "mergekit_fim.report"),
+        *("mergekit_fim.merging.methods", "mergekit_fim.hook", "mergekit_fim.report"),
     ]
     for module in modules:
         code = (
@@ -395,7 +395,8 @@ def test_multi_gpu_in_worker_threads(pair, merge, monkeypatch):
     plain, _ = merge.ok(config_for(pair))
     monkeypatch.setattr("mergekit.multigpu_executor.get_torch_accelerator_type", lambda: "cpu")
     monkeypatch.setattr("mergekit.multigpu_executor.get_torch_accelerator_count", lambda: 2)
-    monkeypatch.setattr("mergekit_fim.placement.placement", lambda options: Placement(torch.device("cpu"), False, True))
+    cpu = Placement(torch.device("cpu"), spread=False, streamed=True)
+    monkeypatch.setattr("mergekit_fim.fisher.loading.placement", lambda options: cpu)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     out, _ = merge.ok(config_for(pair), "--multi-gpu", out="multi")

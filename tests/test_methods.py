@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.gates import is_gate_projection
-from mergekit_fim.trim import find_threshold
+from mergekit_fim.merging.gates import is_gate_projection
+from mergekit_fim.merging.trim import find_threshold
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
 

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from mergekit.options import MergeOptions
 
 from mergekit_fim.coefficients import Mapping, importance_scores, merge_coefficients
-from mergekit_fim.fisher import measure_base
-from mergekit_fim.inputs import open_model
+from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.fisher.measure import measure_base
+from mergekit_fim.fisher.samples import draw_samples
+from mergekit_fim.models.inputs import open_model
 from mergekit_fim.norms import squared_distance, squared_norm
-from mergekit_fim.samples import draw_samples
-from mergekit_fim.settings import FisherSettings
 
 SETTINGS = FisherSettings(samples=3, seq_len=8, seed=2)
 always = settings(derandomize=True, deadline=None, max_examples=150, database=None)

@@ -2,7 +2,7 @@
 
 from conftest import ROOT
 
-from mergekit_fim.parameters import PARAMETERS
+from mergekit_fim.config.parameters import PARAMETERS
 
 
 def shown(value) -> str:

@@ -20,10 +20,10 @@ from mergekit.merge_methods import registered_methods
 from test_install import files
 
 import mergekit_fim
-from mergekit_fim import fisher
 from mergekit_fim.cli import main
-from mergekit_fim.engines import autograd_engine
-from mergekit_fim.settings import FisherSettings
+from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.fisher import measure as fisher
+from mergekit_fim.fisher.engine import autograd_engine
 
 # Every registered method but ours, on models and parameters that it takes by its own contract.
 STOCK = """
@@ -54,7 +54,7 @@ for method in registered_methods():
         config["models"].insert(0, {"model": base})
     options = MergeOptions(quiet=True, copy_tokenizer=False, random_seed=3)
     run_merge(MergeConfiguration.model_validate(config), f"{out}/{spec.name}", options)
-assert ("mergekit_fim.methods" in sys.modules) == (spec.name == "fim_ta")
+assert ("mergekit_fim.merging.methods" in sys.modules) == (spec.name == "fim_ta")
 assert "mergekit_fim.prepass" not in sys.modules
 """
 
@@ -123,7 +123,7 @@ import mergekit.merge, mergekit.scripts.run_yaml, matplotlib, torch, transformer
 {state}
 before = state()
 import mergekit_fim
-for module in pkgutil.iter_modules(mergekit_fim.__path__, "mergekit_fim."):
+for module in pkgutil.walk_packages(mergekit_fim.__path__, "mergekit_fim."):
     if module.name != "mergekit_fim.__main__":
         __import__(module.name)
 after = state()
@@ -172,7 +172,7 @@ def test_a_failed_measurement_leaves_the_process_as_it_was(pair, merge, monkeypa
         raise ValueError("no such luck")
 
     merge.ok(config_for(pair), out="first")
-    monkeypatch.setattr("mergekit_fim.batched._Layer.backward", broken)
+    monkeypatch.setattr("mergekit_fim.fisher.batched._Layer.backward", broken)
     before = state()
     _, result = merge(config_for(pair))
     assert str(result.exception) == "no such luck"
@@ -234,12 +234,12 @@ def test_a_model_is_given_back_as_it_was(engine, used):
 POINTS = [
     "torch.nn.Embedding.forward",
     "transformers.models.llama.modeling_llama.LlamaMLP.forward",
-    "mergekit_fim.batched._Run._tail",
-    "mergekit_fim.batched._Recorder._on_gradient",
-    "mergekit_fim.batched._Layer._collect",
-    "mergekit_fim.batched.squared_norm",
-    "mergekit_fim.engines.squared_norm",
-    "mergekit_fim.engines.sequence_loss",
+    "mergekit_fim.fisher.batched._Run._tail",
+    "mergekit_fim.fisher.batched._Recorder._on_gradient",
+    "mergekit_fim.fisher.batched._Layer._collect",
+    "mergekit_fim.fisher.batched.squared_norm",
+    "mergekit_fim.fisher.engine.squared_norm",
+    "mergekit_fim.fisher.engine.sequence_loss",
 ]
 
 
@@ -249,7 +249,7 @@ def test_a_model_is_given_back_as_it_was_when_it_goes_wrong(point, error, used, 
     """Wherever it does: at the `nth` call of something that the engine runs, once only for the embedding."""
     engine = autograd_engine if "engines." in point else fisher.batched_engine
     if point.endswith("_collect"):  # only without rules
-        monkeypatch.setattr("mergekit_fim.batched.rule_for", lambda _module: None)
+        monkeypatch.setattr("mergekit_fim.fisher.batched.rule_for", lambda _module: None)
     before, process = fingerprints(used), state()
     for nth in (1,) if "Embedding" in point else (1, 2):
         with monkeypatch.context() as patch:

@@ -17,8 +17,9 @@ from mergekit.options import MergeOptions
 from warm import Warm
 
 import mergekit_fim
-from mergekit_fim import fingerprint, inputs
 from mergekit_fim.errors import FimError
+from mergekit_fim.models import identity as fingerprint
+from mergekit_fim.models import inputs
 
 PACKAGE = Path(mergekit_fim.__file__).parent
 SMALL = {"fisher_samples": 2, "fisher_seq_len": 8}

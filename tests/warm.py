@@ -19,7 +19,7 @@ from typing import Any
 
 # Calls that make, fill, name or remove files; and the modules from which our own files are written.
 FILES = {"fsync", "replace", "rename", "mkdir", "remove", "unlink", "serialize_file", "open", "write"}
-WRITERS = ("mergekit_fim/measurement.py", "mergekit_fim/report.py", "json/__init__.py")
+WRITERS = ("mergekit_fim/measurements/file.py", "mergekit_fim/report.py", "json/__init__.py")
 TIMEOUT = 180
 
 
@@ -75,8 +75,8 @@ def _main(folder: Path) -> None:
     import transformers
 
     import mergekit_fim.cli
-    import mergekit_fim.export
-    import mergekit_fim.planning
+    import mergekit_fim.tools.export
+    import mergekit_fim.tools.plan
 
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()

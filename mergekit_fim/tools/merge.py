@@ -9,9 +9,9 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
 from mergekit_fim.errors import FimError, check_own_code
-from mergekit_fim.output_folder import check_output, model_written_whole
-from mergekit_fim.planning import check
+from mergekit_fim.merging.output_folder import check_output, model_written_whole
 from mergekit_fim.text import reason
+from mergekit_fim.tools.plan import check
 
 LOG = logging.getLogger("mergekit_fim")
 

@@ -19,12 +19,12 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from mergekit_fim.errors import is_out_of_memory
-from mergekit_fim.gradient_norms import Call, GramCache, Rule, rule_for
-from mergekit_fim.head import Head, loss_gradient
-from mergekit_fim.narrow import input_gradient
+from mergekit_fim.fisher.head import Head, loss_gradient
+from mergekit_fim.fisher.narrow import input_gradient
+from mergekit_fim.fisher.rules import Call, GramCache, Rule, rule_for
+from mergekit_fim.fisher.samples import Samples
+from mergekit_fim.fisher.weights import ResidentWeights, Weights, replaced
 from mergekit_fim.norms import squared_norm
-from mergekit_fim.samples import Samples
-from mergekit_fim.weights import ResidentWeights, Weights, replaced
 
 # Tokens in a micro-batch of more than one sequence: enough for matrix products at full speed.
 _TOKENS = 1024

@@ -22,11 +22,11 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
+from mergekit_fim.config.parameters import METHODS, PARAMETERS, Scope
 from mergekit_fim.errors import FimError
-from mergekit_fim.gates import gate_parts
+from mergekit_fim.merging.gates import gate_parts
+from mergekit_fim.merging.trim import Threshold, find_threshold, runs, trim_run
 from mergekit_fim.norms import squared_norm
-from mergekit_fim.parameters import METHODS, PARAMETERS, Scope
-from mergekit_fim.trim import Threshold, find_threshold, runs, trim_run
 
 PAPER = "https://arxiv.org/abs/2603.21705"
 _PRETTY_NAMES = {"fim_ties": "FIM-TIES", "fim_ta": "FIM Task Arithmetic"}

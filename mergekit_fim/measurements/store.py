@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from mergekit_fim.config.settings import FisherSettings
 from mergekit_fim.errors import FimError
-from mergekit_fim.measurement import Measurement, ModelIdentity, read_measurement, versions, write_measurement
-from mergekit_fim.settings import FisherSettings
+from mergekit_fim.measurements.file import Measurement, ModelIdentity, read_measurement, versions, write_measurement
 
 LOG = logging.getLogger("mergekit_fim")
 

@@ -12,8 +12,8 @@ from typing import Any
 from mergekit.config import ConditionalParameter, MergeConfiguration
 
 from mergekit_fim import coefficients
+from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.errors import FimError
-from mergekit_fim.parameters import PARAMETERS, Scope
 from mergekit_fim.text import brief
 
 

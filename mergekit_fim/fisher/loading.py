@@ -23,8 +23,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.inputs import InputModel, tensor_names
-from mergekit_fim.weights import ResidentWeights, StreamedWeights, Weights, put
+from mergekit_fim.fisher.weights import ResidentWeights, StreamedWeights, Weights, put
+from mergekit_fim.models.inputs import InputModel, tensor_names
 
 # On the CPU a 16-bit dtype must be this many times faster than float32 to be worth its lost digits. The known CPUs are
 # far from it on either side: 0.002 and 0.6 without matrix units, 3 and more with them.

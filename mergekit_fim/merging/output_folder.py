@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from mergekit.config import MergeConfiguration
 
-from mergekit_fim.atomic import part_path
 from mergekit_fim.errors import FimError
+from mergekit_fim.files import part_path
 
 REPORT_NAME = "fim_report.json"
 

@@ -23,11 +23,11 @@ from mergekit.graph import Executor, Task
 from mergekit.options import MergeOptions
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.gates import is_fused, is_gate_projection
-from mergekit_fim.inputs import InputModel
-from mergekit_fim.methods import shares
+from mergekit_fim.merging.gates import is_fused, is_gate_projection
+from mergekit_fim.merging.methods import shares
+from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.norms import squared_distance, squared_norm
-from mergekit_fim.planning import MergePlan, PlannedTensor, plan_merge
+from mergekit_fim.tools.plan import MergePlan, PlannedTensor, plan_merge
 
 STOCK_METHODS = {"fim_ties": "ties", "fim_ta": "task_arithmetic"}
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mergekit_fim.fisher.samples import Samples, sequence_loss
+from mergekit_fim.fisher.weights import ResidentWeights, Weights
 from mergekit_fim.norms import squared_norm
-from mergekit_fim.samples import Samples, sequence_loss
-from mergekit_fim.weights import ResidentWeights, Weights
 
 
 class FisherEngine(Protocol):

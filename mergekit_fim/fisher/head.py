@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from mergekit_fim.gradient_norms import widened
-from mergekit_fim.samples import sample_labels
-from mergekit_fim.weights import Weights
+from mergekit_fim.fisher.rules import widened
+from mergekit_fim.fisher.samples import sample_labels
+from mergekit_fim.fisher.weights import Weights
 
 # Logits that exist at a time.
 _LOGITS = 1 << 21

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mergekit_fim.atomic import written_whole
 from mergekit_fim.errors import FimError
-from mergekit_fim.measurement import FORMAT, from_json, layers_as_json, read_json
+from mergekit_fim.files import written_whole
+from mergekit_fim.measurements.file import FORMAT, from_json, layers_as_json, read_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.measurement import Measurement
+from mergekit_fim.measurements.file import Measurement
 from mergekit_fim.text import wrapped
 
 # A layer moved beyond what chance explains where its shift is more than this many standard errors.

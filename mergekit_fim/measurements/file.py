@@ -11,13 +11,13 @@ from importlib.metadata import version
 from typing import Any
 
 import mergekit_fim
-from mergekit_fim.atomic import written_whole
+from mergekit_fim.config.parameters import PARAMETERS
+from mergekit_fim.config.settings import FisherSettings
 from mergekit_fim.errors import FimError
-from mergekit_fim.fingerprint import fingerprint
-from mergekit_fim.fisher import FisherMeasurement, LayerFisher
-from mergekit_fim.inputs import InputModel
-from mergekit_fim.parameters import PARAMETERS
-from mergekit_fim.settings import FisherSettings
+from mergekit_fim.files import written_whole
+from mergekit_fim.fisher.measure import FisherMeasurement, LayerFisher
+from mergekit_fim.models.identity import fingerprint
+from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.text import brief
 
 FORMAT, VERSION = "mergekit-fim/fisher", 1

@@ -12,8 +12,8 @@ import yaml
 from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ValidationError
 
+from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.errors import FimError
-from mergekit_fim.parameters import METHODS
 from mergekit_fim.text import brief, reason
 
 # What `export` writes for 126 layers has some 20 kB, and PyYAML takes seconds for a megabyte.

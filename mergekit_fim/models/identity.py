@@ -15,7 +15,7 @@ import torch
 from mergekit.io.tasks import LoaderCache
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.inputs import InputModel, TensorHeader
+from mergekit_fim.models.inputs import InputModel, TensorHeader
 from mergekit_fim.text import reason
 
 # Bytes that are read at a time, how many such blocks of a whole checkpoint, and the least of a single tensor.

@@ -13,16 +13,16 @@ from mergekit.options import MergeOptions
 from torch import nn
 from transformers import PreTrainedModel
 
-from mergekit_fim import placement
-from mergekit_fim.batched import NotSupportedError, batched_engine
-from mergekit_fim.engines import FisherEngine, autograd_engine
+from mergekit_fim.config.parameters import FLOAT_DTYPES
+from mergekit_fim.config.settings import FisherSettings
 from mergekit_fim.errors import FimError, is_out_of_memory
-from mergekit_fim.inputs import InputModel
-from mergekit_fim.parameters import FLOAT_DTYPES
-from mergekit_fim.placement import Placement, load_model
-from mergekit_fim.samples import Samples, draw_samples
-from mergekit_fim.settings import FisherSettings
-from mergekit_fim.weights import ResidentWeights, Weights
+from mergekit_fim.fisher import loading
+from mergekit_fim.fisher.batched import NotSupportedError, batched_engine
+from mergekit_fim.fisher.engine import FisherEngine, autograd_engine
+from mergekit_fim.fisher.loading import Placement, load_model
+from mergekit_fim.fisher.samples import Samples, draw_samples
+from mergekit_fim.fisher.weights import ResidentWeights, Weights
+from mergekit_fim.models.inputs import InputModel
 
 # Far beyond any use: as many take a model of 1.5 billion parameters weeks on a CPU.
 _MOST_TOKENS = 1 << 24
@@ -209,7 +209,7 @@ def dtypes(base: InputModel, dtype: str | None, options: MergeOptions) -> tuple[
     if dtype is not None and dtype.removeprefix("torch.") not in FLOAT_DTYPES:
         raise FimError(f"dtype: expected one of {', '.join(FLOAT_DTYPES)}, found {dtype}")
     reading = dtype_from_name(dtype) or base.stored_dtype()
-    return reading, placement.running_dtype(reading, placement.placement(options).device)
+    return reading, loading.running_dtype(reading, loading.placement(options).device)
 
 
 def measure_base(
@@ -239,7 +239,7 @@ def measure_base(
     Raises:
         FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
-    where = placement.placement(options)
+    where = loading.placement(options)
     try:
         return _measure_base(base, settings, dtype, options, where, engine, reference, running, each_layer)
     except (RuntimeError, MemoryError) as error:
@@ -301,7 +301,7 @@ def _measure_base(
             if whole and where.device.type != "cpu":
                 warnings.append(f"{base} doesn't fit on {where.device}, and was measured on the CPU")
                 where = Placement(torch.device("cpu"), spread=False, streamed=False)
-                running = placement.running_dtype(dtype_from_name(dtype) or base.stored_dtype(), where.device)
+                running = loading.running_dtype(dtype_from_name(dtype) or base.stored_dtype(), where.device)
             elif loaded.placement.streamed or where.device.type == "cpu":
                 raise
             else:

@@ -12,7 +12,7 @@ from huggingface_hub.errors import (
 )
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.measurement import Measurement, read_measurement
+from mergekit_fim.measurements.file import Measurement, read_measurement
 from mergekit_fim.text import reason
 
 # What `user/repo` stands for.

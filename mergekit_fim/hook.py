@@ -17,8 +17,8 @@ from typing import Any
 
 from mergekit import plan
 
+from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.errors import FimError
-from mergekit_fim.parameters import METHODS
 
 _planning_only: ContextVar[bool] = ContextVar("planning_only", default=False)
 _PLANNER_ATTRIBUTES = ("config", "arch_info", "options", "out_model_config")
@@ -59,7 +59,7 @@ def _hook_planner() -> None:
     @functools.wraps(to_disk)
     def plan_to_disk(self: Any, out_path: str) -> list[Any]:
         if self.config.merge_method in METHODS and not _planning_only.get():
-            from mergekit_fim.output_folder import check_output
+            from mergekit_fim.merging.output_folder import check_output
 
             check_output(out_path, self.config)
         targets: list[Any] = to_disk(self, out_path)

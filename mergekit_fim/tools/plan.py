@@ -12,10 +12,10 @@ from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
+from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.errors import FimError, check_own_code
-from mergekit_fim.inputs import model_config, tensor_index
-from mergekit_fim.integration import Planned, plan_only
-from mergekit_fim.parameters import METHODS
+from mergekit_fim.hook import Planned, plan_only
+from mergekit_fim.models.inputs import model_config, tensor_index
 from mergekit_fim.prepass import PrePass, check_config
 from mergekit_fim.text import reason
 

@@ -15,11 +15,11 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel
 
-from mergekit_fim.batched import NotSupportedError, batched_engine
-from mergekit_fim.engines import FisherEngine
 from mergekit_fim.errors import FimError
-from mergekit_fim.samples import Samples
-from mergekit_fim.weights import ResidentWeights, Weights
+from mergekit_fim.fisher.batched import NotSupportedError, batched_engine
+from mergekit_fim.fisher.engine import FisherEngine
+from mergekit_fim.fisher.samples import Samples
+from mergekit_fim.fisher.weights import ResidentWeights, Weights
 
 T = TypeVar("T")
 

@@ -27,7 +27,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mergekit_fim.errors import FimError, check_own_code
-from mergekit_fim.layers import DecoderLayer, ModelLayout, model_layout
+from mergekit_fim.models.layout import DecoderLayer, ModelLayout, model_layout
 from mergekit_fim.text import reason
 
 # As safetensors and torch spell them.

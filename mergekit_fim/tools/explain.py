@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_fim.cost import merge_cost
-from mergekit_fim.gates import is_fused, is_gate_projection
-from mergekit_fim.planning import MergePlan
+from mergekit_fim.merging.gates import is_fused, is_gate_projection
 from mergekit_fim.text import size, wrapped
+from mergekit_fim.tools.cost import merge_cost
+from mergekit_fim.tools.plan import MergePlan
 
 
 def explain(plan: MergePlan, options: MergeOptions) -> str:

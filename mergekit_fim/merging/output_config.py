@@ -8,7 +8,7 @@ import torch
 from mergekit.io.tasks import LoaderCache
 from transformers import PretrainedConfig
 
-from mergekit_fim.inputs import InputModel
+from mergekit_fim.models.inputs import InputModel
 
 # Lists with one entry per decoder layer, in the configs of transformers 5.
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")

@@ -9,10 +9,10 @@ from mergekit.common import dtype_from_name
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_fim.batched import micro_batch
-from mergekit_fim.inputs import InputModel
-from mergekit_fim.planning import MergePlan, PlannedTensor
+from mergekit_fim.fisher.batched import micro_batch
+from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.prepass import BaseCoefficients
+from mergekit_fim.tools.plan import MergePlan, PlannedTensor
 
 # What Python, torch, transformers and mergekit hold without a model, and beside a model in the pre-pass, in bytes:
 # measured with benchmarks/cost.py (docs/scale.md).
