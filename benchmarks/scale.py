@@ -8,7 +8,7 @@ printed with the table.
 
 from dataclasses import dataclass
 
-from mergekit_fim.tools.cost import PRE_PASS_MEMORY, PROGRAM_MEMORY, activation_memory
+from mergekit_fim.tools.explain import PRE_PASS_MEMORY, PROGRAM_MEMORY, activation_memory
 
 GB = 1e9
 SEQUENCES, LENGTH, WIDTH = 8, 64, 2  # the default settings, in bfloat16

@@ -28,26 +28,27 @@ _TARGETS = {
 }
 _warned = False
 
-# The Python API, from `mergekit_fim.api` when it is first asked for.
-_API = (
-    *("FimError", "FisherSettings", "Mapping", "Measurement"),
-    *(
-        "importance_scores",
-        "measure",
-        "merge",
-        "merge_coefficients",
-        "read_measurement",
-        "resolve",
-        "write_measurement",
-    ),
-)
+# The Python API, and where each name comes from when it is first asked for: records of numbers need no torch.
+_API = {
+    "FimError": "errors",
+    "FisherSettings": "config.parameters",
+    "Mapping": "coefficients",
+    "Measurement": "measurements.record",
+    "importance_scores": "coefficients",
+    "measure": "api",
+    "merge": "api",
+    "merge_coefficients": "coefficients",
+    "read_measurement": "measurements.store",
+    "resolve": "api",
+    "write_measurement": "measurements.file",
+}
 
 
 def __getattr__(name: str) -> "Any":
     if name in _API:
         import importlib
 
-        return getattr(importlib.import_module("mergekit_fim.api"), name)
+        return getattr(importlib.import_module(f"mergekit_fim.{_API[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -4,20 +4,18 @@ import os
 from typing import Any
 
 from mergekit.config import MergeConfiguration
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_fim.coefficients import Mapping, importance_scores, merge_coefficients
 from mergekit_fim.config.file import validated
-from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.errors import FimError
-from mergekit_fim.fisher import measure as fisher
-from mergekit_fim.measurements.file import Measurement, ModelIdentity, write_measurement
-from mergekit_fim.measurements.saved import load_measurement
-from mergekit_fim.measurements.store import CacheEntry
+from mergekit_fim.measured import measured
+from mergekit_fim.measurements.file import write_measurement
+from mergekit_fim.measurements.record import Measurement
+from mergekit_fim.measurements.store import read_measurement
 from mergekit_fim.models.inputs import open_model
-from mergekit_fim.tools.merge import merge_whole
-from mergekit_fim.tools.plan import MergePlan, plan_fim_merge
+from mergekit_fim.tools.plan import MergePlan, merge_whole, plan_fim_merge
 
 __all__ = [
     "FimError",
@@ -56,28 +54,11 @@ def measure(
     Raises:
         FimError: the model can't be opened or measured.
     """
-    settings, options = settings or FisherSettings(), options or MergeOptions(quiet=True)
-    LoaderCache().setup(options)
-    base = open_model(os.fspath(model), revision, options)
-    fisher.check_measurable(base, settings)
-    identity = ModelIdentity.of(base)
-    reading, running = fisher.dtypes(base, dtype, options)
-    entry = CacheEntry(identity, settings, reading, running)
-    found = entry.read() if cache else None
-    if found is None:
-        found = Measurement.of(fisher.measure_base(base, settings, dtype, options, running=running), identity)
-        if cache:
-            entry.write(found)
-    return found
-
-
-def read_measurement(reference: str | os.PathLike[str]) -> Measurement:
-    """Read a measurement from a file, or from the Hub: `user/repo` or `user/repo/FILE`, either with `@revision`.
-
-    Raises:
-        FimError: there is no such file, or it isn't a measurement that this version can use.
-    """
-    return load_measurement(os.fspath(reference))
+    chosen = options or MergeOptions(quiet=True)
+    found = measured(
+        lambda: open_model(os.fspath(model), revision, chosen), settings or FisherSettings(), dtype, chosen, cache=cache
+    )
+    return found.measurement
 
 
 def resolve(config: MergeConfiguration | dict[str, Any], options: MergeOptions | None = None) -> MergePlan:

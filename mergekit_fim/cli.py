@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 import mergekit_fim
-from mergekit_fim.errors import FimError
-from mergekit_fim.text import reason
+from mergekit_fim.config.parameters import FLOAT_DTYPES, LABELS, PARAMETERS, FisherSettings
+from mergekit_fim.errors import FimError, reason
 
 _PATH = click.Path(readable=False)  # for completion; what it must be is checked where it is read
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -110,22 +110,35 @@ def _config(path: str, no_cache: bool) -> tuple[Any, str]:
     return config, text
 
 
+def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options for the parameters of a measurement."""
+    for name in ("labels", "seed", "seq_len", "samples"):
+        parameter = PARAMETERS[f"fisher_{name}"]
+        command = click.option(
+            f"--{name.replace('_', '-')}",
+            default=parameter.default,
+            show_default=True,
+            type=click.Choice(LABELS) if name == "labels" else parameter.type,
+            help=f"{parameter.meaning[:1].upper()}{parameter.meaning[1:]}.",
+            callback=_accepted,
+        )(command)
+    return command
+
+
+def _accepted(_context: click.Context, option: click.Parameter, value: Any) -> Any:
+    parameter = PARAMETERS[f"fisher_{option.name}"]
+    if not parameter.accepts(value):
+        raise click.BadParameter(f"expected {parameter.expected}, found {value}.")
+    return value
+
+
 @main.command(short_help="Measure a model's Fisher information, once.")
 @click.argument("model", type=_PATH)
 @click.option("-o", "--output", required=True, type=click.Path(), help="The JSON file to write.")
-@click.option("--samples", default=8, show_default=True, type=click.IntRange(min=1), help="Number of sequences.")
-@click.option("--seq-len", default=64, show_default=True, type=click.IntRange(min=2), help="Tokens per sequence.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0, 2**63 - 1), help="Seed of the tokens.")
-@click.option(
-    "--labels",
-    default="inputs",
-    show_default=True,
-    type=click.Choice(["inputs", "sampled"]),
-    help="Predict the next random token, or one drawn from the model's own distribution.",
-)
+@_settings
 @click.option(
     "--dtype",
-    type=click.Choice(["bfloat16", "float16", "float32", "float64"]),
+    type=click.Choice(FLOAT_DTYPES),
     help="Read the weights in this type, as a merge with this `dtype` does.  [default: the checkpoint's]",
 )
 @click.option("--cuda", is_flag=True, help="Measure on the GPU.")
@@ -164,93 +177,48 @@ def fisher(
     accelerate launch --num_processes K -m mergekit_fim fisher MODEL -o FILE
     torchrun --nproc_per_node K -m mergekit_fim fisher MODEL -o FILE    (on CPUs)
     """
-    from mergekit_fim.config.settings import FisherSettings
-    from mergekit_fim.fisher import measure as fishing
-    from mergekit_fim.fisher.engine import autograd_engine
-    from mergekit_fim.fisher.processes import SharedError, in_all, processes, shared_engine
-    from mergekit_fim.measurements.file import (
-        Measurement,
-        ModelIdentity,
-        check_writable,
-        model_files,
-        write_measurement,
-    )
-    from mergekit_fim.measurements.store import CacheEntry
-    from mergekit_fim.models.inputs import open_model
+    from mergekit_fim.files import check_writable
+    from mergekit_fim.fisher.processes import SharedError, processes
+    from mergekit_fim.measured import measured
+    from mergekit_fim.measurements.file import model_files, write_measurement
+    from mergekit_fim.models.inputs import InputModel, open_model
 
-    settings = FisherSettings(samples, seq_len, seed, labels)
     with processes() as state:
         is_main = state is None or state.is_main_process
         merge_options = _options_of_process(options, state)
-        try:
-            opened: list[Any] = []
 
-            def open_base() -> None:
-                opened.append(open_model(model, revision, merge_options))
-                fishing.check_measurable(opened[0], settings)
-
-            def prepare() -> tuple[Any, Any, Any]:
-                if is_main:
-                    check_writable(output, *model_files(model))
-                if state is None or state.is_local_main_process:
-                    open_base()
-                if not is_main:
-                    return None, None, None
-                identity = ModelIdentity.of(opened[0])
-                reading, running = fishing.dtypes(opened[0], dtype, merge_options)
-                entry = CacheEntry(identity, settings, reading, running)
-                return entry, running, None if no_cache else entry.read()
-
-            # What the main process found holds for all of them: the dtype is timed, and the cache is its machine's.
-            entry, running, measured = in_all(state, prepare)[0]
-            # The others of a machine come later: opening a model may merge an adapter into a folder that they share.
-            in_all(state, lambda: None if opened else open_base())
-            origin = "" if measured is None else f", kept from an earlier measurement: {entry.path}"
-
-            def measure() -> fishing.FisherMeasurement:
-                return fishing.measure_base(
-                    opened[0],
-                    settings,
-                    dtype,
-                    merge_options,
-                    engine=shared_engine(state),
-                    reference=shared_engine(state, autograd_engine),
-                    running=running,
-                )
-
-            if measured is None:
-                found = in_all(state, measure)[0]
-                if is_main:
-                    measured = Measurement.of(found, entry.model)
-                    if not no_cache:
-                        entry.write(measured)
+        def open_base() -> InputModel:
             if is_main:
-                write_measurement(measured, output)
+                check_writable(output, *model_files(model))
+            return open_model(model, revision, merge_options)
+
+        try:
+            settings = FisherSettings(samples, seq_len, seed, labels)
+            found = measured(open_base, settings, dtype, merge_options, cache=not no_cache, state=state)
         except SharedError:
             if is_main:
                 raise
             sys.exit(1)
+        if is_main:
+            write_measurement(found.measurement, output)
     if is_main:
-        for warning in measured.fisher.warnings:
+        its = found.measurement
+        for warning in its.fisher.warnings:
             click.echo(f"Warning: {warning}", err=True)
         if not options["quiet"]:
-            click.echo(
-                f"{output}: {measured.model.num_layers} decoder layers of {model}, in {measured.fisher.dtype}{origin}"
-            )
+            origin = f", {found.origin}" if found.origin else ""
+            click.echo(f"{output}: {its.model.num_layers} decoder layers of {model}, in {its.fisher.dtype}{origin}")
 
 
 def _options_of_process(options: dict[str, Any], state: Any) -> Any:
     """mergekit's own options, with the device that accelerate gave this process unless the user chose one."""
-    from mergekit.io.tasks import LoaderCache
     from mergekit.options import MergeOptions
 
     device = options.pop("device") or ("cuda" if options["cuda"] else None)
     if device is None:
         device = "cpu" if state is None else str(state.device)
     quiet = options["quiet"] or (state is not None and not state.is_main_process)
-    merge_options = MergeOptions(**(options | {"quiet": quiet, "device": device}))
-    LoaderCache().setup(merge_options)
-    return merge_options
+    return MergeOptions(**(options | {"quiet": quiet, "device": device}))
 
 
 @main.command(cls=_MergekitCommand, short_help="Show what a merge will do, and its coefficients.")
@@ -264,7 +232,7 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
     Prints the table that the merge prints, and what the merge will do that can't be seen in the config: densities,
     gate protection, output heads, config keys in which the models differ, and what it will read, write and hold.
     """
-    from mergekit_fim.measurements.file import check_writable, write_json
+    from mergekit_fim.files import check_writable, write_json
 
     if json_file is not None:
         check_writable(json_file, config_file)
@@ -276,7 +244,7 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
         check_figure(figure)
     config, _ = _config(config_file, no_cache)
     from mergekit_fim import report
-    from mergekit_fim.text import echo
+    from mergekit_fim.errors import echo
     from mergekit_fim.tools.explain import explain
     from mergekit_fim.tools.plan import plan_fim_merge
 
@@ -310,12 +278,11 @@ def export(config_file: str, output: str, check: bool, no_cache: bool, options: 
     said, and by how much the result differs: the largest difference of a merged tensor, which takes as long as two
     merges (--no-check leaves it out).
     """
-    from mergekit_fim.files import written_whole
-    from mergekit_fim.measurements.file import check_writable
+    from mergekit_fim.files import check_writable, written_whole
 
     check_writable(output, config_file)
     config, _ = _config(config_file, no_cache)
-    from mergekit_fim.text import wrapped
+    from mergekit_fim.errors import wrapped
     from mergekit_fim.tools import export as exporting
     from mergekit_fim.tools.plan import plan_fim_merge
 
@@ -352,7 +319,7 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     A model that is in OUT_PATH already is replaced when the new one is complete; until then both are on the disk.
     """
     config, text = _config(config_file, no_cache)
-    from mergekit_fim.tools.merge import merge_whole
+    from mergekit_fim.tools.plan import merge_whole
 
     merge_whole(config, text, out_path, options)
 
@@ -364,7 +331,7 @@ def plot(report: str, output: str) -> None:
     """Draw REPORT, a merge's fim_report.json or a measurement: per decoder layer, the Fisher information on a
     logarithmic axis with its standard error, the norm of each task vector, and each model's merge coefficient.
     """
-    from mergekit_fim.measurements.file import check_writable
+    from mergekit_fim.files import check_writable
     from mergekit_fim.tools.plot import check_figure, read_curves, write_figure
 
     check_writable(output, report)
@@ -384,8 +351,8 @@ def compare(first: str, second: str, count: int) -> None:
     each with its shift in standard errors: what is beyond two of them isn't chance. A factor common to all layers
     changes no merge coefficient, so shifts are counted from the mean.
     """
+    from mergekit_fim.errors import echo
     from mergekit_fim.measurements.compare import render_comparison
-    from mergekit_fim.measurements.saved import load_measurement
-    from mergekit_fim.text import echo
+    from mergekit_fim.measurements.store import read_measurement
 
-    echo(render_comparison(load_measurement(first), load_measurement(second), count))
+    echo(render_comparison(read_measurement(first), read_measurement(second), count))

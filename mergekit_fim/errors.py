@@ -1,10 +1,15 @@
-"""The one exception that users see, and the one that torch raises under several names."""
+"""What users see: the one exception, and text on a terminal, how wide, how wrapped, in which characters."""
 
 import re
+import shutil
+import sys
+import textwrap
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_fim.text import one_line
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class FimError(click.ClickException):
@@ -40,3 +45,70 @@ def check_own_code(error: Exception) -> None:
             f"{named[1] if named else 'a model'}: expected a model that transformers can load, found one with code of "
             "its own, which isn't run unasked; look at that code, and if you trust it pass --trust-remote-code"
         ) from error
+
+
+def width() -> int:
+    """Columns that a table may take: those of the terminal, but 80 at least and 100 at most."""
+    return min(100, max(80, shutil.get_terminal_size((100, 24)).columns))
+
+
+def wrapped(text: str, columns: int | None = None) -> list[str]:
+    """`text` in lines of at most `columns`, by default the `width`; names and paths stay whole."""
+    return textwrap.wrap(
+        text, columns or width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks, and without what a terminal would take for a command."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def brief(value: object) -> str:
+    """A value from a file, short enough for a message."""
+    try:
+        text = value if isinstance(value, str) else repr(value)
+    except ValueError:  # Python writes out no numbers of thousands of digits
+        text = f"a huge {type(value).__name__}"
+    text = " ".join(text.split())
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def shown(value: Any) -> str:
+    """A value in an error: text in quotes."""
+    return repr(brief(value)) if isinstance(value, str) else brief(value)
+
+
+def reason(error: BaseException) -> str:
+    """Why something of another library's failed, in one short line."""
+    text = " ".join(str(error).split())[:300]
+    name = type(error).__name__
+    return f"{name}: {text}" if text and isinstance(error, LookupError) else text or name
+
+
+def echo(text: str) -> None:
+    """Print, on any terminal: one without ‖δ‖ and α must not cost the merge."""
+    encoding = sys.stdout.encoding or "utf-8"
+    click.echo(text.encode(encoding, "replace").decode(encoding))
+
+
+def size(count: float) -> str:
+    """Bytes in GB or MB."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def misfit(error: "ValidationError", content: Any) -> str:
+    """The first thing in a file's content that has no place in what pydantic was told of it, by where it stands."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ""
+    for part in first["loc"]:
+        if isinstance(content, dict) and part in content:
+            where += f".{part}" if where else str(part)
+        elif isinstance(content, list) and isinstance(part, int) and part < len(content):
+            where += f"[{part}]"
+        elif first["type"] == "missing" and part == first["loc"][-1]:
+            return f"`{brief(where)}`: {part} is missing" if where else f"`{part}` is missing"
+        else:  # the name of a type among several that would do
+            return f"`{brief(where)}`: found {brief(content)}, which has no meaning there"
+        content = content[part]
+    return f"`{brief(where)}`: {first['msg'][:1].lower()}{first['msg'][1:]}, found {shown(content)}"

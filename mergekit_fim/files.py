@@ -1,16 +1,20 @@
-"""Files and folders that are there whole or not at all, and what killed processes left of them."""
+"""Files: JSON of ours, and whatever is to be there whole or not at all; what killed processes left goes."""
 
 import contextlib
 import hashlib
+import json
 import os
 import platform
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from mergekit_fim.errors import FimError
+
+REPORT_FORMAT = "mergekit-fim/report"  # of a merge's report
 
 PART = ".mergekit-fim-part"  # how the names of what is unfinished end
 
@@ -18,6 +22,9 @@ PART = ".mergekit-fim-part"  # how the names of what is unfinished end
 # ours takes as long to write. A folder isn't, as a large merge may.
 _PART = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}" + re.escape(PART))
 _STALE = 3600.0
+
+# A measurement of 1,000 sequences on the 126 layers of a 405B model has 3 MB.
+_LARGEST_FILE = 64 << 20
 
 
 def part_path(folder: str, name: str) -> str:
@@ -90,3 +97,68 @@ def _is_of_dead_process(part: str) -> bool:
     except (OSError, OverflowError):  # of another user
         return False
     return False
+
+
+def read_json(path: str, where: str) -> Any:
+    """Read a JSON file of a size that one of ours can have, in which NaN and infinity are errors.
+
+    Raises:
+        FimError: it can't be read.
+    """
+    try:
+        size = os.path.getsize(path)
+        if os.path.isdir(path):
+            raise FimError(f"{where}: expected a JSON file, found a folder; name the file in it")
+        if size > _LARGEST_FILE:
+            raise FimError(
+                f"{where}: expected a JSON file of at most {_LARGEST_FILE >> 20} MB, found {size / 2**20:.0f} MB; "
+                "name a file that mergekit-fim wrote"
+            )
+        with open(path, encoding="utf-8") as file:
+            return json.load(file, parse_constant=_refuse)
+    except OSError as error:
+        raise FimError(f"{where}: can't be read ({error.strerror or error}); check the name") from error
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FimError(
+            f"{where}: expected a JSON file, found something else ({reason}); name one that mergekit-fim wrote"
+        ) from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"the value {constant}, which isn't finite")
+
+
+def check_writable(path: str, *others: str) -> None:
+    """Check that a file can be written, before the work that it is for.
+
+    Args:
+        path: the file.
+        others: files that it must not take the place of.
+
+    Raises:
+        FimError: it is a folder, its folder is missing or read-only, or it is one of the others.
+    """
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path) or not os.path.basename(path):
+        raise FimError(f"{path}: expected the name of a file to write, found a folder; add a file name")
+    if path == "-":
+        raise FimError(f"{path}: expected the name of a file to write; for the standard output, name /dev/stdout")
+    for other in others:
+        if os.path.realpath(path) == os.path.realpath(other):
+            raise FimError(f"{path}: this would take the place of {other}, which the command needs; write elsewhere")
+    if not os.path.isdir(folder):
+        raise FimError(f"{path}: the folder {folder} doesn't exist; make it first, or write elsewhere")
+    if not os.access(folder, os.W_OK):
+        raise FimError(f"{path}: the folder {folder} can't be written to; write elsewhere")
+
+
+def write_json(path: str, content: Mapping[str, Any]) -> None:
+    """Write a JSON file atomically: no reader ever sees half of it.
+
+    Raises:
+        FimError: it can't be written.
+    """
+    with written_whole(path) as part, open(part, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")

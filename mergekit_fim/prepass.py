@@ -1,4 +1,4 @@
-"""The Fisher pre-pass of one merge: checked config -> measurements -> merge coefficients in the config.
+"""The street: checked config -> models -> task vectors -> measurements -> merge coefficients -> config.
 
 It runs once, on the main thread, after mergekit has normalised the config to slices and before anything is merged or
 written. The coefficients go back into the config as mergekit's own filtered per-model parameters, which mergekit
@@ -7,15 +7,14 @@ resolves with the names of the source layers: slices that drop, repeat or shift 
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import tqdm
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference
 from mergekit.config import (
     ConditionalParameter,
-    InputSliceDefinition,
+    ConfigReader,
     MergeConfiguration,
     OutputModuleDefinition,
     OutputSliceDefinition,
@@ -23,219 +22,49 @@ from mergekit.config import (
 )
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from transformers import AutoTokenizer, PretrainedConfig
+from transformers import PretrainedConfig
 
-from mergekit_fim import task_vectors
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
-from mergekit_fim.config.parameters import FLOAT_DTYPES, PARAMETERS, Scope
-from mergekit_fim.config.settings import Settings, conditions, read_settings
+from mergekit_fim.config.parameters import PARAMETERS, Scope
+from mergekit_fim.config.settings import (
+    Settings,
+    as_set,
+    base_of,
+    check_config,
+    check_modules,
+    conditions,
+    settings_of,
+)
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher import loading
-from mergekit_fim.fisher import measure as fisher
-from mergekit_fim.fisher.measure import FisherMeasurement
-from mergekit_fim.measurements.file import Measurement, ModelIdentity
-from mergekit_fim.measurements.saved import load_measurement
-from mergekit_fim.measurements.store import CacheEntry
+from mergekit_fim.fisher.measure import check_measurable
+from mergekit_fim.measured import Measured, measured, saved_measurement
 from mergekit_fim.merging.gates import is_fused, is_layout_known
 from mergekit_fim.merging.output_config import ConfigDifference, adapt_output_config
-from mergekit_fim.models.inputs import InputModel, check_compatible, open_models
-from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms
-from mergekit_fim.text import reason
+from mergekit_fim.models.inputs import InputModel, check_compatible, check_tokenizer, open_models
+from mergekit_fim.result import BaseCoefficients, ModelCoefficients, ModelSettings, PrePass, SourceSlice
+from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms, task_vector_norms
 
 # Below this many base parameters `density` is the paper's value for 1.5B, from there on its value for 7B. Where between
 # the two the change lies is this project's choice.
 _LARGE_MODEL = 3_000_000_000
 
 
-@dataclass(frozen=True)
-class ModelCoefficients:
-    """What the pre-pass found for one fine-tuned model.
-
-    Attributes:
-        model: the fine-tuned model.
-        pairs: the layers, by the base's and then the model's index.
-        norms: its squared task-vector norms.
-        scores: [pair], s = F · ‖δ‖².
-        alphas: [pair], the merge coefficients.
-        used_alphas: [pair], what the layer gets: α, or where the user set it by hand, the mean over its tensors.
-        alpha_other: the merge coefficient outside the decoder layers, where the user didn't set it by hand.
-    """
-
-    model: InputModel
-    pairs: tuple[LayerPair, ...]
-    norms: TaskVectorNorms
-    scores: tuple[float, ...]
-    alphas: tuple[float, ...]
-    used_alphas: tuple[float, ...]
-    alpha_other: float
-
-
-@dataclass(frozen=True)
-class BaseCoefficients:
-    """The measurement of one base model, and what followed for the models that are merged into it.
-
-    Attributes:
-        base: the base model.
-        identity: which model that is, wherever it lies.
-        fisher: its measurement.
-        origin: where that comes from, in words; empty where it was measured just now.
-        models: the coefficients of each fine-tuned model.
-    """
-
-    base: InputModel
-    identity: ModelIdentity
-    fisher: FisherMeasurement
-    origin: str
-    models: tuple[ModelCoefficients, ...]
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """A fine-tuned model's own parameters, as mergekit will resolve them.
-
-    Attributes:
-        base: what the model is merged into.
-        model: the fine-tuned model.
-        weight: a number; or a gradient or filters, as in the config; or, where slices differ, a list of one per slice.
-        density: likewise; None for fim_ta.
-        density_is_default: whether the config leaves it to the default for the size of the base.
-        alpha: what the user set by hand, likewise; None where all is left to the pre-pass.
-    """
-
-    base: InputModel
-    model: InputModel
-    weight: Any
-    density: Any
-    density_is_default: bool
-    alpha: Any
-
-
-@dataclass(frozen=True)
-class PrePass:
-    """All that is known about a merge before its first tensor.
-
-    Attributes:
-        method: the merge method.
-        settings: the pre-pass settings.
-        config: the normalised merge config, coefficients included.
-        inputs: every model, by reference.
-        coefficients: per base; empty where every `alpha` was set by hand.
-        models: the fine-tuned models' own parameters.
-        default_density: what `density` is where the config doesn't set it; None for fim_ta.
-        shared: the parameters that are neither per model nor the pre-pass's, likewise a list where slices differ.
-        differences: the config keys in which the inputs differ.
-        warnings: what the user should know, a line each.
-    """
-
-    method: str
-    settings: Settings
-    config: MergeConfiguration
-    inputs: Mapping[ModelReference, InputModel]
-    coefficients: tuple[BaseCoefficients, ...]
-    models: tuple[ModelSettings, ...]
-    default_density: float | None
-    shared: Mapping[str, Any]
-    differences: tuple[ConfigDifference, ...]
-    warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class SourceSlice:
-    """A run of layers of one fine-tuned model in the config, with the base's run that it is merged into."""
-
-    base: ModelReference
-    base_start: int
-    source: InputSliceDefinition
-    scopes: tuple[Mapping[str, Any], ...]  # the parameters that mergekit looks up, from highest to lowest precedence
-
-    def pairs(self) -> list[LayerPair]:
-        """The pairs of layers, in order."""
-        start, end = self.source.layer_range
-        return [LayerPair(self.base_start + i, start + i) for i in range(end - start)]
-
-    def settings(self, name: str) -> list[ConditionalParameter]:
-        """The user's settings of a parameter, from the highest to the lowest precedence, as one list of filters."""
-        return [c for scope in self.scopes if name in scope for c in conditions(scope[name])]
-
-
-def check_config(config: MergeConfiguration, options: MergeOptions) -> Settings:
-    """Check what can be checked of a config as the user wrote it, before mergekit normalises it.
+def check(config: MergeConfiguration, architecture: ModelArchitecture, options: MergeOptions) -> Settings:
+    """Check what can be checked of a merge before mergekit normalises its config, and read the pre-pass settings.
 
     Raises:
-        FimError: no base model or no fine-tuned model, a bad parameter, an unusable dtype or device.
+        FimError: a bad config, a module or a device that isn't there, or a tokenizer that can't be loaded, without
+            which mergekit can't align the vocabularies: mergekit loads it when the merge has begun.
     """
-    settings = read_settings(config)
-    method = config.merge_method
-    if config.base_model is None:  # not only per slice: mergekit would take the merged model's config from any model
-        raise FimError(f"{method} needs a base model; add `base_model:` to the config, at the top")
-    for module in (config, *(config.modules or {}).values()):
-        for i, out_slice in enumerate(module.slices or []):
-            if not out_slice.sources:
-                raise FimError(
-                    f"slices[{i}]: expected the base and a fine-tuned model in `sources`, found none; add them"
-                )
-    if not any(model != base for base, models in _model_groups(config) for model in models):
-        raise FimError(
-            f"{method} needs at least one fine-tuned model beside the base {config.base_model}; list one in `models:`"
-        )
-    for name in ("dtype", "out_dtype"):
-        value = getattr(config, name)
-        if value is not None and value.removeprefix("torch.") not in FLOAT_DTYPES:
-            raise FimError(f"{name}: expected one of {', '.join(FLOAT_DTYPES)}, found {value}")
+    settings = check_config(config)
     loading.placement(options)
-    return settings
-
-
-def check_tokenizers(config: MergeConfiguration, options: MergeOptions) -> None:
-    """Load the tokenizers without which mergekit can't align the vocabularies; it does when the merge has begun.
-
-    Raises:
-        FimError: one that can't be loaded.
-    """
+    check_modules(config, architecture)
     source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
-    if source is None:
-        return
-    for reference in _distinct(m for m in (config.base_model, source) if isinstance(m, ModelReference)):
-        try:
-            AutoTokenizer.from_pretrained(
-                reference.model.path,
-                revision=reference.model.revision,
-                trust_remote_code=options.trust_remote_code,
-            )
-        except Exception as error:  # each kind of tokenizer has its own
-            raise FimError(
-                f"{reference}: the config's tokenizer setting needs a tokenizer from it, which can't be loaded "
-                f"({reason(error)}); put one into its folder, name another model, or leave the setting out"
-            ) from error
-
-
-def check_modules(config: MergeConfiguration, architecture: ModelArchitecture) -> None:
-    """Check that the models have the modules that a config names.
-
-    Raises:
-        FimError: one that they don't have.
-    """
-    for name in config.modules or {}:
-        if name not in architecture.modules:
-            raise FimError(
-                f"modules: expected {' or '.join(architecture.modules)}, found {name}; rename it, or use `models:`"
-            )
-
-
-def _model_groups(config: MergeConfiguration) -> Iterator[tuple[ModelReference, list[ModelReference]]]:
-    """(base, models) of every list of models or slice in a config as the user wrote it."""
-    modules: list[MergeConfiguration | OutputModuleDefinition] = [config, *(config.modules or {}).values()]
-    for module in modules:
-        if module.models:
-            yield _base_of(config), [model.model for model in module.models]
-        for out_slice in module.slices or []:
-            yield _base_of(config, out_slice), [source.model for source in out_slice.sources]
-
-
-def _base_of(config: MergeConfiguration, out_slice: OutputSliceDefinition | None = None) -> ModelReference:
-    base = (out_slice.base_model if out_slice else None) or config.base_model
-    assert base is not None  # `check_config` has seen to it
-    return base
+    if source is not None:
+        for reference in _distinct(m for m in (config.base_model, source) if isinstance(m, ModelReference)):
+            check_tokenizer(reference, options.trust_remote_code)
+    return settings
 
 
 def run(
@@ -249,7 +78,7 @@ def run(
 
     Args:
         config: changed in place: per-model `alpha`, and `density` where it isn't set.
-        settings: from `check_config`.
+        settings: from `check`.
         architecture: mergekit's description of the models.
         options: the merge's options.
         output_config: the config that the merged model will get; corrected in place.
@@ -257,119 +86,56 @@ def run(
     Raises:
         FimError: the models can't be merged, or a measurement isn't finite.
     """
-    (module,) = _only_module(config, architecture)
-    slices = module.slices or []
-    inputs = _open_inputs(slices, config, architecture, options)
-    sources = list(_source_slices(slices, module, config, inputs))
-    warnings = _check_inputs(sources, inputs, config, options)
-    for model in inputs.values():
-        if model.unknown:
-            more = f" and {len(model.unknown) - 1} more" if len(model.unknown) > 1 else ""
-            warnings.append(
-                f"{model} holds tensors that no model with its config.json has, and the merge leaves them out: "
-                f"{model.unknown[0]}{more}"
-            )
-    if config.merge_method == "fim_ta" and any("density" in scope for s in sources for scope in s.scopes):
-        warnings.append("density has no effect in fim_ta, which keeps every entry of the task vectors")
+    slices = [out_slice for module in (config.modules or {}).values() for out_slice in module.slices or []]
+    references = [source.model for out_slice in slices for source in out_slice.sources]
+    inputs = open_models(_distinct([base_of(config), *references]), architecture, options.trust_remote_code)
+    (module,) = (config.modules or {}).values()  # for an architecture of several there are no inputs
+    sources = tuple(_source_slices(slices, module, config, inputs))
+    warnings = [*_check_inputs(sources, inputs, config, options), *_notes(slices, sources, inputs, config)]
 
-    if len(slices[0].sources) == 1:
-        warnings.append("the first and the last slice have no fine-tuned model: embeddings and head stay the base's")
-
-    by_hand = {id(s.source) for s in sources if _is_set_by_hand(s, inputs[s.source.model])}
-    automatic = [s for s in sources if id(s.source) not in by_hand]
+    automatic = [s for s in sources if not _is_set_by_hand(s, inputs[s.source.model])]
     # All slices of a model that needs the pre-pass in one of them, so that the report can say what each layer gets.
     needed = _distinct((s.base, s.source.model) for s in automatic)
-    measured = [s for s in sources if (s.base, s.source.model) in needed]
-    bases = _distinct(s.base for s in measured)
-    identities = {base: ModelIdentity.of(inputs[base]) for base in bases}
-    saved = _saved_measurement(settings, identities, options) if bases else None
-    if not bases and settings.saved is not None:
-        warnings.append(f"fisher: {settings.saved} is not used, as every alpha is set by hand")
+    to_measure = [s for s in sources if (s.base, s.source.model) in needed]
+    bases = [inputs[base] for base in _distinct(s.base for s in to_measure)]
+    saved = saved_measurement(settings, bases, options) if bases else None
     if saved is not None:
-        settings = replace(settings, fisher=saved.fisher.settings)
+        settings = replace(settings, fisher=saved.measurement.fisher.settings)
+    elif settings.saved is not None:
+        warnings.append(f"fisher: {settings.saved} is not used, as every alpha is set by hand")
     for base in bases:
-        fisher.check_measurable(inputs[base], settings.fisher)
-    coefficients = tuple(
-        _measure(
-            inputs[base],
-            identity,
-            [s for s in measured if s.base == base],
-            inputs,
-            settings,
-            saved if saved is not None and not saved.model.difference(identity) else None,
+        check_measurable(base, settings.fisher)
+    norms = {base: _norms(base, to_measure, inputs, config.dtype, options) for base in bases}
+    LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
+    coefficients = []
+    for base in bases:
+        found = measured(
+            lambda base=base: base,  # type: ignore[misc]
+            settings.fisher,
             config.dtype,
             options,
+            saved=saved,
+            cache=settings.cache,
         )
-        for base, identity in identities.items()
-    )
-    warnings += [warning for found in coefficients for warning in found.fisher.warnings]
-    for coefficient in coefficients:
-        dead = [str(layer.index) for layer in coefficient.fisher.layers if layer.fisher == 0]
-        if dead:
-            warnings.append(
-                f"{coefficient.base} has no Fisher information in decoder layer {', '.join(dead)}: no gradient reaches "
-                "its weights; it takes no part in the mapping, and gets alpha_max"
-            )
-    for found in (m for c in coefficients for m in c.models):
-        if not any(found.scores):
-            warnings.append(
-                f"{found.model} does not differ from the base in any decoder layer (or the base has no Fisher "
-                "information in those that do): there is nothing to weigh, every layer gets alpha_max"
-            )
+        LoaderCache().flush_all()
+        coefficients.append(_coefficients(base, found, norms[base], to_measure, settings))
+    warnings += [warning for c in coefficients for warning in c.measurement.fisher.warnings]
+    warnings += _without_information(coefficients)
 
-    density = default_density(inputs[_base_of(config)]) if config.merge_method == "fim_ties" else None
+    density = default_density(inputs[base_of(config)]) if config.merge_method == "fim_ties" else None
     models = tuple(_model_settings(sources, inputs, density))
-    shared = _shared_settings(slices, module, config)
-    _leave_unknown_gates(config, module, slices, inputs[_base_of(config)])
+    readers = [ConfigReader(config=config, t=0, slice_out=out_slice, module=module) for out_slice in slices]
+    shared = {
+        name: as_set(readers, name, parameter.default_for(config.merge_method))
+        for name, parameter in PARAMETERS.items()
+        if parameter.scope is Scope.TENSOR
+    }
+    _leave_unknown_gates(config, module, slices, inputs[base_of(config)])
     _write_alphas(automatic, coefficients)
     if density is not None:
         _write_default_density(config, density)
-    base_layers = [
-        layer
-        for out_slice in slices
-        for source in out_slice.sources
-        if source.model == _base_of(config, out_slice)
-        for layer in range(*source.layer_range)
-    ]
-    first, *others = inputs.values()
-    by_tokenizer = bool(config.tokenizer or config.tokenizer_source)
-    truncated = options.unsafe_truncate_embeddings and not by_tokenizer
-    differences = adapt_output_config(output_config, first, others, base_layers, truncated=truncated)
-    if by_tokenizer:  # mergekit sets the vocabulary's size when it has built the tokenizer
-        differences = [d for d in differences if d.key != "vocab_size"]
-    return PrePass(
-        config.merge_method,
-        settings,
-        config,
-        inputs,
-        coefficients,
-        models,
-        density,
-        shared,
-        tuple(differences),
-        tuple(warnings),
-    )
-
-
-def _only_module(config: MergeConfiguration, architecture: ModelArchitecture) -> list[OutputModuleDefinition]:
-    modules = config.modules or {}
-    if len(modules) != 1 or len(architecture.modules) != 1:
-        raise FimError(
-            f"expected models with one stack of decoder layers, found the modules {', '.join(architecture.modules)}; "
-            f"{config.merge_method} merges text-only causal language models"
-        )
-    return list(modules.values())
-
-
-def _open_inputs(
-    slices: Sequence[OutputSliceDefinition],
-    config: MergeConfiguration,
-    architecture: ModelArchitecture,
-    options: MergeOptions,
-) -> dict[ModelReference, InputModel]:
-    references = [source.model for out_slice in slices for source in out_slice.sources]
-    references = _distinct([_base_of(config), *references])
-    return open_models(references, architecture, options.trust_remote_code)
+    differences = _adapt(output_config, inputs, slices, config, options)
+    return PrePass(settings, config, inputs, tuple(coefficients), models, shared, density, differences, tuple(warnings))
 
 
 def _source_slices(
@@ -384,7 +150,7 @@ def _source_slices(
             f"outside the layers from both; found {len(slices[0].sources)} and {len(slices[-1].sources)}"
         )
     for i, out_slice in enumerate(slices):
-        base = _base_of(config, out_slice)
+        base = base_of(config, out_slice)
         for source in out_slice.sources:
             start, end = source.layer_range
             count = len(inputs[source.model].layout.layers)
@@ -397,10 +163,8 @@ def _source_slices(
         if len(lengths) > 1:
             raise FimError(f"slices[{i}]: its sources must all have the same number of layers, found {sorted(lengths)}")
         base_start = next(source.layer_range[0] for source in out_slice.sources if source.model == base)
-        for source in out_slice.sources:
-            if source.model != base:
-                scopes = (source.parameters, out_slice.parameters, module.parameters, config.parameters)
-                yield SourceSlice(base, base_start, source, tuple(scope or {} for scope in scopes))
+        reader = ConfigReader(config=config, t=0, slice_out=out_slice, module=module)
+        yield from (SourceSlice(base, base_start, s, reader) for s in out_slice.sources if s.model != base)
 
 
 def _check_inputs(
@@ -408,12 +172,30 @@ def _check_inputs(
     inputs: Mapping[ModelReference, InputModel],
     config: MergeConfiguration,
     options: MergeOptions,
-) -> list[str]:
+) -> Iterator[str]:
     aligned = bool(config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings)
-    warnings = []
     for base, model in _distinct((s.base, s.source.model) for s in sources):
-        warnings += check_compatible(inputs[base], inputs[model], vocabulary_aligned=aligned)
-    return warnings
+        yield from check_compatible(inputs[base], inputs[model], vocabulary_aligned=aligned)
+
+
+def _notes(
+    slices: Sequence[OutputSliceDefinition],
+    sources: Sequence[SourceSlice],
+    inputs: Mapping[ModelReference, InputModel],
+    config: MergeConfiguration,
+) -> Iterator[str]:
+    """What the user may not know of these models and this config, a line each."""
+    for model in inputs.values():
+        if model.unknown:
+            more = f" and {len(model.unknown) - 1} more" if len(model.unknown) > 1 else ""
+            yield (
+                f"{model} holds tensors that no model with its config.json has, and the merge leaves them out: "
+                f"{model.unknown[0]}{more}"
+            )
+    if config.merge_method == "fim_ta" and any(s.settings("density") for s in sources):
+        yield "density has no effect in fim_ta, which keeps every entry of the task vectors"
+    if len(slices[0].sources) == 1:
+        yield "the first and the last slice have no fine-tuned model: embeddings and head stay the base's"
 
 
 def _is_set_by_hand(source: SourceSlice, model: InputModel) -> bool:
@@ -424,95 +206,53 @@ def _is_set_by_hand(source: SourceSlice, model: InputModel) -> bool:
     return all(evaluate_setting(name, by_hand, validate=float) is not None for name in names)
 
 
-def _saved_measurement(
-    settings: Settings, bases: Mapping[ModelReference, ModelIdentity], options: MergeOptions
-) -> Measurement | None:
-    """What the config's `fisher` names, if it is a measurement of one of the bases and as the config wants it."""
-    if settings.saved is None:
-        return None
-    found = load_measurement(settings.saved, options.transformers_cache)
-    for name in sorted(settings.given):
-        wanted, has = getattr(settings.fisher, name), getattr(found.fisher.settings, name)
-        if wanted != has:
-            raise FimError(
-                f"fisher: {settings.saved} was measured with {name} {has}, but the config sets fisher_{name} to "
-                f"{wanted}; leave out one of the two"
-            )
-    differences = [found.model.difference(identity) for identity in bases.values()]
-    if all(differences):
-        raise FimError(
-            f"fisher: {settings.saved} is a measurement of {found.model.id}, which differs from the base "
-            f"{next(iter(bases))} in its {differences[0]}; measure the base with `mergekit-fim fisher`, or leave "
-            "`fisher` out"
-        )
-    return found
-
-
-def _measure(
+def _norms(
     base: InputModel,
-    identity: ModelIdentity,
     sources: Sequence[SourceSlice],
     inputs: Mapping[ModelReference, InputModel],
-    settings: Settings,
-    saved: Measurement | None,
     dtype: str | None,
     options: MergeOptions,
-) -> BaseCoefficients:
-    references = _distinct(source.source.model for source in sources)
+) -> dict[InputModel, TaskVectorNorms]:
+    own = [s for s in sources if s.base == base.reference]
     pairs = {
-        inputs[reference]: _population([s for s in sources if s.source.model == reference], len(base.layout.layers))
-        for reference in references
+        inputs[model]: _population([s for s in own if s.source.model == model], len(base.layout.layers))
+        for model in _distinct(s.source.model for s in own)
     }
-    sweep = task_vectors.TaskVectorSweep(base, pairs, dtype)
-    sweep.outside()
-    measurement, origin = _fisher(base, identity, settings, saved, dtype, options, sweep)
-    norms = sweep.norms()
-    LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
+    return task_vector_norms(base, pairs, dtype, quiet=options.quiet)
+
+
+def _population(sources: Sequence[SourceSlice], num_layers: int) -> list[LayerPair]:
+    """The pairs of layers over which scores are normalised.
+
+    Every layer of the base counts, merged or not, so that a layer's coefficient is the same in a merge of the whole
+    model and in one of some slices. A layer is paired as the slices pair it, one that no slice uses with its own index.
+    """
+    pairs = {pair for source in sources for pair in source.pairs()}
+    used = {pair.base_layer for pair in pairs}
+    pairs |= {LayerPair(layer, layer) for layer in range(num_layers) if layer not in used}
+    return sorted(pairs, key=lambda pair: (pair.base_layer, pair.source_layer))
+
+
+def _coefficients(
+    base: InputModel,
+    found: Measured,
+    norms: Mapping[InputModel, TaskVectorNorms],
+    sources: Sequence[SourceSlice],
+    settings: Settings,
+) -> BaseCoefficients:
+    layers = found.measurement.fisher.layers
     models = []
-    for model, layer_pairs in pairs.items():
-        scores = importance_scores(
-            [measurement.layers[pair.base_layer].fisher for pair in layer_pairs],
-            [norms[model].layers[pair] for pair in layer_pairs],
-        )
+    for model, its in norms.items():
+        pairs = list(its.layers)
+        scores = importance_scores([layers[pair.base_layer].fisher for pair in pairs], list(its.layers.values()))
         alphas = merge_coefficients(scores, settings.mapping)
-        used = _used_alphas([s for s in sources if s.source.model == model.reference], model, layer_pairs, alphas)
+        own = [s for s in sources if (s.base, s.source.model) == (base.reference, model.reference)]
+        used = _used_alphas(own, model, pairs, alphas)
         # Layers without a score stay out of the mean: where they have no task vector, their α means nothing.
         scored = [alpha for alpha, score in zip(used, scores, strict=True) if score > 0] or used
         other = settings.alpha_other if settings.alpha_other is not None else math.fsum(scored) / len(scored)
-        models.append(
-            ModelCoefficients(model, tuple(layer_pairs), norms[model], tuple(scores), tuple(alphas), tuple(used), other)
-        )
-    return BaseCoefficients(base, identity, measurement, origin, tuple(models))
-
-
-def _fisher(
-    base: InputModel,
-    identity: ModelIdentity,
-    settings: Settings,
-    saved: Measurement | None,
-    dtype: str | None,
-    options: MergeOptions,
-    sweep: task_vectors.TaskVectorSweep,
-) -> tuple[FisherMeasurement, str]:
-    """The base's measurement and where it comes from; in any case the sweep over its layers is made."""
-    reading, running = fisher.dtypes(base, dtype, options)
-    entry = CacheEntry(identity, settings.fisher, reading, running)
-    known, origin = saved, f"from {settings.saved}"
-    if known is None and settings.cache:
-        known, origin = entry.read(), f"kept from an earlier measurement: {entry.path}"
-    if known is not None:
-        layers = tqdm.trange(
-            len(base.layout.layers), desc="Measuring task vectors", unit="layer", disable=options.quiet
-        )
-        for layer in layers:
-            sweep.layer(layer)
-        return known.fisher, origin
-    # Along with the forward pass, so that the base's layers are read once for both. Broken weights end it there, before
-    # the costlier backward pass.
-    found = fisher.measure_base(base, settings.fisher, dtype, options, running=running, each_layer=sweep.layer)
-    if settings.cache:
-        entry.write(Measurement.of(found, identity))
-    return found, ""
+        models.append(ModelCoefficients(model, tuple(pairs), its, tuple(scores), tuple(alphas), tuple(used), other))
+    return BaseCoefficients(base, found.measurement, found.origin, tuple(models))
 
 
 def _used_alphas(
@@ -530,59 +270,35 @@ def _used_alphas(
     return [used[pair] for pair in pairs]
 
 
-def _population(sources: Sequence[SourceSlice], num_layers: int) -> list[LayerPair]:
-    """The pairs of layers over which scores are normalised.
-
-    Every layer of the base counts, merged or not, so that a layer's coefficient is the same in a merge of the whole
-    model and in one of some slices. A layer is paired as the slices pair it, one that no slice uses with its own index.
-    """
-    pairs = {pair for source in sources for pair in source.pairs()}
-    used = {pair.base_layer for pair in pairs}
-    pairs |= {LayerPair(layer, layer) for layer in range(num_layers) if layer not in used}
-    return sorted(pairs, key=lambda pair: (pair.base_layer, pair.source_layer))
+def _without_information(coefficients: Sequence[BaseCoefficients]) -> Iterator[str]:
+    for found in coefficients:
+        dead = [str(layer.index) for layer in found.measurement.fisher.layers if layer.fisher == 0]
+        if dead:
+            yield (
+                f"{found.base} has no Fisher information in decoder layer {', '.join(dead)}: no gradient reaches "
+                "its weights; it takes no part in the mapping, and gets alpha_max"
+            )
+    for model in (m for c in coefficients for m in c.models):
+        if not any(model.scores):
+            yield (
+                f"{model.model} does not differ from the base in any decoder layer (or the base has no Fisher "
+                "information in those that do): there is nothing to weigh, every layer gets alpha_max"
+            )
 
 
 def _model_settings(
     sources: Sequence[SourceSlice], inputs: Mapping[ModelReference, InputModel], density: float | None
 ) -> Iterator[ModelSettings]:
     for base, model in _distinct((s.base, s.source.model) for s in sources):
-        own = [s for s in sources if (s.base, s.source.model) == (base, model)]
-        by_hand = [_effective(s.settings("alpha"), None) if s.settings("alpha") else None for s in own]
+        readers = [s.reader for s in sources if (s.base, s.source.model) == (base, model)]
         yield ModelSettings(
             inputs[base],
             inputs[model],
-            _common([_effective(s.settings("weight"), PARAMETERS["weight"].default) for s in own]),
-            None if density is None else _common([_effective(s.settings("density"), density) for s in own]),
-            density is not None and not any(s.settings("density") for s in own),
-            _common(by_hand),
+            as_set(readers, "weight", PARAMETERS["weight"].default, model),
+            None if density is None else as_set(readers, "density", density, model),
+            density is not None and not any(settings_of(reader, "density", model) for reader in readers),
+            as_set(readers, "alpha", None, model),
         )
-
-
-def _shared_settings(
-    slices: Sequence[OutputSliceDefinition], module: OutputModuleDefinition, config: MergeConfiguration
-) -> dict[str, Any]:
-    shared = {}
-    for parameter in PARAMETERS.values():
-        if parameter.scope is Scope.TENSOR:
-            values = []
-            for out_slice in slices:
-                scopes = [out_slice.parameters or {}, module.parameters or {}, config.parameters or {}]
-                given = [c for scope in scopes if parameter.name in scope for c in conditions(scope[parameter.name])]
-                values.append(_effective(given, parameter.default_for(config.merge_method)))
-            shared[parameter.name] = _common(values)
-    return shared
-
-
-def _common(values: list[Any]) -> Any:
-    """One value if all are the same, else one per slice."""
-    return values[0] if all(value == values[0] for value in values) else values
-
-
-def _effective(given: list[ConditionalParameter], default: Any) -> Any:
-    """A setting, from the highest to the lowest precedence: its value where it is one everywhere, else the filters."""
-    if default is not None:
-        given = [*given, ConditionalParameter(value=default)]
-    return given[0].value if given[0].filter in (None, "*") else given
 
 
 def _write_alphas(sources: Sequence[SourceSlice], coefficients: Sequence[BaseCoefficients]) -> None:
@@ -638,6 +354,28 @@ def _leave_unknown_gates(
         if scope.parameters and "gate_scale" in scope.parameters:
             given = conditions(scope.parameters["gate_scale"])
             scope.parameters = {**scope.parameters, "gate_scale": [*exceptions, *given]}
+
+
+def _adapt(
+    output_config: PretrainedConfig,
+    inputs: Mapping[ModelReference, InputModel],
+    slices: Sequence[OutputSliceDefinition],
+    config: MergeConfiguration,
+    options: MergeOptions,
+) -> tuple[ConfigDifference, ...]:
+    base_layers = [
+        layer
+        for out_slice in slices
+        for source in out_slice.sources
+        if source.model == base_of(config, out_slice)
+        for layer in range(*source.layer_range)
+    ]
+    first, *others = inputs.values()
+    by_tokenizer = bool(config.tokenizer or config.tokenizer_source)
+    truncated = options.unsafe_truncate_embeddings and not by_tokenizer
+    differences = adapt_output_config(output_config, first, others, base_layers, truncated=truncated)
+    # By a tokenizer, mergekit sets the vocabulary's size when it has built that.
+    return tuple(d for d in differences if not (by_tokenizer and d.key == "vocab_size"))
 
 
 def _distinct(items: Iterable[Any]) -> list[Any]:

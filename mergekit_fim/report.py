@@ -9,16 +9,15 @@ from typing import Any
 
 from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel
-from mergekit.io.tensor_writer import TensorWriter
 from pydantic import BaseModel
 
-from mergekit_fim.files import written_whole
-from mergekit_fim.measurements.file import layers_as_json, versions
+from mergekit_fim.errors import echo, width, wrapped
+from mergekit_fim.files import REPORT_FORMAT, written_whole
+from mergekit_fim.measurements.file import layers_as_json
+from mergekit_fim.measurements.record import versions
 from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_known
-from mergekit_fim.merging.output_folder import REPORT_NAME, remove_model
-from mergekit_fim.models.inputs import InputModel
-from mergekit_fim.prepass import BaseCoefficients, ModelCoefficients, PrePass
-from mergekit_fim.text import echo, width, wrapped
+from mergekit_fim.merging.output_folder import REPORT_NAME, ReplaceModel
+from mergekit_fim.result import BaseCoefficients, ModelCoefficients, PrePass
 
 LOG = logging.getLogger("mergekit_fim")
 
@@ -127,29 +126,25 @@ def _gate_notes(pre_pass: PrePass) -> Iterator[str]:
         yield "gate protection: not applied, the models have no MLP gate projection"
 
 
-def _base(pre_pass: PrePass) -> InputModel:
-    return next(iter(pre_pass.inputs.values()))
-
-
 def _gates(pre_pass: PrePass, is_one: Callable[[str], bool]) -> list[str]:
-    base = _base(pre_pass)
+    base = pre_pass.base
     names = [tensor.name for layer in base.layout.layers for tensor in layer.tensors]
     return [name for name in names if is_one(name) and name not in base.absent]
 
 
 def _protected_halves(pre_pass: PrePass) -> list[str]:
-    model_type = _base(pre_pass).config.model_type
+    model_type = pre_pass.base.config.model_type
     return [name for name in _gates(pre_pass, is_fused) if is_layout_known(name, model_type)]
 
 
 def as_json(pre_pass: PrePass) -> dict[str, Any]:
     """The report, as it is written beside the merged model."""
-    base = str(next(iter(pre_pass.inputs)))
+    base = str(pre_pass.base)
     measured = {str(c.base): _fisher(c) for c in pre_pass.coefficients}
     return {
-        "format": "mergekit-fim/report",
+        "format": REPORT_FORMAT,
         "version": 1,
-        "method": pre_pass.method,
+        "method": pre_pass.config.merge_method,
         "base_model": base,
         "settings": _settings(pre_pass),
         "fisher": measured.pop(base, None),
@@ -181,7 +176,7 @@ def _settings(pre_pass: PrePass) -> dict[str, Any]:
 
 def _fisher(coefficients: BaseCoefficients) -> dict[str, Any]:
     return {
-        "model": dict(vars(coefficients.identity)),
+        "model": dict(vars(coefficients.measurement.model)),
         "vocab_size": coefficients.fisher.vocab_size,
         "dtype": coefficients.fisher.dtype,
         "num_layers": len(coefficients.fisher.layers),
@@ -223,19 +218,6 @@ def _jsonable(value: Any) -> Any:
 
 def _plain(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(_jsonable(value), ensure_ascii=False)
-
-
-class ReplaceModel(FinalizeModel):
-    """mergekit's `FinalizeModel`, which gives the model's files their names, after removing an older model's.
-
-    mergekit leaves an older model's files that no new one has the name of: its single file beside new shards, which
-    transformers would go on to load, or its shards beside a new single file, which mergekit would.
-    """
-
-    def execute(self, writer: TensorWriter, **kwargs: Any) -> None:
-        """Remove the older model and its report, and name the new one's files."""
-        remove_model(writer.out_path)
-        super().execute(writer, **kwargs)
 
 
 class WriteReport(Task[None]):

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import tqdm
 from mergekit.architecture import WeightInfo
 
 from mergekit_fim.errors import FimError
@@ -33,78 +34,47 @@ class TaskVectorNorms:
     other: float | None
 
 
-class TaskVectorSweep:
-    """Measures the task vectors of all fine-tuned models of one base, layer by layer, reading every tensor once.
+def task_vector_norms(
+    base: InputModel, models: Mapping[InputModel, Sequence[LayerPair]], dtype: str | None, *, quiet: bool = False
+) -> dict[InputModel, TaskVectorNorms]:
+    """Measure the task vectors of all fine-tuned models of one base, reading every tensor once.
 
-    The layers come in the order in which they are asked for, so that the sweep can go along with another one that reads
-    the base's layers.
+    The base's layers are read from the last to the first. Of a model larger than memory, the system's file cache then
+    holds the layers that the measurement, which comes next, begins with.
+
+    Args:
+        base: the base model.
+        models: the fine-tuned models, each with the pairs of layers that its merge needs.
+        dtype: what the merge casts every tensor to when it reads it, or None for the checkpoints' own.
+        quiet: no progress bar.
+
+    Raises:
+        FimError: layers of a pair don't have the same tensors, or a task vector isn't finite.
     """
-
-    def __init__(self, base: InputModel, models: Mapping[InputModel, Sequence[LayerPair]], dtype: str | None) -> None:
-        """Prepare the sweep.
-
-        Args:
-            base: the base model.
-            models: the fine-tuned models, each with the pairs of layers that its merge needs.
-            dtype: what the merge casts every tensor to when it reads it, or None for the checkpoints' own.
-
-        Raises:
-            FimError: layers of a pair don't have the same tensors.
-        """
-        self._base, self._dtype = base, dtype
-        self._sums = {model: dict.fromkeys(pairs, 0.0) for model, pairs in models.items()}
-        self._other: dict[InputModel, float | None] = {}
-        self._work = [_layer_work(base, layer, models) for layer in base.layout.layers]
-        self._left = set(range(len(self._work)))
-
-    def layer(self, index: int) -> None:
-        """Measure all task vectors that belong to one of the base's layers, unless that has been done.
-
-        Raises:
-            FimError: a task vector that isn't finite.
-        """
-        if index not in self._left:
-            return
-        self._left.remove(index)
-        for base_tensor, users in self._work[index]:
-            if not users:
-                continue
-            reference = self._base.load(base_tensor, self._dtype)
+    work = [_layer_work(base, layer, models) for layer in base.layout.layers]
+    other = _outside(base, list(models), dtype)
+    sums = {model: dict.fromkeys(pairs, 0.0) for model, pairs in models.items()}
+    for tensors in tqdm.tqdm(work[::-1], desc="Measuring task vectors", unit="layer", disable=quiet):
+        for base_tensor, users in tensors:
+            reference = base.load(base_tensor, dtype) if users else None
             for model, pair, tensor in users:
                 where = f"decoder layer {pair.source_layer}"
-                distance = _distance(self._base, reference, model, tensor, self._dtype, where)
-                self._sums[model][pair] += distance or 0.0
+                sums[model][pair] += _distance(base, reference, model, tensor, dtype, where) or 0.0
+    return {model: TaskVectorNorms(sums[model], other[model]) for model in models}
 
-    def norms(self) -> dict[InputModel, TaskVectorNorms]:
-        """The squared norms per model, after measuring whatever is left.
 
-        Raises:
-            FimError: a task vector that isn't finite.
-        """
-        for index in sorted(self._left):
-            self.layer(index)
-        if not self._other:
-            self.outside()
-        return {model: TaskVectorNorms(sums, self._other[model]) for model, sums in self._sums.items()}
-
-    def outside(self) -> None:
-        """Measure the tensors outside the layers.
-
-        Raises:
-            FimError: a task vector that isn't finite.
-        """
-        base, models = self._base, list(self._sums)
-        other: dict[InputModel, float | None] = dict.fromkeys(models, 0.0)
-        for base_tensor in base.layout.other:
-            if not any(m.stored_name(base_tensor, tied=False) is not None for m in (base, *models)):
-                continue  # a head that is tied in all the models: it is their embeddings
-            reference = base.load(base_tensor, self._dtype)
-            for model in models:
-                where = "the tensors outside the layers"
-                distance = _distance(base, reference, model, base_tensor, self._dtype, where)
-                so_far = other[model]
-                other[model] = None if distance is None or so_far is None else so_far + distance
-        self._other = other
+def _outside(base: InputModel, models: Sequence[InputModel], dtype: str | None) -> dict[InputModel, float | None]:
+    """‖δ‖² over the tensors outside the layers; None where the vocabularies' sizes differ."""
+    other: dict[InputModel, float | None] = dict.fromkeys(models, 0.0)
+    for base_tensor in base.layout.other:
+        if not any(m.stored_name(base_tensor, tied=False) is not None for m in (base, *models)):
+            continue  # a head that is tied in all the models: it is their embeddings
+        reference = base.load(base_tensor, dtype)
+        for model in models:
+            distance = _distance(base, reference, model, base_tensor, dtype, "the tensors outside the layers")
+            so_far = other[model]
+            other[model] = None if distance is None or so_far is None else so_far + distance
+    return other
 
 
 def _layer_work(

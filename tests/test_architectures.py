@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mergekit_fim import resolve
-from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.fisher.engine import autograd_engine
-from mergekit_fim.fisher.measure import measure, measure_base
+from mergekit_fim.fisher.measure import measure, measure_checkpoint
 from mergekit_fim.merging.gates import is_layout_known
 from mergekit_fim.models.inputs import open_model
 from mergekit_fim.tools.explain import explain
@@ -131,7 +131,7 @@ def by_reference_engine(path: Path, dtype: torch.dtype):
 
 def streamed(path: Path, running: torch.dtype):
     base = open_model(str(path), None, MergeOptions())
-    found = measure_base(base, SETTINGS, None, MergeOptions(quiet=True), running=running)
+    found = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True), running=running)
     assert found.warnings == ()  # so it ran layer by layer
     assert found.dtype == str(running).removeprefix("torch.")
     return found

@@ -15,11 +15,12 @@ from click.testing import CliRunner
 from conftest import Merge, config_for
 from test_errors import unwrapped
 
+import mergekit_fim.measured
 from mergekit_fim.cli import main
 from mergekit_fim.files import PART
-from mergekit_fim.fisher import measure as fisher
 from mergekit_fim.measurements import store as cache
-from mergekit_fim.measurements.file import read_measurement, write_measurement
+from mergekit_fim.measurements.file import write_measurement
+from mergekit_fim.measurements.store import read_measurement
 
 
 @pytest.fixture
@@ -32,8 +33,10 @@ def merge(tmp_path) -> Merge:
 def measured(monkeypatch):
     """How often a base was measured."""
     calls = []
-    original = fisher.measure_base
-    monkeypatch.setattr(fisher, "measure_base", lambda *a, **k: calls.append(a[0]) or original(*a, **k))
+    original = mergekit_fim.measured.measure_checkpoint
+    monkeypatch.setattr(
+        mergekit_fim.measured, "measure_checkpoint", lambda *a, **k: calls.append(a[0]) or original(*a, **k)
+    )
     return calls
 
 

@@ -14,7 +14,7 @@ import tiny
 from click.testing import CliRunner
 
 from mergekit_fim.cli import main
-from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.fisher.engine import autograd_engine
 from mergekit_fim.fisher.measure import measure
 
@@ -97,7 +97,7 @@ import mergekit_fim.fisher.batched as batched
 import mergekit_fim.fisher.engine as engines
 from mergekit_fim.cli import main
 def measure(self, *args):
-    raise batched.NotSupportedError
+    raise engines.NotSupportedError
 batched._Run.measure = measure
 original = engines.sequence_loss
 def counted(*args):

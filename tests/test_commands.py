@@ -21,10 +21,10 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from test_measurement import measurement
 
 from mergekit_fim.cli import main
-from mergekit_fim.config.settings import FisherSettings
-from mergekit_fim.fisher.measure import FisherMeasurement, LayerFisher
+from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.measurements.compare import compare_fisher
 from mergekit_fim.measurements.file import write_measurement
+from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher
 from mergekit_fim.tools.export import summary
 
 COMMANDS = ["compare", "export", "fisher", "merge", "plan", "plot"]

@@ -13,14 +13,14 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from torch import nn
 
-from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.fisher import batched, head
 from mergekit_fim.fisher import loading as placement
 from mergekit_fim.fisher import measure as fisher
-from mergekit_fim.fisher.batched import NotSupportedError, batched_engine
-from mergekit_fim.fisher.engine import autograd_engine
+from mergekit_fim.fisher.batched import batched_engine
+from mergekit_fim.fisher.engine import NotSupportedError, autograd_engine
 from mergekit_fim.fisher.loading import Placement, load_model
-from mergekit_fim.fisher.measure import measure, measure_base
+from mergekit_fim.fisher.measure import measure, measure_checkpoint
 from mergekit_fim.fisher.narrow import narrow_linear
 from mergekit_fim.fisher.rules import GramCache, product_squared_norm
 from mergekit_fim.fisher.samples import Samples, draw_samples
@@ -248,13 +248,11 @@ def test_streamed_from_the_checkpoint(kind, storage, tied, tmp_path):
         torch.save(load_file(file), tmp_path / "m" / "pytorch_model.bin")
         file.unlink()
     base = open_model(str(tmp_path / "m"), None, MergeOptions())
-    seen = []
-    found = measure_base(base, SETTINGS, None, MergeOptions(quiet=True), each_layer=seen.append)
+    found = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True))
     expected = measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
     assert [layer.parameters for layer in found.layers] == [layer.parameters for layer in expected.layers]
     for a, b in zip(found.layers, expected.layers, strict=True):
         assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-4)
-    assert seen == [0, 1, 2, 3, 4]
     assert found.warnings == ()
 
 
@@ -310,7 +308,7 @@ def test_resident_and_streamed_agree(tmp_path):
 def test_a_model_that_runs_out_of_memory_is_halved(tmp_path, monkeypatch):
     path = tiny.save(tiny.build(tiny.config("llama")), tmp_path / "m")
     base = open_model(str(path), None, MergeOptions())
-    expected = measure_base(base, SETTINGS, None, MergeOptions(quiet=True))
+    expected = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True))
     sizes = []
     original = batched._Run.measure
 
@@ -322,7 +320,7 @@ def test_a_model_that_runs_out_of_memory_is_halved(tmp_path, monkeypatch):
 
     monkeypatch.setattr(batched._Run, "measure", small)
     LoaderCache.loaders.clear()
-    found = measure_base(base, SETTINGS, None, MergeOptions(quiet=True))
+    found = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True))
     assert sizes == [5, 3, 2, 2, 1]
     for a, b in zip(found.layers, expected.layers, strict=True):
         assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-5)
@@ -351,7 +349,7 @@ def loads(monkeypatch, fits: bool) -> list[tuple[str, bool, weakref.ref]]:
 def test_a_model_too_large_for_its_place_is_streamed_and_nothing_is_left_of_it(tmp_path, monkeypatch):
     path = tiny.save(tiny.build(tiny.config("llama")), tmp_path / "m")
     base = open_model(str(path), None, MergeOptions())
-    expected = measure_base(base, SETTINGS, None, MergeOptions(quiet=True))
+    expected = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True))
     loaded = loads(monkeypatch, fits=True)
     original = batched._Run.measure
 
@@ -362,7 +360,7 @@ def test_a_model_too_large_for_its_place_is_streamed_and_nothing_is_left_of_it(t
         return original(self, samples, device)
 
     monkeypatch.setattr(batched._Run, "measure", small)
-    found = measure_base(base, SETTINGS, None, MergeOptions(quiet=True))
+    found = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True))
     assert [where[:2] for where in loaded] == [("cuda", False), ("cuda", True)]
     assert loaded[1][2]() is None
     for a, b in zip(found.layers, expected.layers, strict=True):
@@ -374,7 +372,7 @@ def test_a_model_that_must_be_in_memory_and_is_too_large_for_the_accelerator(fit
     """Whether that is known beforehand or not."""
     path = tiny.save(tiny.build(tiny.config("llama")), tmp_path / "m")
     base = open_model(str(path), None, MergeOptions())
-    expected = measure_base(base, SETTINGS, None, MergeOptions(quiet=True))
+    expected = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True))
     loaded = loads(monkeypatch, fits=fits)
 
     def unsupported(self, samples: Samples, device):
@@ -386,7 +384,7 @@ def test_a_model_that_must_be_in_memory_and_is_too_large_for_the_accelerator(fit
         return autograd_engine(*args)
 
     monkeypatch.setattr(batched._Run, "measure", unsupported)
-    found = measure_base(base, SETTINGS, None, MergeOptions(quiet=True), reference=reference)
+    found = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True), reference=reference)
     assert loaded[-1][:2] == ("cpu", False)
     assert "measured on the CPU" in found.warnings[-1]
     for a, b in zip(found.layers, expected.layers, strict=True):

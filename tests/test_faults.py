@@ -22,13 +22,11 @@ from conftest import Merge, Pair, config_for
 from test_errors import ends_in_one_line
 from warm import Outcome, Warm
 
-from mergekit_fim import files as atomic
-from mergekit_fim import report
+from mergekit_fim import files, report
 from mergekit_fim.cli import main
 from mergekit_fim.files import PART
 from mergekit_fim.fisher import batched
-from mergekit_fim.measurements import file as measurement
-from mergekit_fim.measurements.file import read_measurement
+from mergekit_fim.measurements.store import read_measurement
 
 PLAIN = ("--no-copy-tokenizer", "--no-write-model-card", "--quiet")
 SMALL = {"fisher_samples": 2, "fisher_seq_len": 8}
@@ -188,7 +186,7 @@ def fill_disk(monkeypatch, name: str, at: int) -> None:
             file.write = write
         return file
 
-    for module in (measurement, report):
+    for module in (files, report):
         monkeypatch.setattr(module, "open", opened, raising=False)
 
 
@@ -332,7 +330,7 @@ def test_other_errors_are_not_taken_for_memory(pair, merge, monkeypatch):
 
 def test_unfinished_files_of_others_are_left(tmp_path):
     """Those of processes that are at it here or, for an hour, on another machine; and what isn't ours."""
-    machine = atomic._machine()
+    machine = files._machine()
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     process.wait(timeout=60)
     ended = process.pid
@@ -349,11 +347,11 @@ def test_unfinished_files_of_others_are_left(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.safetensors").write_text("")
         os.utime(tmp_path / name, (0, 0))
-    measurement.write_json(str(tmp_path / "f.json"), {})
+    files.write_json(str(tmp_path / "f.json"), {})
     left = {"f.json", f"{folders['alive']}/model.safetensors", *names.values()} - {names["dead"]}
     assert set(contents(tmp_path)) == left
     os.utime(tmp_path / names["elsewhere"], (0, 0))
-    measurement.write_json(str(tmp_path / "f.json"), {})
+    files.write_json(str(tmp_path / "f.json"), {})
     assert set(contents(tmp_path)) == left - {names["elsewhere"]}
 
 
@@ -361,20 +359,20 @@ def test_what_is_no_file_is_written_to_as_it_is(tmp_path):
     """A pipe, here, as /dev/stdout may be one; and a link stays one."""
     os.mkfifo(tmp_path / "pipe")
     reader = subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True)
-    measurement.write_json(str(tmp_path / "pipe"), {"a": 1})
+    files.write_json(str(tmp_path / "pipe"), {"a": 1})
     assert json.loads(reader.communicate(timeout=60)[0]) == {"a": 1}
     assert stat.S_ISFIFO(os.stat(tmp_path / "pipe").st_mode)
     (tmp_path / "folder").mkdir()
     (tmp_path / "link.json").symlink_to(tmp_path / "folder" / "target.json")
     for content in ({"a": 1}, {"a": 2}):
-        measurement.write_json(str(tmp_path / "link.json"), content)
+        files.write_json(str(tmp_path / "link.json"), content)
         assert (tmp_path / "link.json").is_symlink()
         assert json.loads((tmp_path / "folder" / "target.json").read_text()) == content
     assert os.listdir(tmp_path / "folder") == ["target.json"]
 
 
 def test_a_process_number_means_a_process_of_one_container(monkeypatch):
-    own = atomic._machine()
+    own = files._machine()
     original = os.readlink
     monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]" if path == "/proc/self/ns/pid" else original(path))
-    assert atomic._machine() != own
+    assert files._machine() != own

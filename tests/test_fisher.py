@@ -6,7 +6,7 @@ import tiny
 import torch
 from mergekit.options import MergeOptions
 
-from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.engine import autograd_engine

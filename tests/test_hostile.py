@@ -29,11 +29,11 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from test_errors import UP, change_config, change_tensor, poison, remake
 
 from mergekit_fim.cli import main
-from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.files import PART
-from mergekit_fim.fisher.measure import FisherMeasurement, LayerFisher
-from mergekit_fim.measurements.file import Measurement, ModelIdentity, write_measurement
-from mergekit_fim.models.identity import fingerprint
+from mergekit_fim.measurements.file import write_measurement
+from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher, Measurement
+from mergekit_fim.models.identity import fingerprint, identity
 from mergekit_fim.models.inputs import open_model
 
 
@@ -516,12 +516,10 @@ def measured(of: str, change: Callable[[dict], object] | None = None):
     """Write a measurement of one of the models beside them, with something changed under a fitting checksum."""
 
     def damage(place: Pair):
-        identity = ModelIdentity.of(open_model(str(getattr(place, of)), None, MergeOptions()))
+        own = identity(open_model(str(getattr(place, of)), None, MergeOptions()))
         layers = tuple(LayerFisher(i, 3, (1.0,) * 8) for i in range(5))
         file = place.base.parent / "fisher.json"
-        write_measurement(
-            Measurement.of(FisherMeasurement(97, "float32", FisherSettings(), layers), identity), str(file)
-        )
+        write_measurement(Measurement.of(FisherMeasurement(97, "float32", FisherSettings(), layers), own), str(file))
         if change is not None:
             content = json.loads(file.read_text())
             change(content)
@@ -688,7 +686,7 @@ def test_bad_input(case, command, pair, tmp_path, monkeypatch):
             raise AssertionError("expensive work began")
 
         monkeypatch.setattr("mergekit_fim.fisher.measure.load_model", expensive)
-        monkeypatch.setattr("mergekit_fim.task_vectors.TaskVectorSweep", expensive)
+        monkeypatch.setattr("mergekit_fim.prepass.task_vector_norms", expensive)
     if bad.damage is not None:
         pair = Pair(*(Path(shutil.copytree(p, tmp_path / p.name)) for p in (pair.base, pair.long)), pair.third)
         bad.damage(pair)

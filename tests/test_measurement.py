@@ -26,20 +26,13 @@ from test_errors import ends_in_one_line, unwrapped
 
 import mergekit_fim
 from mergekit_fim.cli import main
-from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.errors import FimError
 from mergekit_fim.files import PART
-from mergekit_fim.fisher.measure import FisherMeasurement, LayerFisher
-from mergekit_fim.measurements.file import (
-    Measurement,
-    ModelIdentity,
-    as_json,
-    from_json,
-    read_measurement,
-    write_measurement,
-)
-from mergekit_fim.measurements.saved import load_measurement
-from mergekit_fim.models.identity import _starts, fingerprint
+from mergekit_fim.measurements.file import as_json, from_json, write_measurement
+from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher, Measurement, ModelIdentity
+from mergekit_fim.measurements.store import read_measurement
+from mergekit_fim.models.identity import _starts, fingerprint, identity
 from mergekit_fim.models.inputs import open_model
 
 IDENTITY = ModelIdentity("user/model", "main", "LlamaForCausalLM", 2, 97, "a" * 32 + "-" + "b" * 16)
@@ -101,20 +94,32 @@ BAD = {
     "another format": (edited(["format"], "mergekit-fim/report"), ["mergekit-fim/fisher", "mergekit-fim/report"]),
     "a list": ([1], ["mergekit-fim/fisher", "list"]),
     "a newer version": (edited(["version"], 2), ["version 1", "found 2", "upgrade"]),
-    "an odd version": (edited(["version"], "1"), ["version 1", "found 1"]),
-    "no model": (edited(["model"], None), ["`model`", "object", "nothing"]),
-    "no fingerprint": (edited(["model", "fingerprint"], None), ["`model.fingerprint`", "nothing"]),
+    "an odd version": (edited(["version"], "1"), ["`version`", "should be 1", "found '1'"]),
+    "no model": (edited(["model"], None), ["`model` is missing"]),
+    "no fingerprint": (edited(["model", "fingerprint"], None), ["`model`", "fingerprint is missing"]),
     "a layer missing": (edited(["layers"], as_json(measurement())["layers"][:1]), ["`layers`", "2 decoder layers"]),
-    "layers of another order": (edited(["layers", 0, "index"], 1), ["`layers[0].index`", "expected 0", "found 1"]),
-    "no parameters": (edited(["layers", 1, "parameters"], 0), ["`layers[1].parameters`", "at least 1"]),
-    "a sequence missing": (edited(["layers", 1, "squared_norms"], [3.0]), ["`layers[1].squared_norms`", "2 sequences"]),
-    "a negative norm": (edited(["layers", 0, "squared_norms", 0], -1.0), ["`layers[0].squared_norms`", "-1.0"]),
-    "a text for a norm": (edited(["layers", 0, "squared_norms", 0], "1"), ["`layers[0].squared_norms`", "finite"]),
-    "another F": (edited(["layers", 0, "fisher"], 0.06), ["`layers[0].fisher`", "follows from squared_norms", "0.06"]),
-    "no F": (edited(["layers", 0, "fisher"], None), ["`layers[0].fisher`", "None"]),
-    "another stderr": (edited(["layers", 1, "fisher_stderr"], 9.0), ["`layers[1].fisher_stderr`", "9.0"]),
-    "no samples": (edited(["settings", "samples"], 0), ["`settings.samples`", "at least 1", "found 0"]),
-    "labels": (edited(["settings", "labels"], "x"), ["`settings.labels`", "inputs"]),
+    "layers of another order": (
+        edited(["layers", 0, "index"], 1),
+        ["`layers`", "2 decoder layers in order", "found layer 1"],
+    ),
+    "no parameters": (
+        edited(["layers", 1, "parameters"], 0),
+        ["`layers[1].parameters`", "greater than or equal to 1", "found 0"],
+    ),
+    "a sequence missing": (
+        edited(["layers", 1, "squared_norms"], [3.0]),
+        ["`layers`", "2 squared norms each", "layer 1 with 1"],
+    ),
+    "a negative norm": (edited(["layers", 0, "squared_norms", 0], -1.0), ["`layers[0].squared_norms[0]`", "-1.0"]),
+    "a text for a norm": (
+        edited(["layers", 0, "squared_norms", 0], "1"),
+        ["`layers[0].squared_norms[0]`", "number", "found '1'"],
+    ),
+    "another F": (edited(["layers", 0, "fisher"], 0.06), ["changed after it was written"]),
+    "no F": (edited(["layers", 0, "fisher"], None), ["changed after it was written"]),
+    "another stderr": (edited(["layers", 1, "fisher_stderr"], 9.0), ["changed after it was written"]),
+    "no samples": (edited(["settings", "samples"], 0), ["`settings`", "`samples`", "at least 1", "found 0"]),
+    "labels": (edited(["settings", "labels"], "x"), ["`settings`", "`labels`", "inputs"]),
     "edited by hand": (edited(["model", "vocab_size"], 98), ["changed after it was written", "checksum"]),
     "norms and F edited by hand": (
         {
@@ -132,7 +137,7 @@ BAD = {
         },
         ["changed after it was written"],
     ),
-    "no checksum": (edited(["checksum"], None), ["`checksum`", "nothing"]),
+    "no checksum": (edited(["checksum"], None), ["`checksum` is missing"]),
 }
 
 
@@ -277,7 +282,7 @@ def no_measurement(monkeypatch):
     def forbidden(*_args, **_kwargs):
         raise AssertionError("measured")
 
-    monkeypatch.setattr("mergekit_fim.fisher.measure.measure_base", forbidden)
+    monkeypatch.setattr("mergekit_fim.measured.measure_checkpoint", forbidden)
 
 
 def test_a_merge_uses_a_measurement(pair, merge, tmp_path, request):
@@ -302,10 +307,10 @@ def test_a_merge_uses_a_measurement(pair, merge, tmp_path, request):
 @pytest.mark.parametrize("name", ["samples", "seq_len", "seed", "labels"])
 def test_a_measurement_that_contradicts_the_config(name, pair, merge, tmp_path, no_measurement):
     file = tmp_path / "f.json"
-    identity = ModelIdentity.of(opened(pair.base))
+    own = identity(opened(pair.base))
     layers = tuple(LayerFisher(i, 3, (1.0, 2.0)) for i in range(5))
     fisher = FisherMeasurement(97, "float32", FisherSettings(2, 12, 5, "inputs"), layers)
-    write_measurement(Measurement.of(fisher, identity), str(file))
+    write_measurement(Measurement.of(fisher, own), str(file))
     value = "sampled" if name == "labels" else 7
     target, result = merge(config_for(pair, parameters={"fisher": str(file), f"fisher_{name}": value}))
     has = getattr(fisher.settings, name)
@@ -320,7 +325,7 @@ def test_a_measurement_of_another_model(pair, merge, tmp_path, no_measurement):
         file = tmp_path / f"{name}.json"
         layers = tuple(LayerFisher(i, 3, (1.0,) * 8) for i in range(5))
         fisher = FisherMeasurement(97, "float32", FisherSettings(), layers)
-        write_measurement(Measurement.of(fisher, ModelIdentity.of(opened(path))), str(file))
+        write_measurement(Measurement.of(fisher, identity(opened(path))), str(file))
         target, result = merge(config_for(pair, parameters={"fisher": str(file)}), out=f"out-{name}")
         ends_in_one_line(result, target, str(path), str(pair.base), word, "mergekit-fim fisher")
 
@@ -437,7 +442,7 @@ def test_a_local_file_wins_over_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "user").mkdir()
     write_measurement(measurement(), "user/repo")
-    assert load_measurement("user/repo") == measurement()
+    assert read_measurement("user/repo") == measurement()
 
 
 def test_slices_of_two_bases_use_a_measurement_of_one(pair, merge, tmp_path):

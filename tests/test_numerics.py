@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from mergekit.options import MergeOptions
 
 from mergekit_fim.coefficients import Mapping, importance_scores, merge_coefficients
-from mergekit_fim.config.settings import FisherSettings
-from mergekit_fim.fisher.measure import measure_base
+from mergekit_fim.config.parameters import FisherSettings
+from mergekit_fim.fisher.measure import measure_checkpoint
 from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.models.inputs import open_model
 from mergekit_fim.norms import squared_distance, squared_norm
@@ -136,7 +136,7 @@ def test_dtypes_agree(kind, dtype, tolerance, tmp_path):
         path = tiny.save(transformers.AutoModelForCausalLM.from_pretrained(path), tmp_path / "half", torch.float16)
     base = open_model(str(path), None, MergeOptions())
     found, expected = (
-        measure_base(base, SETTINGS, None, MergeOptions(quiet=True), running=running)
+        measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True), running=running)
         for running in (dtype, torch.float32)
     )
     assert (found.dtype, found.warnings, expected.dtype) == (str(dtype).removeprefix("torch."), (), "float32")

@@ -21,7 +21,7 @@ from test_install import files
 
 import mergekit_fim
 from mergekit_fim.cli import main
-from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.fisher import measure as fisher
 from mergekit_fim.fisher.engine import autograd_engine
 

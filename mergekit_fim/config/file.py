@@ -13,8 +13,7 @@ from mergekit.config import MergeConfiguration
 from pydantic import BaseModel, ValidationError
 
 from mergekit_fim.config.parameters import METHODS
-from mergekit_fim.errors import FimError
-from mergekit_fim.text import brief, reason
+from mergekit_fim.errors import FimError, brief, misfit, reason
 
 # What `export` writes for 126 layers has some 20 kB, and PyYAML takes seconds for a megabyte.
 _LARGEST_CONFIG = 1 << 20
@@ -61,7 +60,7 @@ def validated(content: Any, where: str) -> MergeConfiguration:
     try:
         config = MergeConfiguration.model_validate(content)
     except ValidationError as error:
-        raise FimError(f"{where}: not a merge config: {_misfit(error, content)}; change it") from error
+        raise FimError(f"{where}: not a merge config: {misfit(error, content)}; change it") from error
     except Exception as error:  # the RuntimeErrors of mergekit's own checks
         raise FimError(f"{where}: not a merge config that mergekit can use ({reason(error)}); change it") from error
     if config.merge_method in METHODS:
@@ -102,23 +101,6 @@ def _values(node: yaml.Node, known: dict[int, int]) -> int:
     if known[id(node)] < 0:
         raise ValueError("an alias (`*name`) within what it stands for")
     return known[id(node)]
-
-
-def _misfit(error: ValidationError, content: Any) -> str:
-    """The first thing in a config that mergekit's definition of it has no place for, by where it stands."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    where = ""
-    for part in first["loc"]:
-        if isinstance(content, dict) and part in content:
-            where += f".{part}" if where else str(part)
-        elif isinstance(content, list) and isinstance(part, int) and part < len(content):
-            where += f"[{part}]"
-        elif first["type"] == "missing" and part == first["loc"][-1]:
-            return f"`{brief(where)}`: {part} is missing" if where else f"`{part}` is missing"
-        else:  # the name of a type among several that would do
-            return f"`{brief(where)}`: found {brief(content)}, which has no meaning there"
-        content = content[part]
-    return f"`{brief(where)}`: {first['msg'][:1].lower()}{first['msg'][1:]}, found {brief(content)}"
 
 
 def _check_twice(node: yaml.MappingNode) -> None:

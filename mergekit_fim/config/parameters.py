@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from pydantic import TypeAdapter
+from mergekit_fim.errors import FimError, shown
 
 METHODS = ("fim_ties", "fim_ta")
 LABELS = ("inputs", "sampled")
@@ -55,6 +55,8 @@ class Parameter:
 
 
 def _convert(value: Any, kind: type) -> Any:
+    from pydantic import TypeAdapter  # not with the table, which the command line's help needs
+
     if kind is bool:  # as mergekit reads them: 1 and "true" are true
         return TypeAdapter(bool).validate_python(value)
     if kind is str:
@@ -127,3 +129,30 @@ def _parameters() -> dict[str, Parameter]:
 
 
 PARAMETERS = _parameters()
+
+
+@dataclass(frozen=True)
+class FisherSettings:
+    """What determines a Fisher measurement, besides the model.
+
+    Attributes:
+        samples: N, the number of sequences.
+        seq_len: T, the tokens per sequence.
+        seed: of the random tokens.
+        labels: what is predicted, `inputs` or `sampled`.
+
+    Raises:
+        FimError: a value of another type or out of range.
+    """
+
+    samples: int = 8
+    seq_len: int = 64
+    seed: int = 0
+    labels: str = "inputs"
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            parameter = PARAMETERS[f"fisher_{name}"]
+            is_kind = isinstance(value, parameter.type) and not isinstance(value, bool)
+            if not is_kind or not parameter.accepts(value):
+                raise FimError(f"FisherSettings: `{name}` must be {parameter.expected}, found {shown(value)}")

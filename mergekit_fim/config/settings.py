@@ -9,39 +9,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit.config import ConditionalParameter, MergeConfiguration
+from mergekit.architecture import ModelArchitecture
+from mergekit.common import ModelReference
+from mergekit.config import (
+    ConditionalParameter,
+    ConfigReader,
+    MergeConfiguration,
+    OutputModuleDefinition,
+    OutputSliceDefinition,
+)
 
 from mergekit_fim import coefficients
-from mergekit_fim.config.parameters import PARAMETERS, Scope
-from mergekit_fim.errors import FimError
-from mergekit_fim.text import brief
-
-
-@dataclass(frozen=True)
-class FisherSettings:
-    """What determines a Fisher measurement, besides the model.
-
-    Attributes:
-        samples: N, the number of sequences.
-        seq_len: T, the tokens per sequence.
-        seed: of the random tokens.
-        labels: what is predicted, `inputs` or `sampled`.
-
-    Raises:
-        FimError: a value of another type or out of range.
-    """
-
-    samples: int = 8
-    seq_len: int = 64
-    seed: int = 0
-    labels: str = "inputs"
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            parameter = PARAMETERS[f"fisher_{name}"]
-            is_kind = isinstance(value, parameter.type) and not isinstance(value, bool)
-            if not is_kind or not parameter.accepts(value):
-                raise FimError(f"FisherSettings: `{name}` must be {parameter.expected}, found {_shown(value)}")
+from mergekit_fim.config.parameters import FLOAT_DTYPES, PARAMETERS, FisherSettings, Scope
+from mergekit_fim.errors import FimError, brief, shown
 
 
 @dataclass(frozen=True)
@@ -98,6 +78,63 @@ def _blocks(models: Any, slices: Any, prefix: str) -> Iterator[ParameterBlock]:
                 yield ParameterBlock(where, source.parameters, Scope.MODEL)
 
 
+def check_config(config: MergeConfiguration) -> Settings:
+    """Check what can be checked of a config as the user wrote it, and read the pre-pass settings from it.
+
+    Raises:
+        FimError: no base model or no fine-tuned model, a bad parameter, or an unusable dtype.
+    """
+    settings = read_settings(config)
+    method = config.merge_method
+    if config.base_model is None:  # not only per slice: mergekit would take the merged model's config from any model
+        raise FimError(f"{method} needs a base model; add `base_model:` to the config, at the top")
+    for module in (config, *(config.modules or {}).values()):
+        for i, out_slice in enumerate(module.slices or []):
+            if not out_slice.sources:
+                raise FimError(
+                    f"slices[{i}]: expected the base and a fine-tuned model in `sources`, found none; add them"
+                )
+    if not any(model != base for base, models in _model_groups(config) for model in models):
+        raise FimError(
+            f"{method} needs at least one fine-tuned model beside the base {config.base_model}; list one in `models:`"
+        )
+    for name in ("dtype", "out_dtype"):
+        value = getattr(config, name)
+        if value is not None and value.removeprefix("torch.") not in FLOAT_DTYPES:
+            raise FimError(f"{name}: expected one of {', '.join(FLOAT_DTYPES)}, found {value}")
+    return settings
+
+
+def check_modules(config: MergeConfiguration, architecture: ModelArchitecture) -> None:
+    """Check that the models have the modules that a config names.
+
+    Raises:
+        FimError: one that they don't have.
+    """
+    for name in config.modules or {}:
+        if name not in architecture.modules:
+            raise FimError(
+                f"modules: expected {' or '.join(architecture.modules)}, found {name}; rename it, or use `models:`"
+            )
+
+
+def _model_groups(config: MergeConfiguration) -> Iterator[tuple[ModelReference, list[ModelReference]]]:
+    """(base, models) of every list of models or slice in a config as the user wrote it."""
+    modules: list[MergeConfiguration | OutputModuleDefinition] = [config, *(config.modules or {}).values()]
+    for module in modules:
+        if module.models:
+            yield base_of(config), [model.model for model in module.models]
+        for out_slice in module.slices or []:
+            yield base_of(config, out_slice), [source.model for source in out_slice.sources]
+
+
+def base_of(config: MergeConfiguration, out_slice: OutputSliceDefinition | None = None) -> ModelReference:
+    """The base model of a merge, or of one slice."""
+    base = (out_slice.base_model if out_slice else None) or config.base_model
+    assert base is not None  # `check_config` has seen to it
+    return base
+
+
 def read_settings(config: MergeConfiguration) -> Settings:
     """Check every parameter in `config`, and read the pre-pass settings from it.
 
@@ -151,11 +188,7 @@ def _check_parameter(name: str, setting: Any, block: ParameterBlock, method: str
         try:
             parameter.parse(value)
         except ValueError as error:
-            raise FimError(f"{block.where}: `{name}` must be {error}, found {_shown(value)}; change it") from None
-
-
-def _shown(value: Any) -> str:
-    return repr(brief(value)) if isinstance(value, str) else brief(value)
+            raise FimError(f"{block.where}: `{name}` must be {error}, found {shown(value)}; change it") from None
 
 
 def leaves(setting: Any, where: str) -> Iterator[Any]:
@@ -182,3 +215,27 @@ def conditions(setting: Any) -> list[ConditionalParameter]:
     if isinstance(setting, Sequence) and setting and isinstance(setting[0], ConditionalParameter):
         return list(setting)
     return [ConditionalParameter(value=setting)]
+
+
+def settings_of(reader: ConfigReader, name: str, model: ModelReference | None = None) -> list[ConditionalParameter]:
+    """The settings of a parameter that hold in a slice, or for a model in it, in mergekit's order of precedence."""
+    scopes = reader.parameter_sources(model)
+    return [c for scope in scopes if scope and name in scope for c in conditions(scope[name])]
+
+
+def as_set(readers: Sequence[ConfigReader], name: str, default: Any, model: ModelReference | None = None) -> Any:
+    """A parameter as the user set it: a value, or a gradient or filters; where slices differ, a list of one per slice.
+
+    Args:
+        readers: of the slices.
+        name: the parameter.
+        default: what holds where nothing is set; None where that is nothing.
+        model: the model, of a parameter that is per model.
+    """
+    values = []
+    for reader in readers:
+        given = settings_of(reader, name, model)
+        if default is not None:
+            given.append(ConditionalParameter(value=default))
+        values.append(None if not given else given[0].value if given[0].filter in (None, "*") else given)
+    return values[0] if all(value == values[0] for value in values) else values

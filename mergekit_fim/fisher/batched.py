@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,9 +19,10 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from mergekit_fim.errors import is_out_of_memory
+from mergekit_fim.fisher.engine import NotSupportedError
 from mergekit_fim.fisher.head import Head, loss_gradient
 from mergekit_fim.fisher.narrow import input_gradient
-from mergekit_fim.fisher.rules import Call, GramCache, Rule, rule_for
+from mergekit_fim.fisher.rules import Recorder, Rule, rule_for
 from mergekit_fim.fisher.samples import Samples
 from mergekit_fim.fisher.weights import ResidentWeights, Weights, replaced
 from mergekit_fim.norms import squared_norm
@@ -29,10 +30,6 @@ from mergekit_fim.norms import squared_norm
 # Tokens in a micro-batch of more than one sequence: enough for matrix products at full speed.
 _TOKENS = 1024
 _TOKENS_ON_ACCELERATORS = 8192
-
-
-class NotSupportedError(Exception):
-    """The model's forward pass is not of the form that this engine relies on; the reference engine is needed."""
 
 
 def batched_engine(
@@ -338,7 +335,7 @@ class _Layer:
         with torch.enable_grad(), self.run.weights.layer(self.module), contextlib.ExitStack() as stack:
             if without is not None:
                 stack.enter_context(replaced(without, partial(_without_result, without)))
-            with _Recorder(self.rules, len(self.run.norms)) as recorder:
+            with Recorder(self.rules, len(self.run.norms)) as recorder:
                 results = call.run(self.forward, inputs)
             if not recorder.is_valid:
                 return None, None
@@ -461,53 +458,3 @@ def _backward(results: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor 
     pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if g is not None and r.requires_grad]
     if pairs:
         torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs])
-
-
-class _Recorder:
-    """Applies the rules while a decoder layer runs forward, and then backward.
-
-    Attributes:
-        norms: [sequence], float64: ‖∇L_n‖² over all the layer's parameters.
-        last: the module that was called last.
-    """
-
-    def __init__(self, rules: dict[nn.Module, Rule], sequences: int) -> None:
-        self._rules = rules
-        self._called: set[nn.Module] = set()
-        self._calls_valid = True
-        self._sequences = sequences
-        self._grams = GramCache()
-        self._handles: list[Any] = []
-        self.norms: Any = 0.0
-        self.last: nn.Module | None = None
-
-    @property
-    def is_valid(self) -> bool:
-        """Whether every module was called once, with the sequences along the first axis."""
-        return self._calls_valid and self._called == self._rules.keys()
-
-    def __enter__(self) -> "_Recorder":
-        self._handles = [m.register_forward_hook(self._on_call, with_kwargs=True) for m in self._rules]
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        if not (self._is_by_sequence(x) and self._is_by_sequence(output)) or module in self._called:
-            self._calls_valid = False
-            return
-        self._called.add(module)
-        self.last = module
-        if not output.requires_grad:
-            output.requires_grad_(True)
-        call = Call(module, dict(module.named_parameters(recurse=False)), x.detach(), self._grams)
-        output.register_hook(partial(self._on_gradient, call, self._rules[module]))
-
-    def _is_by_sequence(self, value: Any) -> TypeGuard[torch.Tensor]:
-        return isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[0] == self._sequences
-
-    def _on_gradient(self, call: Call, rule: Rule, gradient: torch.Tensor) -> None:
-        self.norms = self.norms + rule(call, gradient)

@@ -40,6 +40,10 @@ class FisherEngine(Protocol):
         ...
 
 
+class NotSupportedError(Exception):
+    """The model's forward pass isn't of the form that the batched engine relies on; the reference engine is needed."""
+
+
 def autograd_engine(
     model: PreTrainedModel,
     layers: Sequence[nn.Module],

@@ -24,7 +24,8 @@ from transformers import PreTrainedModel
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher.weights import ResidentWeights, StreamedWeights, Weights, put
-from mergekit_fim.models.inputs import InputModel, tensor_names
+from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.models.layout import tensor_names
 
 # On the CPU a 16-bit dtype must be this many times faster than float32 to be worth its lost digits. The known CPUs are
 # far from it on either side: 0.002 and 0.6 without matrix units, 3 and more with them.
@@ -167,7 +168,6 @@ def load_model(
     where: Placement,
     *,
     running: torch.dtype | None = None,
-    each_layer: Callable[[int], object] | None = None,
 ) -> LoadedModel:
     """Make the base model ready to be run.
 
@@ -178,8 +178,6 @@ def load_model(
         where: the device, and whether to stream. Without `streamed`, weights are streamed all the same to an
             accelerator that they don't fit on.
         running: what to run it in; by default the `running_dtype` for the dtype in which it is read.
-        each_layer: called with every decoder layer's index: as it is first loaded if weights are streamed, otherwise
-            before anything is.
 
     Raises:
         FimError: it can't be built or read.
@@ -200,10 +198,8 @@ def load_model(
         by_layer = {id(p) for layer in layers for p in layer.parameters()}
         kept = by_layer | {id(end.weight) for end in ends if end is not None}
         _fill(model, tensors, lambda _name: where.device, skip=kept)
-        weights: Weights = StreamedWeights(tensors, model, where.device, running, layers, each_layer)
+        weights: Weights = StreamedWeights(tensors, model, where.device, running)
     else:
-        for index in range(len(layers) if each_layer else 0):
-            each_layer(index)  # type: ignore[misc]
         spread = device_map or {"": where.device}
         names = sorted(spread, key=len, reverse=True)
         total = len(list(model.parameters()))

@@ -3,8 +3,8 @@
 import contextlib
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 import tqdm
@@ -13,68 +13,19 @@ from mergekit.options import MergeOptions
 from torch import nn
 from transformers import PreTrainedModel
 
-from mergekit_fim.config.parameters import FLOAT_DTYPES
-from mergekit_fim.config.settings import FisherSettings
+from mergekit_fim.config.parameters import FLOAT_DTYPES, FisherSettings
 from mergekit_fim.errors import FimError, is_out_of_memory
 from mergekit_fim.fisher import loading
-from mergekit_fim.fisher.batched import NotSupportedError, batched_engine
-from mergekit_fim.fisher.engine import FisherEngine, autograd_engine
+from mergekit_fim.fisher.batched import batched_engine
+from mergekit_fim.fisher.engine import FisherEngine, NotSupportedError, autograd_engine
 from mergekit_fim.fisher.loading import Placement, load_model
-from mergekit_fim.fisher.samples import Samples, draw_samples
+from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.fisher.weights import ResidentWeights, Weights
+from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher
 from mergekit_fim.models.inputs import InputModel
 
 # Far beyond any use: as many take a model of 1.5 billion parameters weeks on a CPU.
 _MOST_TOKENS = 1 << 24
-
-
-@dataclass(frozen=True)
-class LayerFisher:
-    """The measurement of one decoder layer.
-
-    Attributes:
-        index: the layer, from 0.
-        parameters: P, the number of parameters in the layer.
-        squared_norms: [sequence], ‖∇_{θ^l} L_n‖², from which all else follows.
-    """
-
-    index: int
-    parameters: int
-    squared_norms: tuple[float, ...]
-
-    @property
-    def fisher(self) -> float:
-        """F^l = 1/(N·P) · Σ_n ‖∇_{θ^l} L_n‖²: the mean diagonal Fisher information (arXiv 2603.21705)."""
-        return math.fsum(self.squared_norms) / (len(self.squared_norms) * self.parameters)
-
-    @property
-    def stderr(self) -> float | None:
-        """The standard error of `fisher` over the sequences; None for a single one."""
-        n = len(self.squared_norms)
-        if n < 2:
-            return None
-        mean = math.fsum(self.squared_norms) / n
-        variance = math.fsum((s - mean) ** 2 for s in self.squared_norms) / (n - 1)
-        return math.sqrt(variance / n) / self.parameters
-
-
-@dataclass(frozen=True)
-class FisherMeasurement:
-    """Which Fisher: the diagonal one of the mean next-token loss per sequence, squared per sequence, then averaged.
-
-    Attributes:
-        vocab_size: the random tokens were uniform over this many.
-        dtype: what the model ran in, such as "bfloat16"; squares and sums are wider.
-        settings: samples, sequence length, seed and labels.
-        layers: one entry per decoder layer, in order.
-        warnings: what the user should know about how it was measured, a line each.
-    """
-
-    vocab_size: int
-    dtype: str
-    settings: FisherSettings
-    layers: tuple[LayerFisher, ...]
-    warnings: tuple[str, ...] = ()
 
 
 class NotFiniteError(FimError):
@@ -82,7 +33,7 @@ class NotFiniteError(FimError):
 
 
 @contextlib.contextmanager
-def _measuring(model: PreTrainedModel) -> Iterator[None]:
+def _prepared(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no gradients but those that the engine asks for; everything as it was afterwards."""
     training = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -132,43 +83,18 @@ def measure(
     vocab_size = model.config.get_text_config().vocab_size
     weights = weights or ResidentWeights()
     samples = draw_samples(settings, vocab_size)
-    norms = squared_norms(model, layers, samples, engine, weights, reference=reference, quiet=quiet)
-    return measurement(norms, model, layers, settings, name)
-
-
-def squared_norms(
-    model: PreTrainedModel,
-    layers: Sequence[nn.Module],
-    samples: Samples,
-    engine: FisherEngine,
-    weights: Weights,
-    *,
-    reference: FisherEngine = autograd_engine,
-    quiet: bool = False,
-) -> torch.Tensor:
-    """‖∇_{θ^l} L_n‖² of `samples`, [sequence, layer], with a progress bar; the model is left as it was."""
     steps = 2 * len(layers) * len(samples.input_ids)
     with (
         tqdm.tqdm(total=steps, desc="Measuring Fisher information", unit="step", disable=quiet) as progress,
-        _measuring(model),
+        _prepared(model),
     ):
         try:
-            return engine(model, layers, samples, progress.update, weights)
+            norms = engine(model, layers, samples, progress.update, weights)
         except NotSupportedError:
             if not isinstance(weights, ResidentWeights):
                 raise
             progress.reset()
-            return reference(model, layers, samples, progress.update, weights)
-
-
-def measurement(
-    norms: torch.Tensor, model: PreTrainedModel, layers: Sequence[nn.Module], settings: FisherSettings, name: str
-) -> FisherMeasurement:
-    """Make a checked measurement of squared norms, [sequence, layer].
-
-    Raises:
-        NotFiniteError: one that isn't finite, naming the layer.
-    """
+            norms = reference(model, layers, samples, progress.update, weights)
     measured = []
     for index, layer in enumerate(layers):
         column = tuple(norms[:, index].tolist())
@@ -178,7 +104,6 @@ def measurement(
                 f"(in {model.dtype}); check the checkpoint for NaN, or set a wider `dtype:` such as bfloat16 or float32"
             )
         measured.append(LayerFisher(index, sum(p.numel() for p in layer.parameters()), column))
-    vocab_size = model.config.get_text_config().vocab_size
     return FisherMeasurement(vocab_size, str(model.dtype).removeprefix("torch."), settings, tuple(measured))
 
 
@@ -212,7 +137,7 @@ def dtypes(base: InputModel, dtype: str | None, options: MergeOptions) -> tuple[
     return reading, loading.running_dtype(reading, loading.placement(options).device)
 
 
-def measure_base(
+def measure_checkpoint(
     base: InputModel,
     settings: FisherSettings,
     dtype: str | None,
@@ -221,7 +146,6 @@ def measure_base(
     engine: FisherEngine = batched_engine,
     reference: FisherEngine = autograd_engine,
     running: torch.dtype | None = None,
-    each_layer: Callable[[int], object] | None = None,
 ) -> FisherMeasurement:
     """Load the base model, measure it, and let it go.
 
@@ -233,15 +157,13 @@ def measure_base(
         engine: how the gradient norms are computed.
         reference: how they are computed of a model that `engine` can't run, with all of it in memory.
         running: what to run it in; by default as `dtypes` has it.
-        each_layer: called with a decoder layer's index when its weights are about to be read; again where the
-            measurement has to start again, and not for all of the layers where that ends it early.
 
     Raises:
         FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
     where = loading.placement(options)
     try:
-        return _measure_base(base, settings, dtype, options, where, engine, reference, running, each_layer)
+        return _attempts(base, settings, dtype, options, where, engine, reference, running)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -255,7 +177,7 @@ def measure_base(
         _free_memory(where.device)
 
 
-def _measure_base(
+def _attempts(
     base: InputModel,
     settings: FisherSettings,
     dtype: str | None,
@@ -264,12 +186,11 @@ def _measure_base(
     engine: FisherEngine,
     reference: FisherEngine,
     running: torch.dtype | None,
-    each_layer: Callable[[int], object] | None,
 ) -> FisherMeasurement:
     warnings: list[str] = []
     whole = False  # whether all of the model must be in memory
     while True:
-        loaded = load_model(base, dtype, options, where, running=running, each_layer=each_layer)
+        loaded = load_model(base, dtype, options, where, running=running)
         try:
             if whole and loaded.placement.streamed:
                 raise torch.OutOfMemoryError

@@ -16,8 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.fisher.batched import NotSupportedError, batched_engine
-from mergekit_fim.fisher.engine import FisherEngine
+from mergekit_fim.fisher.batched import batched_engine
+from mergekit_fim.fisher.engine import FisherEngine, NotSupportedError
 from mergekit_fim.fisher.samples import Samples
 from mergekit_fim.fisher.weights import ResidentWeights, Weights
 

@@ -8,6 +8,8 @@ checks every kind of decoder layer against autograd.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -145,3 +147,53 @@ _RULES: dict[type[nn.Module], Rule] = {
     nn.LayerNorm: _layer_norm,
     nn.Embedding: _embedding,
 }
+
+
+class Recorder:
+    """Applies the rules while a decoder layer runs forward, and then backward.
+
+    Attributes:
+        norms: [sequence], float64: ‖∇L_n‖² over all the layer's parameters.
+        last: the module that was called last.
+    """
+
+    def __init__(self, rules: dict[nn.Module, Rule], sequences: int) -> None:
+        self._rules = rules
+        self._called: set[nn.Module] = set()
+        self._calls_valid = True
+        self._sequences = sequences
+        self._grams = GramCache()
+        self._handles: list[Any] = []
+        self.norms: Any = 0.0
+        self.last: nn.Module | None = None
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether every module was called once, with the sequences along the first axis."""
+        return self._calls_valid and self._called == self._rules.keys()
+
+    def __enter__(self) -> "Recorder":
+        self._handles = [m.register_forward_hook(self._on_call, with_kwargs=True) for m in self._rules]
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _on_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = args[0] if args else next(iter(kwargs.values()), None)
+        if not (self._is_by_sequence(x) and self._is_by_sequence(output)) or module in self._called:
+            self._calls_valid = False
+            return
+        self._called.add(module)
+        self.last = module
+        if not output.requires_grad:
+            output.requires_grad_(True)
+        call = Call(module, dict(module.named_parameters(recurse=False)), x.detach(), self._grams)
+        output.register_hook(partial(self._on_gradient, call, self._rules[module]))
+
+    def _is_by_sequence(self, value: Any) -> TypeGuard[torch.Tensor]:
+        return isinstance(value, torch.Tensor) and value.ndim >= 2 and value.shape[0] == self._sequences
+
+    def _on_gradient(self, call: Call, rule: Rule, gradient: torch.Tensor) -> None:
+        self.norms = self.norms + rule(call, gradient)

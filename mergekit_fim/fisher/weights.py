@@ -1,7 +1,7 @@
 """Where the engine finds a model's weights: in the model, or brought from the checkpoint when they are needed."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Protocol
 
@@ -61,8 +61,6 @@ class StreamedWeights:
         model: nn.Module,
         device: torch.device,
         dtype: torch.dtype,
-        layers: Sequence[nn.Module] = (),
-        each_layer: Callable[[int], object] | None = None,
     ) -> None:
         """Stream weights.
 
@@ -71,11 +69,8 @@ class StreamedWeights:
             model: the model.
             device: where it runs.
             dtype: what it runs in.
-            layers: its decoder layers.
-            each_layer: called with the index of each of them before it is loaded for the first time.
         """
         self._tensors = tensors
-        self._first = {layer: partial(each_layer, i) for i, layer in enumerate(layers)} if each_layer else {}
         self._names = {module: name for name, module in model.named_modules()}
         self._device = device
         self._dtype = dtype
@@ -83,7 +78,6 @@ class StreamedWeights:
     @contextlib.contextmanager
     def layer(self, module: nn.Module, *, widen: bool = False) -> Iterator[None]:
         """Load the weights of a decoder layer, and let them go at the end."""
-        self._first.pop(module, lambda: None)()
         loaded = []
         try:
             with contextlib.ExitStack() as stack:

@@ -1,12 +1,12 @@
 """Two measurements -> do they rank the layers alike?"""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mergekit_fim.errors import FimError
-from mergekit_fim.measurements.file import Measurement
-from mergekit_fim.text import wrapped
+from mergekit_fim.errors import FimError, wrapped
+from mergekit_fim.measurements.record import Measurement
 
 # A layer moved beyond what chance explains where its shift is more than this many standard errors.
 SIGNIFICANT = 2.0
@@ -90,9 +90,10 @@ def compare_fisher(
         known = [r for r in relative if r is not None]
         stderr = math.hypot(*known) if len(known) == 2 else None
         shifts.append(LayerShift(layer, first[layer], second[layer], ratio - mean, stderr))
+    varies = all(min(values) < max(values) for values in logs)
     return Comparison(
-        _correlation(*(_ranks(values) for values in logs)),
-        _correlation(*logs),
+        statistics.correlation(*(_ranks(values) for values in logs)) if varies else None,
+        statistics.correlation(*logs) if varies else None,
         math.exp(mean),
         tuple(sorted(shifts, key=lambda shift: -abs(shift.shift))),
     )
@@ -103,14 +104,6 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [
         sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2 for value in values
     ]
-
-
-def _correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Pearson's, or None where either has no spread."""
-    means = [math.fsum(x) / len(x) for x in (a, b)]
-    x, y = ([value - mean for value in values] for values, mean in zip((a, b), means, strict=True))
-    spread = math.sqrt(math.fsum(v * v for v in x) * math.fsum(v * v for v in y))
-    return math.fsum(p * q for p, q in zip(x, y, strict=True)) / spread if spread else None
 
 
 def render_comparison(first: Measurement, second: Measurement, count: int) -> str:

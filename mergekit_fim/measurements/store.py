@@ -1,4 +1,4 @@
-"""Measurements that are kept for the next merge on the same base, in the user's cache folder.
+"""Where measurements are had without measuring: from a file, from the Hub, or kept in the user's cache folder.
 
 Nothing in the cache is trusted: a file that is not whole, not of this model or not of these settings is measured anew,
 with a warning. What can't be written is not kept, with a warning.
@@ -8,15 +8,84 @@ import hashlib
 import json
 import logging
 import os
+import re
 from dataclasses import dataclass, replace
 
-import torch
+import huggingface_hub
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
-from mergekit_fim.config.settings import FisherSettings
-from mergekit_fim.errors import FimError
-from mergekit_fim.measurements.file import Measurement, ModelIdentity, read_measurement, versions, write_measurement
+from mergekit_fim.config.parameters import FisherSettings
+from mergekit_fim.errors import FimError, reason
+from mergekit_fim.files import read_json
+from mergekit_fim.measurements.file import from_json, write_measurement
+from mergekit_fim.measurements.record import Measurement, ModelIdentity, versions
 
 LOG = logging.getLogger("mergekit_fim")
+
+# What `user/repo` stands for.
+DEFAULT_NAME = "fisher.json"
+
+_HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[^@\\]+))?(?:@(?P<revision>[^@]+))?")
+
+
+def read_measurement(reference: str | os.PathLike[str], cache_dir: str | None = None) -> Measurement:
+    """Read a measurement from a file or from the Hub.
+
+    Args:
+        reference: a file, relative to the working folder; or `user/repo` for its `fisher.json`, or `user/repo/FILE`,
+            either of them with `@revision`.
+        cache_dir: where files of the Hub are kept; by default the Hub's own cache.
+
+    Raises:
+        FimError: there is no such file, or it isn't a measurement that this version can use.
+    """
+    name = os.fspath(reference)
+    return from_json(read_json(_file(name, cache_dir), name), name)
+
+
+def _file(reference: str, cache_dir: str | None) -> str:
+    path = os.path.expanduser(reference)
+    if os.path.exists(path):
+        return path
+    match = _HUB.fullmatch(reference)
+    # `folder/fisher.json` is a file that is missing; repositories aren't named so.
+    if match is None or reference.startswith(".") or (match["file"] is None and match["repo"].endswith(".json")):
+        raise FimError(
+            f"{reference}: expected the file of a saved measurement, or user/repo or user/repo/FILE on the Hub; "
+            "found no such file; check the name"
+        )
+    name = match["file"] or DEFAULT_NAME
+    try:
+        return huggingface_hub.hf_hub_download(match["repo"], name, revision=match["revision"], cache_dir=cache_dir)
+    except RemoteEntryNotFoundError as error:
+        raise FimError(
+            f"{reference}: the repository {match['repo']} on the Hub has no file {name}; name the file as "
+            f"{match['repo']}/FILE"
+        ) from error
+    except GatedRepoError as error:
+        raise FimError(
+            f"{reference}: the repository {match['repo']} on the Hub is gated; ask for access on its page, and log in "
+            "with `hf auth login`"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise FimError(
+            f"{reference}: no file of that name here, and on the Hub no repository {match['repo']}, or a private one; "
+            "check the name, or log in with `hf auth login`"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FimError(
+            f"{reference}: the repository {match['repo']} on the Hub has no revision {match['revision']}; check it"
+        ) from error
+    except Exception as error:  # of the Hub's, and of what it connects by
+        raise FimError(
+            f"{reference}: neither a file here nor to be had from the Hub ({reason(error)}); check the name and the "
+            "connection"
+        ) from error
 
 
 def cache_folder() -> str:
@@ -35,14 +104,12 @@ class CacheEntry:
     Attributes:
         model: what is measured.
         settings: on which tokens.
-        reading: the dtype in which the weights are read.
-        running: the dtype in which the model runs.
+        dtypes: in which the weights are read, and in which the model runs.
     """
 
     model: ModelIdentity
     settings: FisherSettings
-    reading: torch.dtype
-    running: torch.dtype
+    dtypes: tuple[str, str]
 
     @property
     def path(self) -> str:
@@ -51,7 +118,7 @@ class CacheEntry:
         key = {
             "fingerprint": self.model.fingerprint,
             "settings": vars(self.settings),
-            "dtypes": [str(self.reading), str(self.running)],
+            "dtypes": list(self.dtypes),
             "versions": [made_with["mergekit-fim"], made_with["transformers"]],
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
@@ -63,7 +130,7 @@ class CacheEntry:
         if not os.path.exists(path):
             return None
         try:
-            kept = read_measurement(path)
+            kept = from_json(read_json(path, path), path)
         except FimError as error:
             LOG.warning("the cache can't be used, the model is measured anew: %s", error)
             return None

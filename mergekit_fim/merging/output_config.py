@@ -8,13 +8,11 @@ import torch
 from mergekit.io.tasks import LoaderCache
 from transformers import PretrainedConfig
 
+from mergekit_fim.models.checkpoint import IMMATERIAL
 from mergekit_fim.models.inputs import InputModel
 
 # Lists with one entry per decoder layer, in the configs of transformers 5.
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
-
-# Keys that say where a config came from or how the model is run, not what it computes.
-_IMMATERIAL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "auto_map"}
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ def _has_own_head(model: InputModel) -> bool:
 def _differences(output: PretrainedConfig, inputs: Sequence[InputModel]) -> Iterable[ConfigDifference]:
     configs = [model.config.to_dict() for model in inputs]
     written = output.to_dict()
-    for key in sorted(set().union(*configs) - _IMMATERIAL):
+    for key in sorted(set().union(*configs) - IMMATERIAL):
         values = [config.get(key) for config in configs]
         if any(value != values[0] for value in values):
             named = tuple((str(model), value) for model, value in zip(inputs, values, strict=True))

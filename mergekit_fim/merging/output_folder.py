@@ -6,8 +6,11 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import FinalizeModel
+from mergekit.io.tensor_writer import TensorWriter
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.files import part_path
@@ -85,6 +88,19 @@ def remove_model(folder: str) -> None:
     for name in sorted(os.listdir(folder), key=lambda name: name != "config.json"):
         if name in ("config.json", REPORT_NAME) or _WEIGHTS.fullmatch(name):
             os.remove(os.path.join(folder, name))
+
+
+class ReplaceModel(FinalizeModel):
+    """mergekit's `FinalizeModel`, which gives the model's files their names, after removing an older model's.
+
+    mergekit leaves an older model's files that no new one has the name of: its single file beside new shards, which
+    transformers would go on to load, or its shards beside a new single file, which mergekit would.
+    """
+
+    def execute(self, writer: TensorWriter, **kwargs: Any) -> None:
+        """Remove the older model and its report, and name the new one's files."""
+        remove_model(writer.out_path)
+        super().execute(writer, **kwargs)
 
 
 def _replace(made: str, target: str) -> None:

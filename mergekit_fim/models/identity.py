@@ -14,20 +14,34 @@ from functools import partial
 import torch
 from mergekit.io.tasks import LoaderCache
 
-from mergekit_fim.errors import FimError
-from mergekit_fim.models.inputs import InputModel, TensorHeader
-from mergekit_fim.text import reason
+from mergekit_fim.errors import FimError, reason
+from mergekit_fim.measurements.record import ModelIdentity
+from mergekit_fim.models.checkpoint import IMMATERIAL, TensorHeader
+from mergekit_fim.models.inputs import InputModel
 
 # Bytes that are read at a time, how many such blocks of a whole checkpoint, and the least of a single tensor.
 _BLOCK = 4096
 _BLOCKS = 1024
 _LEAST = 2
 
-# Keys of config.json that say where it came from or how text is generated, not what the model computes.
-_IMMATERIAL = {
-    *("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "auto_map"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
-}
+# Keys of config.json that say how text is generated, not what the model computes.
+_OF_GENERATION = {"bos_token_id", "eos_token_id", "pad_token_id"}
+
+
+def identity(model: InputModel) -> ModelIdentity:
+    """Which model one is that a merge uses, wherever it lies.
+
+    Raises:
+        FimError: a file can't be read.
+    """
+    return ModelIdentity(
+        str(model.reference),
+        model.reference.model.revision,
+        next(iter(model.config.architectures or ()), None),
+        len(model.layout.layers),
+        model.text_config.vocab_size,
+        fingerprint(model),
+    )
 
 
 def fingerprint(model: InputModel) -> str:
@@ -121,5 +135,5 @@ def _config_digest(path: str) -> str:
             config = json.load(file)
     except (OSError, ValueError) as error:
         raise FimError(f"{path}: can't be read ({error}); download or save the model again") from error
-    material = {key: value for key, value in config.items() if key not in _IMMATERIAL}
+    material = {key: value for key, value in config.items() if key not in IMMATERIAL | _OF_GENERATION}
     return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,38 +1,28 @@
 """The models that go into a merge, and everything about them that can be checked without reading their weights."""
 
-import contextlib
 import copy
-import json
 import math
-import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import accelerate
-import safetensors
 import torch
 import transformers
 from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.config import InputModelDefinition, MergeConfiguration
-from mergekit.io import ShardedTensorIndex
-from mergekit.io.tasks import LoaderCache, LoadTensor
+from mergekit.io.tasks import LoadTensor
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from mergekit_fim.errors import FimError, check_own_code
-from mergekit_fim.models.layout import DecoderLayer, ModelLayout, model_layout
-from mergekit_fim.text import reason
-
-# As safetensors and torch spell them.
-_FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_FLOAT_DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in _FLOAT_DTYPES.values()}
+from mergekit_fim.errors import FimError, check_own_code, reason
+from mergekit_fim.models.checkpoint import TensorHeader, model_config, read_headers
+from mergekit_fim.models.layout import DecoderLayer, ModelLayout, model_layout, tensor_names
 
 # Config keys that say what the weights mean, so that models which differ in one can't be merged: the shapes of the
 # tensors alone don't show, for instance, 8 heads of 64 against 16 of 32.
@@ -50,40 +40,6 @@ _STRUCTURE = (
     "n_routed_experts",
     "num_experts_per_tok",
 )
-
-
-@dataclass(frozen=True)
-class Span:
-    """Where the bytes of a tensor are."""
-
-    path: str
-    start: int
-    size: int
-
-
-@dataclass(frozen=True)
-class TensorHeader:
-    """What a checkpoint file says of a tensor without reading its values.
-
-    Attributes:
-        shape: its shape.
-        dtype: as the file's format spells it.
-        span: where a safetensors file has its bytes; None for other formats.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    span: Span | None = None
-
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        """The dtype, where it is one of floating-point numbers that can be merged."""
-        return _FLOAT_DTYPES.get(self.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """The size of its values, taken as bytes where they aren't floating-point numbers."""
-        return math.prod(self.shape) * (self.torch_dtype.itemsize if self.torch_dtype else 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,46 +94,6 @@ class InputModel:
             tied_names=tensor.tied_names,
         ).execute()
         return loaded
-
-
-@contextlib.contextmanager
-def _opening(reference: ModelReference) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # transformers, huggingface_hub, peft, safetensors, torch and mergekit have their own
-        check_own_code(error)
-        raise FimError(
-            f"{reference}: expected the folder of a model or its name on the Hub, found none that can be opened "
-            f"({reason(error)}); check the name, or download or save the model again"
-        ) from error
-
-
-def model_config(reference: ModelReference, trust_remote_code: bool) -> PretrainedConfig:
-    """Read a model's config.
-
-    Raises:
-        FimError: there is none, or it is damaged.
-    """
-    with _opening(reference):
-        config = reference.config(trust_remote_code=trust_remote_code)
-        if len(config.architectures or ()) != 1:
-            raise ValueError(f"config.json names {len(config.architectures or ())} architectures, expected one")
-        return config
-
-
-def tensor_index(reference: ModelReference) -> ShardedTensorIndex:
-    """Find a model's checkpoint, downloaded and with its adapter applied where that is needed.
-
-    mergekit's `LoaderCache` must have been set up with the merge's options, as `run_merge` does.
-
-    Raises:
-        FimError: there is none, or it is damaged.
-    """
-    with _opening(reference):
-        index = LoaderCache().get(reference).index
-        if not all(isinstance(name, str) for pair in index.tensor_paths.items() for name in pair):
-            raise ValueError("its index names something that isn't a file")
-        return index
 
 
 def open_models(
@@ -240,6 +156,23 @@ def open_model(name: str, revision: str | None, options: MergeOptions) -> InputM
     return open_models([reference], architecture, options.trust_remote_code)[reference]
 
 
+def check_tokenizer(reference: ModelReference, trust_remote_code: bool) -> None:
+    """Load a tokenizer that the config names.
+
+    Raises:
+        FimError: it can't be loaded.
+    """
+    try:
+        transformers.AutoTokenizer.from_pretrained(
+            reference.model.path, revision=reference.model.revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # each kind of tokenizer has its own
+        raise FimError(
+            f"{reference}: the config's tokenizer setting needs a tokenizer from it, which can't be loaded "
+            f"({reason(error)}); put one into its folder, name another model, or leave the setting out"
+        ) from error
+
+
 def _skeleton(reference: ModelReference, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     """transformers' model, without weights."""
     try:
@@ -255,27 +188,6 @@ def _skeleton(reference: ModelReference, config: PretrainedConfig, trust_remote_
         ) from error
 
 
-def tensor_names(model: PreTrainedModel, layout: ModelLayout, *, floating_point: bool = False) -> list[list[str]]:
-    """Every tensor, or every floating-point one, of transformers' model with all of its names.
-
-    Tied ones have several, and mergekit may know one by the name that transformers gives it in checkpoints only, as it
-    does GPT-NeoX's head.
-    """
-    names: dict[int, list[str]] = {}
-    known: dict[str, list[str]] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if value.is_floating_point() or not floating_point:
-            known[name] = names.setdefault(id(value), [])
-            known[name].append(name)
-    renamings = get_checkpoint_conversion_mapping(type(model).__name__) or []
-    for renaming in (r for r in renamings if isinstance(r, WeightRenaming)):
-        for tensor in layout.all_tensors():
-            renamed, _pattern = renaming.rename_source_key(tensor.name)
-            if renamed in known and tensor.name not in known:
-                known[renamed].append(tensor.name)
-    return list(names.values())
-
-
 def _open_model(
     reference: ModelReference,
     config: PretrainedConfig,
@@ -283,7 +195,7 @@ def _open_model(
     names: Sequence[Sequence[str]],
     skeleton: PreTrainedModel,
 ) -> InputModel:
-    headers = _read_headers(reference)
+    headers = read_headers(reference)
     weights = {alias for aliases in names for alias in aliases}  # without the masks that old checkpoints hold
     absent = []
     for layer in (*layout.layers, None):
@@ -433,51 +345,6 @@ def _check_causal_lm(reference: ModelReference, config: PretrainedConfig, trust_
             f"{reference}: the checkpoint is quantised ({kind or 'unknown method'}), expected floating-point weights; "
             "use the model's unquantised checkpoint"
         )
-
-
-def _read_headers(reference: ModelReference) -> dict[str, TensorHeader]:
-    index = tensor_index(reference)
-    files = {shard.filename for shard in index.shards}
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        both = [os.path.exists(os.path.join(index.base_path, name)) for name in (single, f"{single}.index.json")]
-        if all(both) and single not in files:
-            raise FimError(
-                f"{reference}: expected one set of weights, found {single} and the files of {single}.index.json: "
-                "transformers loads the one, mergekit the others; remove one of them"
-            )
-    headers: dict[str, TensorHeader] = {}
-    for shard in index.shards:
-        path = os.path.join(index.base_path, shard.filename)
-        if not os.path.exists(path):
-            raise FimError(f"{reference}: the checkpoint's file {path} is missing; download or save the model again")
-        try:
-            if path.endswith(".safetensors"):
-                headers.update(_safetensors_headers(path, shard.contained_keys))
-            else:
-                tensors = torch.load(path, map_location="meta", weights_only=True)
-                headers.update(
-                    (name, TensorHeader(tuple(t.shape), str(t.dtype).removeprefix("torch.")))
-                    for name, t in tensors.items()
-                    if isinstance(t, torch.Tensor)
-                )
-        except Exception as error:  # each format has its own exceptions for a damaged file
-            raise FimError(
-                f"{reference}: can't read {path} ({reason(error)}); download or save the model again"
-            ) from error
-    return headers
-
-
-def _safetensors_headers(path: str, names: Iterable[str]) -> dict[str, TensorHeader]:
-    with safetensors.safe_open(path, framework="pt") as file:  # checks the file, but doesn't say where tensors begin
-        slices = {name: file.get_slice(name) for name in names}
-        shapes = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    with open(path, "rb") as raw:
-        length = int.from_bytes(raw.read(8), "little")
-        offsets = {
-            name: entry["data_offsets"] for name, entry in json.loads(raw.read(length)).items() if name in shapes
-        }
-    spans = {name: Span(path, 8 + length + begin, end - begin) for name, (begin, end) in offsets.items()}
-    return {name: TensorHeader(*shapes[name], spans[name]) for name in shapes}
 
 
 def check_compatible(base: InputModel, model: InputModel, *, vocabulary_aligned: bool) -> list[str]:

@@ -4,7 +4,9 @@ import re
 from dataclasses import dataclass
 
 from mergekit.architecture import ConfiguredModelArchitecture, ModelArchitecture, WeightInfo
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from mergekit_fim.errors import FimError
 
@@ -67,3 +69,24 @@ def model_layout(architecture: ModelArchitecture, config: PretrainedConfig, mode
 def _layer_prefix(tensor_name: str, index: int) -> str | None:
     match = re.match(rf"(?:.*?\.)?{index}\.", tensor_name)
     return match.group() if match else None
+
+
+def tensor_names(model: PreTrainedModel, layout: ModelLayout, *, floating_point: bool = False) -> list[list[str]]:
+    """Every tensor, or every floating-point one, of transformers' model with all of its names.
+
+    Tied ones have several, and mergekit may know one by the name that transformers gives it in checkpoints only, as it
+    does GPT-NeoX's head.
+    """
+    names: dict[int, list[str]] = {}
+    known: dict[str, list[str]] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if value.is_floating_point() or not floating_point:
+            known[name] = names.setdefault(id(value), [])
+            known[name].append(name)
+    renamings = get_checkpoint_conversion_mapping(type(model).__name__) or []
+    for renaming in (r for r in renamings if isinstance(r, WeightRenaming)):
+        for tensor in layout.all_tensors():
+            renamed, _pattern = renaming.rename_source_key(tensor.name)
+            if renamed in known and tensor.name not in known:
+                known[renamed].append(tensor.name)
+    return list(names.values())

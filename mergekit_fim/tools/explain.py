@@ -1,42 +1,42 @@
-"""A planned merge in words: what it will do that the config doesn't show."""
+"""A planned merge in words: what it will do that the config doesn't show, and what it will read, write and hold."""
 
-import re
-from collections.abc import Iterator, Sequence
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from mergekit.common import ModelReference
+from mergekit.common import dtype_from_name
+from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_fim.merging.gates import is_fused, is_gate_projection
-from mergekit_fim.text import size, wrapped
-from mergekit_fim.tools.cost import merge_cost
-from mergekit_fim.tools.plan import MergePlan
+from mergekit_fim.errors import size, wrapped
+from mergekit_fim.fisher.batched import micro_batch
+from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.result import BaseCoefficients
+from mergekit_fim.tools.plan import MergePlan, PlannedTensor
+
+# What Python, torch, transformers and mergekit hold without a model, and beside a model in the pre-pass, in bytes:
+# measured with benchmarks/cost.py (docs/scale.md).
+PROGRAM_MEMORY = 0.40e9
+PRE_PASS_MEMORY = 0.65e9
 
 
 def explain(plan: MergePlan, options: MergeOptions) -> str:
-    """In words, what the merge will do beside what the report says."""
-    return "\n".join(line for note in _plan_notes(plan, options) for line in wrapped(f"- {note}")) + "\n"
+    """In words, what the merge will do that neither its config nor its report says."""
+    return "\n".join(line for note in _notes(plan, options) for line in wrapped(f"- {note}")) + "\n"
 
 
-def _plan_notes(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
+def _notes(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
     assert plan.pre_pass is not None
-    inputs = plan.pre_pass.inputs
     if plan.config.merge_method == "fim_ties":
-        densities: dict[ModelReference, set[float]] = {}
-        for tensor in plan.tensors:
-            for model, density in tensor.per_model("density").items():
-                densities.setdefault(model, set()).add(density)
-        for model, values in densities.items():
+        for settings in (m for m in plan.pre_pass.models if not m.density_is_default):
+            model = settings.model.reference
+            values = {own[model] for tensor in plan.tensors if model in (own := tensor.per_model("density"))}
             shown = " to ".join(f"{v:g}" for v in sorted({min(values), max(values)}))
             yield f"of each tensor of {model}'s task vector, the fraction {shown} is kept"
-    scaled = [t.name for t in plan.tensors if t.per_model("alpha") and t.parameter("gate_scale") != 1]
-    if protected := [name for name in scaled if is_gate_projection(name)]:
-        yield f"gate-protected tensors: {', '.join(_with_ranges(protected))}"
-    if fused := [name for name in scaled if is_fused(name)]:
-        yield f"gate-protected in their gate's half: {', '.join(_with_ranges(fused))}"
-    heads = {str(reference): model.text_config.tie_word_embeddings for reference, model in inputs.items()}
-    tied = plan.output_config.get_text_config().tie_word_embeddings
-    says = ", ".join(f"{name} {'tied' if is_tied else 'of its own'}" for name, is_tied in heads.items())
-    yield f"output head: {says}; in the merged model {'tied' if tied else 'of its own'}"
+    if all(difference.key != "tie_word_embeddings" for difference in plan.pre_pass.differences):
+        tied = plan.output_config.get_text_config().tie_word_embeddings
+        yield f"output head of the merged model: {'tied to its embeddings' if tied else 'of its own'}"
     cost = merge_cost(plan, options)
     yield (
         f"reads {size(cost.pre_pass_reads)} in the pre-pass and {size(cost.merge_reads)} in the merge (from disk only "
@@ -53,16 +53,105 @@ def _plan_notes(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
     )
 
 
-def _with_ranges(names: Sequence[str]) -> list[str]:
-    """`model.layers.{0-27}.mlp.gate_proj.weight` for names that differ only in consecutive numbers of their layers."""
-    groups: dict[tuple[str, str], list[int]] = {}
-    for name in names:
-        before, number, after = re.split(r"(?<=\.)(\d+)(?=\.)", name, maxsplit=1)
-        groups.setdefault((before, after), []).append(int(number))
-    shown = []
-    for (before, after), numbers in groups.items():
-        if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
-            shown.append(f"{before}{{{numbers[0]}-{numbers[-1]}}}{after}")
-        else:
-            shown += [f"{before}{number}{after}" for number in numbers]
-    return shown
+@dataclass(frozen=True)
+class MergeCost:
+    """Bytes that a merge moves and holds, on the CPU beside mapped files, which the system can drop at any time.
+
+    Attributes:
+        pre_pass_reads: of checkpoints, in the pre-pass.
+        merge_reads: in the merge itself.
+        writes: of the merged model.
+        base: of the base's weights, which stay on the accelerators where one was asked for and they fit.
+        pre_pass_memory: what the pre-pass holds at a time, about.
+        merge_memory: what the merge holds at a time, at most and about.
+        shard: what mergekit collects before it writes a file (--out-shard-size).
+    """
+
+    pre_pass_reads: int
+    merge_reads: int
+    writes: int
+    base: int
+    pre_pass_memory: float
+    merge_memory: float
+    shard: int
+
+
+def activation_memory(layers: int, hidden: int, intermediate: int, tokens: int, width: int) -> float:
+    """Bytes of activations in the pre-pass: the inputs of all decoder layers, and what is inside one of them.
+
+    Args:
+        layers: number of decoder layers.
+        hidden: size of the hidden states.
+        intermediate: size inside the MLP.
+        tokens: in a micro-batch.
+        width: bytes of a number.
+    """
+    return width * tokens * (layers * hidden + 6 * hidden + 5 * intermediate)
+
+
+def merge_cost(plan: MergePlan, options: MergeOptions) -> MergeCost:
+    """Work out what a planned merge will cost, as if all layers of every model were used.
+
+    The pre-pass reads the decoder layers of the base twice, for the forward and for the backward pass (more often where
+    the sequences are split into micro-batches), and everything of the fine-tuned models once; where the measurement is
+    at hand, everything once. Files that fit in the system's own cache are read from disk once in all.
+    """
+    assert plan.pre_pass is not None
+    inputs = plan.pre_pass.inputs
+    sizes = {reference: _bytes(model) for reference, model in inputs.items()}
+    reads, memory = 0, PROGRAM_MEMORY
+    for found in plan.pre_pass.coefficients:
+        reads += sizes[found.base.reference] + sum(sizes[m.model.reference] for m in found.models)
+        if not found.origin:
+            settings = plan.pre_pass.settings.fisher
+            sequences = micro_batch(settings.samples, settings.seq_len, "cpu")
+            batches = math.ceil(settings.samples / sequences)
+            reads += (2 * batches - 1) * _layer_bytes(found.base)
+            memory = max(memory, PRE_PASS_MEMORY + _activations(found, sequences * settings.seq_len))
+    base = next(iter(inputs.values()))
+    width = (dtype_from_name(plan.config.out_dtype or plan.config.dtype) or base.stored_dtype()).itemsize
+    written = [width * elements for tensor in plan.tensors for elements in _elements(tensor, base)]
+    shard = min(options.out_shard_size, sum(written)) if options.out_shard_size > 0 else sum(written)
+    pickled = 0 if options.lazy_unpickle else sum(_largest_pickle(model) for model in inputs.values())
+    return MergeCost(
+        reads,
+        sum(sizes.values()),
+        sum(written),
+        sizes[base.reference],
+        memory + pickled,
+        PROGRAM_MEMORY + shard + max(written, default=0) + pickled,
+        shard,
+    )
+
+
+def _activations(found: BaseCoefficients, tokens: int) -> float:
+    text = found.base.text_config
+    hidden = text.hidden_size
+    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
+    width = dtype_from_name(found.fisher.dtype).itemsize
+    return activation_memory(len(found.base.layout.layers), hidden, intermediate, tokens, width)
+
+
+def _largest_pickle(model: InputModel) -> int:
+    """Of the `.bin` files of a model, which are in memory whole while they are read, the largest."""
+    index = LoaderCache().get(model.reference).index
+    if index.is_safetensors:
+        return 0
+    return max(os.path.getsize(os.path.join(index.base_path, shard.filename)) for shard in index.shards)
+
+
+def _bytes(model: InputModel) -> int:
+    return sum(header.nbytes for header in model.headers.values())
+
+
+def _layer_bytes(model: InputModel) -> int:
+    prefixes = tuple(layer.prefix for layer in model.layout.layers)
+    return sum(header.nbytes for name, header in model.headers.items() if name.startswith(prefixes))
+
+
+def _elements(tensor: PlannedTensor, base: InputModel) -> Iterator[int]:
+    """Those of a merged tensor, by the base's header: single experts that mergekit fuses have none under this name."""
+    own = tensor.sources().get(base.reference)
+    name = base.stored_name(own) if own is not None else None
+    if name is not None:
+        yield math.prod(base.headers[name].shape)

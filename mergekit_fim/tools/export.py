@@ -16,7 +16,6 @@ from mergekit.config import (
     InputModelDefinition,
     InputSliceDefinition,
     MergeConfiguration,
-    OutputModuleDefinition,
     OutputSliceDefinition,
 )
 from mergekit.graph import Executor, Task
@@ -98,7 +97,7 @@ def _is_whole(out_slice: OutputSliceDefinition, plan: MergePlan) -> bool:
 
 
 def _slices(plan: MergePlan) -> list[OutputSliceDefinition]:
-    slices = _only_module(plan).slices or []
+    slices = plan.slices
     tensors: list[list[PlannedTensor]] = [[] for _ in slices]
     for index, tensor in _by_slice(plan):
         tensors[index].append(tensor)
@@ -119,17 +118,12 @@ def _slices(plan: MergePlan) -> list[OutputSliceDefinition]:
 
 def _by_slice(plan: MergePlan) -> Iterator[tuple[int, PlannedTensor]]:
     """Every tensor with the slice whose parameters mergekit uses: outside the layers the first's or the last's."""
-    slices = _only_module(plan).slices or []
+    slices = plan.slices
     of_layer = [i for i, s in enumerate(slices) for _ in range(*s.sources[0].layer_range)]
     numbers = [_layer_number(plan, tensor.name) for tensor in plan.tensors]
     begin = next(i for i, number in enumerate(numbers) if number is not None)
     for i, (tensor, number) in enumerate(zip(plan.tensors, numbers, strict=True)):
         yield of_layer[number] if number is not None else 0 if i < begin else len(slices) - 1, tensor
-
-
-def _only_module(plan: MergePlan) -> OutputModuleDefinition:
-    (module,) = (plan.config.modules or {}).values()
-    return module
 
 
 def _layer_number(plan: MergePlan, name: str) -> int | None:

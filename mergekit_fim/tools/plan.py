@@ -1,23 +1,31 @@
-"""Merge config -> everything up to the first merged tensor, by mergekit's own planner, and nothing merged."""
+"""Merge config -> everything up to the first merged tensor, by mergekit's own planner; or the whole merge."""
 
+import inspect
+import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit import merge as mergekit_merge
+from mergekit.architecture import get_architecture_info
+from mergekit.card import generate_card
 from mergekit.common import ModelReference
-from mergekit.config import MergeConfiguration
+from mergekit.config import MergeConfiguration, OutputSliceDefinition
 from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
-from mergekit.merge import run_merge
 from mergekit.merge_methods.task_adapter import ExecuteMergeMethodTask
 from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
 from transformers import PretrainedConfig
 
 from mergekit_fim.config.parameters import METHODS
-from mergekit_fim.errors import FimError, check_own_code
-from mergekit_fim.hook import Planned, plan_only
-from mergekit_fim.models.inputs import model_config, tensor_index
-from mergekit_fim.prepass import PrePass, check_config
-from mergekit_fim.text import reason
+from mergekit_fim.config.settings import check_config
+from mergekit_fim.errors import FimError, check_own_code, reason
+from mergekit_fim.merging.output_folder import check_output, model_written_whole
+from mergekit_fim.models.checkpoint import model_config, tensor_index
+from mergekit_fim.result import PrePass
+
+LOG = logging.getLogger("mergekit_fim")
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,15 +73,23 @@ class MergePlan:
     tensors: tuple[PlannedTensor, ...]
     pre_pass: PrePass | None
 
+    @property
+    def slices(self) -> list[OutputSliceDefinition]:
+        """The slices of the one module that a merge by `fim_ties` or `fim_ta` has."""
+        (module,) = (self.config.modules or {}).values()
+        return module.slices or []
 
-def check(config: MergeConfiguration, options: MergeOptions) -> None:
+
+def _check(config: MergeConfiguration, options: MergeOptions) -> None:
     """Check a config, and open its models, before mergekit does, which says what is wrong but not with which model.
+
+    The config comes first (mergekit's planner, hooked, has it checked again): a typo costs no download.
 
     Raises:
         FimError: a bad config, or a model that isn't there or is damaged.
     """
     if config.merge_method in METHODS:
-        check_config(config, options)
+        check_config(config)
     LoaderCache().setup(options)
     for reference in sorted(config.referenced_models(), key=str):
         model_config(reference, options.trust_remote_code)
@@ -90,24 +106,25 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> MergePlan:
     Raises:
         FimError: the merge would fail before its first tensor.
     """
-    check(config, options)
+    _check(config, options)
+    output_config_of = getattr(mergekit_merge, "_model_out_config", None)
+    if output_config_of is None:
+        raise FimError("mergekit-fim supports mergekit>=0.1.5,<0.2, which this one isn't: install a supported mergekit")
     try:
-        with plan_only():
-            run_merge(config.model_copy(deep=True), "", options)  # mergekit normalises it in place
-    except Planned as planned:
-        saved = [task for task in planned.tasks if isinstance(task, SaveTensor)]
-        return MergePlan(
-            planned.planner.config,
-            planned.planner.out_model_config,
-            tuple(PlannedTensor(task.tensor_name, task.tensor_task) for task in saved),
-            getattr(planned.planner, "fim_pre_pass", None),
-        )
+        config = config.model_copy(deep=True)  # mergekit normalises it in place
+        architecture = get_architecture_info(config, options)
+        output_config = output_config_of(config, architecture, trust_remote_code=options.trust_remote_code)
+        planner = MergePlanner(config, architecture, options=options, out_model_config=output_config)
+        # mergekit's own, without what the hook adds for a merge: no folder is checked or made, nothing is shown.
+        tasks = inspect.unwrap(MergePlanner.plan_to_disk)(planner, "")
     except FimError:
         raise
     except Exception as error:  # mergekit, transformers and huggingface_hub each have their own
         check_own_code(error)
         raise FimError(f"mergekit can't plan this merge ({reason(error)}); change the config") from error
-    raise FimError("this mergekit merges without a plan; install mergekit>=0.1.5,<0.2")
+    saved = [task for task in tasks if isinstance(task, SaveTensor)]
+    tensors = tuple(PlannedTensor(task.tensor_name, task.tensor_task) for task in saved)
+    return MergePlan(planner.config, output_config, tensors, getattr(planner, "fim_pre_pass", None))
 
 
 def plan_fim_merge(config: MergeConfiguration, options: MergeOptions) -> tuple[MergePlan, PrePass]:
@@ -121,3 +138,47 @@ def plan_fim_merge(config: MergeConfiguration, options: MergeOptions) -> tuple[M
     plan = plan_merge(config, options)
     assert plan.pre_pass is not None
     return plan, plan.pre_pass
+
+
+def merge_whole(config: MergeConfiguration, text: str | None, out_path: str, options: MergeOptions) -> None:
+    """Merge by mergekit's `run_merge`, any method, and write the model to a folder: it is there whole or not at all.
+
+    Args:
+        config: the merge config.
+        text: its YAML, which is kept beside the model; by default what mergekit makes of `config`.
+        out_path: the folder; a model that is there already is replaced at the end.
+        options: mergekit's. With a verbosity above 0, errors that aren't ours come as they are.
+
+    Raises:
+        FimError: the models can't be merged, or not written.
+    """
+    check_output(out_path, config)
+    _check(config, options)
+    text = text or config.to_yaml()
+    try:
+        with model_written_whole(out_path) as folder:
+            mergekit_merge.run_merge(config, folder, options.model_copy(update={"write_model_card": False}))
+            if options.write_model_card and os.path.isdir(folder):
+                _write_card(config, text, folder)
+    except FimError:
+        raise
+    except Exception as error:  # mergekit, transformers and huggingface_hub each have their own
+        if options.verbosity:
+            raise
+        check_own_code(error)
+        full = "No space left" in str(error)
+        remedy = "free some space, or write elsewhere" if full else "-v shows where it failed"
+        raise FimError(f"mergekit can't do this merge ({reason(error)}); {remedy}") from error
+
+
+def _write_card(config: MergeConfiguration, text: str, folder: str) -> None:
+    """mergekit's model card. It asks the Hub about some names, which must not cost a merge that is done."""
+    with open(os.path.join(folder, "mergekit_config.yml"), "w", encoding="utf-8") as file:
+        file.write(text)
+    try:
+        card = generate_card(config=config, config_yaml=text, name=os.path.basename(folder))
+    except Exception as error:
+        LOG.warning("the merged model is whole, but its model card can't be made (%s)", reason(error))
+        return
+    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+        file.write(card)

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.files import written_whole
-from mergekit_fim.measurements.file import FORMAT, from_json, layers_as_json, read_json
+from mergekit_fim.files import REPORT_FORMAT, read_json, written_whole
+from mergekit_fim.measurements.file import FORMAT, from_json, layers_as_json
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg")
-REPORT_FORMAT = "mergekit-fim/report"
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, from dark to light; a marker and a dash of its own for
 # readers in greyscale.

@@ -1,0 +1,138 @@
+"""What a pre-pass found, as records: the models, their coefficients, and the config that carries these."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit.common import ModelReference
+from mergekit.config import ConditionalParameter, ConfigReader, InputSliceDefinition, MergeConfiguration
+
+from mergekit_fim.config.settings import Settings, settings_of
+from mergekit_fim.measurements.record import FisherMeasurement, Measurement
+from mergekit_fim.merging.output_config import ConfigDifference
+from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms
+
+
+@dataclass(frozen=True)
+class SourceSlice:
+    """A run of layers of one fine-tuned model in the config, with the base's run that it is merged into.
+
+    Attributes:
+        base: the base model.
+        base_start: the first layer of the base's run.
+        source: the config's part, with the fine-tuned model and its layers.
+        reader: mergekit's, which knows where the parameters of the slice stand.
+    """
+
+    base: ModelReference
+    base_start: int
+    source: InputSliceDefinition
+    reader: ConfigReader
+
+    def pairs(self) -> list[LayerPair]:
+        """The pairs of layers, in order."""
+        start, end = self.source.layer_range
+        return [LayerPair(self.base_start + i, start + i) for i in range(end - start)]
+
+    def settings(self, name: str) -> list[ConditionalParameter]:
+        """The user's settings of a parameter, from the highest to the lowest precedence, as one list of filters."""
+        return settings_of(self.reader, name, self.source.model)
+
+
+@dataclass(frozen=True)
+class ModelCoefficients:
+    """What the pre-pass found for one fine-tuned model.
+
+    Attributes:
+        model: the fine-tuned model.
+        pairs: the layers, by the base's and then the model's index.
+        norms: its squared task-vector norms.
+        scores: [pair], s = F · ‖δ‖².
+        alphas: [pair], the merge coefficients.
+        used_alphas: [pair], what the layer gets: α, or where the user set it by hand, the mean over its tensors.
+        alpha_other: the merge coefficient outside the decoder layers, where the user didn't set it by hand.
+    """
+
+    model: InputModel
+    pairs: tuple[LayerPair, ...]
+    norms: TaskVectorNorms
+    scores: tuple[float, ...]
+    alphas: tuple[float, ...]
+    used_alphas: tuple[float, ...]
+    alpha_other: float
+
+
+@dataclass(frozen=True)
+class BaseCoefficients:
+    """The measurement of one base model, and what followed for the models that are merged into it.
+
+    Attributes:
+        base: the base model.
+        measurement: what was measured of it.
+        origin: where that comes from, in words; empty where it was measured just now.
+        models: the coefficients of each fine-tuned model.
+    """
+
+    base: InputModel
+    measurement: Measurement
+    origin: str
+    models: tuple[ModelCoefficients, ...]
+
+    @property
+    def fisher(self) -> FisherMeasurement:
+        """The numbers of the measurement."""
+        return self.measurement.fisher
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """A fine-tuned model's own parameters as the user set them: see `config.settings.as_set`.
+
+    Attributes:
+        base: what the model is merged into.
+        model: the fine-tuned model.
+        weight: its weight beside the others.
+        density: None for fim_ta.
+        density_is_default: whether the config leaves it to the default for the size of the base.
+        alpha: what the user set by hand; None where all is left to the pre-pass.
+    """
+
+    base: InputModel
+    model: InputModel
+    weight: Any
+    density: Any
+    density_is_default: bool
+    alpha: Any
+
+
+@dataclass(frozen=True)
+class PrePass:
+    """All that is known about a merge before its first tensor.
+
+    Attributes:
+        settings: the pre-pass settings.
+        config: the normalised merge config, coefficients included.
+        inputs: every model, by reference, the base first.
+        coefficients: per base; empty where every `alpha` was set by hand.
+        models: the fine-tuned models' own parameters.
+        shared: those that are neither per model nor the pre-pass's, as the user set them.
+        default_density: what `density` is where the config doesn't set it; None for fim_ta.
+        differences: the config keys in which the inputs differ.
+        warnings: what the user should know, a line each.
+    """
+
+    settings: Settings
+    config: MergeConfiguration
+    inputs: Mapping[ModelReference, InputModel]
+    coefficients: tuple[BaseCoefficients, ...]
+    models: tuple[ModelSettings, ...]
+    shared: Mapping[str, Any]
+    default_density: float | None
+    differences: tuple[ConfigDifference, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def base(self) -> InputModel:
+        """The merge's base model."""
+        return next(iter(self.inputs.values()))
