@@ -256,9 +256,9 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
     if json_file is not None:
         write_json(json_file, content)
     if figure is not None:
-        from mergekit_fim.tools.plot import report_curves, write_figure
+        from mergekit_fim.tools.plot import write_figure
 
-        write_figure(report_curves(content, config_file), figure)
+        write_figure(content, config_file, figure)
 
 
 @main.command(cls=_MergekitCommand, short_help="Write a merge as a config for stock mergekit.")
@@ -332,11 +332,11 @@ def plot(report: str, output: str) -> None:
     logarithmic axis with its standard error, the norm of each task vector, and each model's merge coefficient.
     """
     from mergekit_fim.files import check_writable
-    from mergekit_fim.tools.plot import check_figure, read_curves, write_figure
+    from mergekit_fim.tools.plot import check_figure, read_report, write_figure
 
     check_writable(output, report)
     check_figure(output)
-    write_figure(read_curves(report), output)
+    write_figure(read_report(report), report, output)
     click.echo(output)
 
 

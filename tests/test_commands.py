@@ -427,12 +427,12 @@ def test_plot_of_a_report_and_of_a_measurement(pair, merge, tmp_path):
 
 def test_what_a_figure_shows(pair, merge, tmp_path):
     """Every value of the report stands where it belongs, told apart without colour."""
-    from mergekit_fim.tools.plot import draw, read_curves
+    from mergekit_fim.tools.plot import draw, read_report
 
     models = [{"model": str(pair.long)}, {"model": str(pair.third)}]
     out, _ = merge.ok(config_for(pair, models=models))
     report = reference.report(out)
-    figure = draw(read_curves(str(out / "fim_report.json")))
+    figure = draw(read_report(str(out / "fim_report.json")))
     fisher, norms, alphas = figure.axes
     assert fisher.get_yscale() == "log"
     (bars,) = fisher.containers
@@ -461,12 +461,14 @@ def test_models_of_one_name_are_told_apart_by_their_folders():
 
 
 def test_a_report_of_slices_is_drawn_by_the_bases_layers(pair, merge, tmp_path):
-    from mergekit_fim.tools.plot import read_curves
+    from mergekit_fim.tools.plot import draw, read_report
 
     sources = [{"model": str(pair.base), "layer_range": [2, 5]}, {"model": str(pair.long), "layer_range": [1, 4]}]
     content = {k: v for k, v in config_for(pair, slices=[{"sources": sources}]).items() if k != "models"}
     out, _ = merge.ok(content)
-    assert read_curves(str(out / "fim_report.json")).models[0].layers == (0, 1, 2, 3, 4)
+    _, norms, alphas = draw(read_report(str(out / "fim_report.json"))).axes
+    for panel in (norms, alphas):
+        assert list(panel.lines[0].get_xdata()) == [0, 1, 2, 3, 4]
 
 
 def test_plot_refuses(pair, merge, tmp_path, monkeypatch):
