@@ -17,7 +17,6 @@ from mergekit_fim.errors import FimError, brief, misfit, reason
 
 # What `export` writes for 126 layers has some 20 kB, and PyYAML takes seconds for a megabyte.
 _LARGEST_CONFIG = 1 << 20
-_MOST_VALUES = 1_000_000
 
 
 def read_config(path: str) -> tuple[MergeConfiguration, str]:
@@ -33,7 +32,11 @@ def read_config(path: str) -> tuple[MergeConfiguration, str]:
             raise FimError(
                 f"{path}: expected a merge config of at most {_LARGEST_CONFIG >> 20} MB, found more; check the name"
             )
-        content = _parse(text)
+        loader = _Loader(text)
+        try:
+            content = loader.get_single_data()
+        finally:
+            loader.dispose()
     except OSError as error:
         raise FimError(f"{path}: can't be read ({error.strerror or error}); check the name") from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # of odd tags, numbers
@@ -68,48 +71,18 @@ def validated(content: Any, where: str) -> MergeConfiguration:
     return config
 
 
-def _parse(text: str) -> Any:
-    """What YAML makes of a text, unless its aliases, which repeat a part without a copy, stand for far more than that.
+class _Loader(yaml.SafeLoader):
+    """YAML as mergekit reads it, but that a key which stands twice in one place is an error."""
 
-    A few lines can stand for billions of values, which the first to go through them, or to print them, would make.
-    """
-    loader = yaml.SafeLoader(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if _values(node, {}) > _MOST_VALUES:
-            raise ValueError(f"its aliases (`*name`) make it more than {_MOST_VALUES:,} values")
-        return loader.construct_document(node)
-    finally:
-        loader.dispose()
-
-
-def _values(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for, aliases included.
-
-    Raises:
-        ValueError: it contains itself, or a key twice.
-    """
-    if id(node) not in known:
-        known[id(node)] = -1
-        if isinstance(node, yaml.MappingNode):
-            _check_twice(node)
-        parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
-        inner = parts if isinstance(node, yaml.CollectionNode) else []
-        known[id(node)] = 1 + sum(_values(part, known) for part in inner)
-    if known[id(node)] < 0:
-        raise ValueError("an alias (`*name`) within what it stands for")
-    return known[id(node)]
-
-
-def _check_twice(node: yaml.MappingNode) -> None:
-    keys: set[tuple[str, str]] = set()
-    for key, _ in node.value:
-        name = key.tag, str(key.value)
-        if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge" and name in keys:
-            raise ValueError(f"{brief(key.value)} stands twice in one place, again in line {key.start_mark.line + 1}")
-        keys.add(name)
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            name = key.tag, str(key.value)
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge" and name in keys:
+                line = key.start_mark.line + 1
+                raise ValueError(f"{brief(key.value)} stands twice in one place, again in line {line}")
+            keys.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def _check_keys(content: Any, parsed: Any, config: str, path: str = "") -> None:
