@@ -312,8 +312,8 @@ def refused(merge, base: Path, long: Path, *words: str) -> None:
     assert not target.exists()
 
 
-REQUIRES = "mergekit's definition of {} requires the tensor {}, which models with this config don't have"
-TIED = "mergekit's definition of {} requires the tensor lm_head.weight, which the checkpoint holds only as {}, to which"
+REQUIRES = "the tensor {1}, which mergekit's definition of {0} requires; models with this config don't have it"
+TIED = "the tensor lm_head.weight, which mergekit's definition of {} requires; it is tied to {} there; save the models"
 # name: (kind, changes, the message)
 REFUSED = {
     "Cohere without qk-norm": (

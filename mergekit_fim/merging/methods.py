@@ -79,7 +79,7 @@ class FimMerge(GroupMergeMethod):
         assert group.base is not None
         base = group.base.tensor
         entries = group.non_base
-        if not entries or not base.is_floating_point():  # GPT-NeoX's old checkpoints hold causal masks
+        if not entries:
             return base
         dtype = torch.promote_types(base.dtype, torch.float32)
         alphas = [parameters["alpha"][entry.id] for entry in entries]

@@ -209,7 +209,11 @@ def _open_model(
                     )
             elif not _is_convertible(config.model_type, headers, tensor, layer):
                 if not tensor.optional:
-                    raise FimError(f"{reference}: {_why_lacking(tensor, config, headers, names)}")
+                    raise FimError(
+                        f"{reference}: the checkpoint lacks the tensor {tensor.name}, which mergekit's definition of "
+                        f"{(config.architectures or [config.model_type])[0]} requires; "
+                        f"{_lacking(tensor, headers, names)}"
+                    )
                 absent.append(tensor.name)
     unknown = tuple(_unknown(headers, layout, skeleton))
     return InputModel(reference, config, layout, headers, frozenset(absent), unknown)
@@ -240,30 +244,15 @@ def _unknown(headers: Mapping[str, TensorHeader], layout: ModelLayout, skeleton:
             yield name
 
 
-def _why_lacking(
-    tensor: WeightInfo,
-    config: PretrainedConfig,
-    headers: Mapping[str, TensorHeader],
-    names: Sequence[Sequence[str]],
-) -> str:
-    """Why a checkpoint lacks a tensor that mergekit requires, and what to do."""
-    definition = f"mergekit's definition of {(config.architectures or [config.model_type])[0]}"
+def _lacking(tensor: WeightInfo, headers: Mapping[str, TensorHeader], names: Sequence[Sequence[str]]) -> str:
+    """What to do where a checkpoint lacks a tensor that mergekit requires."""
     aliases = next((aliases for aliases in names if tensor.name in aliases), None)
     if aliases is None:
-        return (
-            f"{definition} requires the tensor {tensor.name}, which models with this config don't have; this model "
-            "can't be merged by this version of mergekit"
-        )
+        return "models with this config don't have it, so that this version of mergekit can't merge them"
     stored = next((alias for alias in aliases if alias in headers), None)
     if stored is not None:
-        return (
-            f"{definition} requires the tensor {tensor.name}, which the checkpoint holds only as {stored}, to which it "
-            "is tied; save the models with a copy of it and tie_word_embeddings: false"
-        )
-    return (
-        f"the checkpoint lacks the tensor {tensor.name}, which mergekit expects of {config.model_type}; download or "
-        "save the model again, or leave the model out"
-    )
+        return f"it is tied to {stored} there; save the models with a copy of it and tie_word_embeddings: false"
+    return "download or save the model again, or leave the model out"
 
 
 def _check_complete(model: InputModel, names: Sequence[Sequence[str]], shapes: Mapping[str, tuple[int, ...]]) -> None:
