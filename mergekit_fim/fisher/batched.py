@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from mergekit_fim.errors import is_out_of_memory
 from mergekit_fim.fisher.engine import NotSupportedError
 from mergekit_fim.fisher.head import Head, loss_gradient
-from mergekit_fim.fisher.narrow import input_gradient
 from mergekit_fim.fisher.rules import Recorder, Rule, rule_for
 from mergekit_fim.fisher.samples import Samples
 from mergekit_fim.fisher.weights import ResidentWeights, Weights, replaced
@@ -355,7 +354,7 @@ class _Layer:
         """The norms one sequence at a time: [sequence]; for the first only, without the inputs' gradients."""
         sequences = range(1 if first_only else len(self.run.norms))
         norms = torch.zeros(len(sequences), dtype=torch.float64)
-        with torch.enable_grad(), self.run.weights.layer(self.module, widen=True), self._differentiable() as squares:
+        with torch.enable_grad(), self.run.weights.layer(self.module), self._differentiable() as squares:
             for n in sequences:
                 parts = [self._sequence(t, n).detach().requires_grad_(t.requires_grad) for t in inputs]
                 try:
@@ -410,7 +409,7 @@ class _Layer:
         """
         if len(self.run.norms) == 1:
             return
-        with torch.no_grad(), self.run.weights.layer(self.module, widen=True):
+        with torch.no_grad(), self.run.weights.layer(self.module):
             together = call.run(self.forward, inputs)
             last = len(self.run.norms) - 1
             alone = call.run(self.forward, [self._sequence(t, last) for t in inputs])
@@ -446,7 +445,7 @@ class _WithoutResult(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return input_gradient(gradient, ctx.module.weight), None
+        return gradient @ ctx.module.weight, None
 
 
 def _without_result(module: nn.Module, _original: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:

@@ -198,7 +198,7 @@ def load_model(
         by_layer = {id(p) for layer in layers for p in layer.parameters()}
         kept = by_layer | {id(end.weight) for end in ends if end is not None}
         _fill(model, tensors, lambda _name: where.device, skip=kept)
-        weights: Weights = StreamedWeights(tensors, model, where.device, running)
+        weights: Weights = StreamedWeights(tensors, model, where.device)
     else:
         spread = device_map or {"": where.device}
         names = sorted(spread, key=len, reverse=True)

@@ -9,8 +9,6 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
-from mergekit_fim.fisher.narrow import narrowed
-
 
 def put(module: nn.Module, name: str, device: torch.device, value: torch.Tensor, dtype: torch.dtype) -> None:
     """Set a module's parameter or buffer; accelerate would empty the allocator's cache each time."""
@@ -20,14 +18,8 @@ def put(module: nn.Module, name: str, device: torch.device, value: torch.Tensor,
 class Weights(Protocol):
     """How the weights of a model's parts are had."""
 
-    def layer(self, module: nn.Module, *, widen: bool = False) -> contextlib.AbstractContextManager[None]:
-        """A context in which a decoder layer has its weights.
-
-        Args:
-            module: the decoder layer.
-            widen: all of them in the dtype that the model runs in. Otherwise the weights of linear layers may be in
-                the narrower one of the checkpoint, for `narrow_linear`.
-        """
+    def layer(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """A context in which a decoder layer has its weights, in the dtype that the model runs in."""
         ...
 
     def rows(self, module: nn.Module, index: torch.Tensor | slice) -> torch.Tensor:
@@ -38,7 +30,7 @@ class Weights(Protocol):
 class ResidentWeights:
     """The weights of a model that is in memory."""
 
-    def layer(self, module: nn.Module, *, widen: bool = False) -> contextlib.AbstractContextManager[None]:
+    def layer(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
         """Nothing to do."""
         return contextlib.nullcontext()
 
@@ -55,42 +47,22 @@ class StreamedWeights:
     On the CPU, tensors of safetensors files that need no conversion are mapped, not copied.
     """
 
-    def __init__(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        model: nn.Module,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        """Stream weights.
-
-        Args:
-            tensors: the weights by their names in the model's state dict.
-            model: the model.
-            device: where it runs.
-            dtype: what it runs in.
-        """
+    def __init__(self, tensors: Mapping[str, torch.Tensor], model: nn.Module, device: torch.device) -> None:
+        """Stream `tensors`, by their names in the state dict of `model`, to where it runs."""
         self._tensors = tensors
         self._names = {module: name for name, module in model.named_modules()}
         self._device = device
-        self._dtype = dtype
 
     @contextlib.contextmanager
-    def layer(self, module: nn.Module, *, widen: bool = False) -> Iterator[None]:
+    def layer(self, module: nn.Module) -> Iterator[None]:
         """Load the weights of a decoder layer, and let them go at the end."""
         loaded = []
         try:
-            with contextlib.ExitStack() as stack:
-                for prefix, part in module.named_modules(prefix=self._names[module]):
-                    narrow = not widen and isinstance(part, nn.Linear) and type(part).forward is nn.Linear.forward
-                    for name, parameter in part.named_parameters(recurse=False):
-                        value = self._tensors[f"{prefix}.{name}"]
-                        dtype = value.dtype if narrow and name == "weight" else parameter.dtype
-                        put(part, name, self._device, value, dtype)
-                        loaded.append((part, name, parameter))
-                    if narrow and part.weight.dtype != self._dtype:
-                        stack.enter_context(narrowed(part, self._dtype))
-                yield
+            for prefix, part in module.named_modules(prefix=self._names[module]):
+                for name, parameter in part.named_parameters(recurse=False):
+                    put(part, name, self._device, self._tensors[f"{prefix}.{name}"], parameter.dtype)
+                    loaded.append((part, name, parameter))
+            yield
         finally:
             for part, name, parameter in loaded:
                 setattr(part, name, parameter)
