@@ -37,6 +37,7 @@ def batched_engine(
     samples: Samples,
     progress: Callable[[int], object],
     weights: Weights | None = None,
+    warn: Callable[[str], object] = lambda _line: None,
     *,
     tokens: int | None = None,
 ) -> torch.Tensor:
@@ -48,6 +49,7 @@ def batched_engine(
         samples: the sequences.
         progress: called with numbers of steps.
         weights: where the model's weights are; by default in the model.
+        warn: called with a line where memory ran out for a micro-batch.
         tokens: how many tokens a micro-batch of more than one sequence may have; by default enough to keep the device
             busy. Where memory runs out it is halved.
 
@@ -61,7 +63,7 @@ def batched_engine(
     weights = weights or ResidentWeights()
     count, length = samples.input_ids.shape
     device = weights.rows(model.get_input_embeddings(), slice(0, 1)).device
-    size = micro_batch(count, length, device.type, tokens)
+    size = wanted = micro_batch(count, length, device.type, tokens)
     model.requires_grad_(False)
     run = _Run(model, layers, weights, progress)
     parts: list[torch.Tensor] = []
@@ -78,6 +80,11 @@ def batched_engine(
                 start += size
     finally:
         run.layers.clear()  # which refer to the run in turn, and would keep the model in memory for now
+    if size < wanted:
+        warn(
+            f"memory ran short for {wanted} sequences at a time, {size} at a time were measured in the end: the last "
+            "digits of the Fisher information may differ from those with enough memory"
+        )
     return torch.cat(parts)
 
 

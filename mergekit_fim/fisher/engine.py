@@ -23,6 +23,7 @@ class FisherEngine(Protocol):
         samples: Samples,
         progress: Callable[[int], object],
         weights: Weights = ...,
+        warn: Callable[[str], object] = ...,
     ) -> torch.Tensor:
         """Measure ‖∇_{θ^l} L_n‖² for every sequence n and layer l.
 
@@ -33,6 +34,7 @@ class FisherEngine(Protocol):
             progress: called with the number of steps that are done, a step being one layer's forward or backward pass
                 for one sequence.
             weights: where the model's weights are.
+            warn: called with what the user should know about a measurement that is done, a line each.
 
         Returns:
             [sequence, layer], float64, on the CPU.
@@ -50,6 +52,7 @@ def autograd_engine(
     samples: Samples,
     progress: Callable[[int], object],
     weights: Weights | None = None,
+    warn: Callable[[str], object] = lambda _line: None,
 ) -> torch.Tensor:
     """The reference engine: one forward and one backward pass per sequence, as the paper does it (arXiv 2603.21705).
 

@@ -83,18 +83,19 @@ def measure(
     vocab_size = model.config.get_text_config().vocab_size
     weights = weights or ResidentWeights()
     samples = draw_samples(settings, vocab_size)
+    warnings: list[str] = []
     steps = 2 * len(layers) * len(samples.input_ids)
     with (
         tqdm.tqdm(total=steps, desc="Measuring Fisher information", unit="step", disable=quiet) as progress,
         _prepared(model),
     ):
         try:
-            norms = engine(model, layers, samples, progress.update, weights)
+            norms = engine(model, layers, samples, progress.update, weights, warnings.append)
         except NotSupportedError:
             if not isinstance(weights, ResidentWeights):
                 raise
             progress.reset()
-            norms = reference(model, layers, samples, progress.update, weights)
+            norms = reference(model, layers, samples, progress.update, weights, warnings.append)
     measured = []
     for index, layer in enumerate(layers):
         column = tuple(norms[:, index].tolist())
@@ -104,7 +105,8 @@ def measure(
                 f"(in {model.dtype}); check the checkpoint for NaN, or set a wider `dtype:` such as bfloat16 or float32"
             )
         measured.append(LayerFisher(index, sum(p.numel() for p in layer.parameters()), column))
-    return FisherMeasurement(vocab_size, str(model.dtype).removeprefix("torch."), settings, tuple(measured))
+    lines = tuple(f"{name}: {line}" for line in warnings)
+    return FisherMeasurement(vocab_size, str(model.dtype).removeprefix("torch."), settings, tuple(measured), lines)
 
 
 def check_measurable(base: InputModel, settings: FisherSettings) -> None:
@@ -204,7 +206,7 @@ def _attempts(
                 name=str(base),
                 quiet=options.quiet,
             )
-            return replace(found, warnings=tuple(warnings))
+            return replace(found, warnings=(*warnings, *found.warnings))
         except NotFiniteError:
             if loaded.model.dtype is not torch.float16:
                 raise

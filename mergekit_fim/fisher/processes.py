@@ -100,18 +100,24 @@ def shared_engine(state: PartialState | None, engine: FisherEngine = batched_eng
         samples: Samples,
         progress: Callable[[int], object],
         weights: Weights | None = None,
+        warn: Callable[[str], object] = lambda _line: None,
     ) -> torch.Tensor:
         count = len(samples.input_ids)
         with state.split_between_processes(list(range(count))) as mine:
             part = samples.part(mine[0], mine[-1] + 1) if mine else None
 
-        def measure() -> torch.Tensor:
+        def measure() -> tuple[torch.Tensor, list[str]]:
+            lines: list[str] = []
             if part is None:
-                return torch.zeros(0, len(layers), dtype=torch.float64)
+                return torch.zeros(0, len(layers), dtype=torch.float64), lines
             scale = count / len(mine)
-            return engine(model, layers, part, lambda n: progress(round(n * scale)), weights or ResidentWeights())
+            steps, where = lambda n: progress(round(n * scale)), weights or ResidentWeights()
+            return engine(model, layers, part, steps, where, lines.append), lines
 
-        return torch.cat(in_all(state, measure))
+        results = in_all(state, measure)
+        for line in dict.fromkeys(line for _, lines in results for line in lines):
+            warn(line)
+        return torch.cat([norms for norms, _ in results])
 
     return share
 
