@@ -1,5 +1,6 @@
 """The fast engine against the reference engine: models, formats, micro-batches, and what it must not trust."""
 
+import contextlib
 import re
 import weakref
 from dataclasses import replace
@@ -14,13 +15,14 @@ from mergekit.options import MergeOptions
 from torch import nn
 
 from mergekit_fim.config.parameters import FisherSettings
-from mergekit_fim.fisher import batched, head
+from mergekit_fim.fisher import batched, head, processes
 from mergekit_fim.fisher import loading as placement
 from mergekit_fim.fisher import measure as fisher
 from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.engine import NotSupportedError, autograd_engine
 from mergekit_fim.fisher.loading import Placement, load_model
 from mergekit_fim.fisher.measure import measure, measure_checkpoint
+from mergekit_fim.fisher.processes import shared_engine
 from mergekit_fim.fisher.rules import GramCache, product_squared_norm
 from mergekit_fim.fisher.samples import Samples, draw_samples
 from mergekit_fim.fisher.weights import ResidentWeights, StreamedWeights
@@ -305,8 +307,35 @@ def test_a_model_that_runs_out_of_memory_is_halved(tmp_path, monkeypatch):
     LoaderCache.loaders.clear()
     found = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True))
     assert sizes == [5, 3, 2, 2, 1]
+    assert expected.warnings == ()
+    (warning,) = found.warnings
+    assert warning.startswith(f"{path}: memory ran short for 5 sequences at a time, 2 at a time were measured")
     for a, b in zip(found.layers, expected.layers, strict=True):
         assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-5)
+
+
+def test_what_any_of_several_processes_warns_of_is_known_in_all(monkeypatch):
+    model = tiny.build(tiny.config("llama"))
+    samples = draw_samples(SETTINGS, tiny.VOCAB)
+    whole = batched_engine(model, layers_of(model), samples, lambda _n: None)
+    others = [((whole[3:], ["short of memory", "too"]), "", ""), ((whole[:0], ["too"]), "", "")]
+    monkeypatch.setattr(processes, "gather_object", lambda own: [*own, *others])
+
+    class State:
+        num_processes = 3
+
+        @contextlib.contextmanager
+        def split_between_processes(self, items):
+            yield items[:3]
+
+    def engine(*args):
+        args[-1]("short of memory")
+        return batched_engine(*args[:-1])
+
+    lines = []
+    found = shared_engine(State(), engine)(model, layers_of(model), samples, lambda _n: None, None, lines.append)
+    assert found.numpy() == pytest.approx(whole.numpy(), rel=1e-5)
+    assert lines == ["short of memory", "too"]
 
 
 def loads(monkeypatch, fits: bool) -> list[tuple[str, bool, weakref.ref]]:

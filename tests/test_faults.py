@@ -5,12 +5,14 @@ the first.
 import abc
 import errno
 import json
+import operator
 import os
 import shutil
 import signal
 import stat
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ import tiny
 import yaml
 from click.testing import CliRunner
 from conftest import Merge, Pair, config_for
+from safetensors.torch import load
 from test_errors import ends_in_one_line
 from warm import Outcome, Warm
 
@@ -50,6 +53,41 @@ def small(tmp_path_factory) -> Pair:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def agree(found: dict[str, bytes], expected: dict[str, bytes]) -> bool:
+    """Whether files are the same but for the last digits of what was measured and of all that follows from it."""
+    if found.keys() != expected.keys():
+        return False
+    for name, content in found.items():
+        if name.endswith(".json"):
+            same = _agree(json.loads(content), json.loads(expected[name]))
+        elif name.endswith(".safetensors"):
+            a, b = load(content), load(expected[name])
+            same = a.keys() == b.keys() and all(
+                a[key].dtype is b[key].dtype and a[key].shape == b[key].shape for key in a
+            )
+            same = same and all(float((a[key] - b[key]).abs().max()) <= 1e-6 * float(b[key].abs().max()) for key in a)
+        else:
+            same = content == expected[name]
+        if not same:
+            return False
+    return True
+
+
+def _agree(found, expected, key: str = "") -> bool:
+    """Content of a report or a measurement; the standard error is a difference of norms, so that it has less digits."""
+    if key == "checksum":  # of the digits; who reads the measurement compares it
+        return True
+    if key == "warnings":
+        return expected == [] and all("memory ran short" in line for line in found)
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(_agree(found[k], v, k) for k, v in expected.items())
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(_agree(a, b, key) for a, b in zip(found, expected, strict=True))
+    if isinstance(expected, float):
+        return found == pytest.approx(expected, rel=1e-6 if key in ("squared_norms", "fisher") else 1e-5)
+    return found == expected
 
 
 def moments(calls: dict[str, int]) -> list[tuple[str, int]]:
@@ -88,7 +126,7 @@ class Work(abc.ABC):
         return done
 
     @abc.abstractmethod
-    def check_stopped(self) -> None:
+    def check_stopped(self, same: Callable[[dict[str, bytes], dict[str, bytes]], bool] = operator.eq) -> None:
         """Nothing that has the name of a result is less than one."""
 
 
@@ -110,11 +148,14 @@ class MergeWork(Work):
         super().reset()
         shutil.copytree(self.older, self.out, dirs_exist_ok=True)
 
-    def check_stopped(self) -> None:
+    def check_stopped(self, same=operator.eq) -> None:
         found = contents(self.out)
         if {"config.json", "fim_report.json"} & found.keys():  # without a config nothing is loaded
-            pairs = [(c["model.safetensors"], c["fim_report.json"]) for c in (contents(self.older), self.whole)]
-            assert (found["model.safetensors"], found["fim_report.json"]) in pairs
+            pair, older, whole = (
+                {name: files[name] for name in ("model.safetensors", "fim_report.json")}
+                for files in (found, contents(self.older), self.whole)
+            )
+            assert pair == older or same(pair, whole)
 
 
 class FisherWork(Work):
@@ -124,8 +165,9 @@ class FisherWork(Work):
         options = ["--samples", "2", "--seq-len", "8", "-q"]
         return ["mergekit-fim", "fisher", str(pair.base), "-o", str(self.out / "fisher.json"), *options]
 
-    def check_stopped(self) -> None:
-        assert contents(self.out).get("fisher.json", self.whole["fisher.json"]) == self.whole["fisher.json"]
+    def check_stopped(self, same=operator.eq) -> None:
+        found = {name: content for name, content in contents(self.out).items() if name == "fisher.json"}
+        assert not found or same(found, self.whole)
 
 
 @pytest.fixture(params=[MergeWork, FisherWork], ids=["merge", "fisher"], scope="module")
@@ -262,16 +304,28 @@ def test_two_merges_at_once(small, warm, tmp_path):
 
 @pytest.mark.parametrize("megabytes", [0, 4, 8, 16])
 def test_little_memory(megabytes, work):
-    """Of these, some are too little: then it ends, and without a result."""
+    """Of these, some are too little: then it ends, and without a result.
+
+    Where it is enough, the last digits may differ: the library that multiplies matrices takes another way when it gets
+    no memory to copy them to (MKL on Intel's processors with AVX-512, silently), or the batch was halved, which is
+    said. Once there is enough memory and nothing is kept, the bytes are the same again.
+    """
     work.reset()
     done = work.run(memory=megabytes << 20, may_fail=True)
     if done.status == 0:
-        assert contents(work.out) == work.whole
+        assert agree(contents(work.out), work.whole)
     else:
         assert done.status in (1, -signal.SIGABRT, -signal.SIGSEGV), done  # what C++ makes of it, at worst
-    work.check_stopped()
-    parts = {n for n in contents(work.cache) if n.endswith(PART)}
-    assert {n: c for n, c in contents(work.cache).items() if n not in parts}.items() <= work.kept.items()
+    work.check_stopped(agree)
+    kept = {name: content for name, content in contents(work.cache).items() if not name.endswith(PART)}
+    assert not kept or agree(kept, work.kept)
+    for name in kept:
+        read_measurement(str(work.cache / name))
+    work.run()
+    assert agree(contents(work.out), work.whole)
+    assert agree(contents(work.cache), work.kept)
+    assert not kept or contents(work.cache) == kept  # it is used
+    shutil.rmtree(work.cache)
     work.run()
     assert (contents(work.out), contents(work.cache)) == (work.whole, work.kept)
 
@@ -296,9 +350,11 @@ CPU_ALLOCATOR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocat
 
 
 @pytest.mark.parametrize("error", [RuntimeError(CPU_ALLOCATOR), MemoryError()])
-def test_memory_on_the_cpu_halves_the_batch(error, small, merge, monkeypatch):
+def test_memory_on_the_cpu_halves_the_batch(error, small, merge, cache_folder, monkeypatch, caplog):
+    """The report and the console say so, and say it again where the kept measurement is used."""
     parameters = {"fisher_seq_len": 8, "fisher_cache": False}
     whole, _ = merge.ok(config_for(small, parameters=parameters))
+    said = f"{small.base}: memory ran short for 8 sequences at a time, 2 at a time were measured in the end"
     original, sizes = batched._Run.measure, []
 
     def measure(self, samples, device):
@@ -313,7 +369,18 @@ def test_memory_on_the_cpu_halves_the_batch(error, small, merge, monkeypatch):
     assert sizes == [8, 4, 2, 2, 2, 2]
     found, expected = (reference.report(path)["fisher"]["layers"] for path in (out, whole))
     for a, b in zip(found, expected, strict=True):
-        assert a["squared_norms"] == pytest.approx(b["squared_norms"], rel=1e-5)
+        assert a["squared_norms"] == pytest.approx(b["squared_norms"], rel=1e-6)
+    assert reference.report(whole)["warnings"] == []
+    (warning,) = reference.report(out)["warnings"]
+    assert warning.startswith(said)
+    parameters["fisher_cache"] = True
+    first, _ = merge.ok(config_for(small, parameters=parameters), out="first")
+    again, _ = merge.ok(config_for(small, parameters=parameters), out="again")
+    assert sizes.count(8) == 2  # it isn't measured again
+    assert len(contents(cache_folder)) == 1
+    assert [reference.report(path)["warnings"] for path in (first, again)] == [[warning]] * 2
+    assert [r.getMessage() for r in caplog.records if r.name == "mergekit_fim"] == [warning] * 3
+    parameters["fisher_cache"] = False
     limit = 0
     target, result = merge(config_for(small, parameters=parameters), out="none")
     ends_in_one_line(result, target, str(small.base), "too little memory", "fisher_seq_len")
