@@ -15,7 +15,7 @@ demo: $(VENV)/demo.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python example_configs/demo.py answers $(DEMO)
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff format --check .

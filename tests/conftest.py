@@ -1,13 +1,16 @@
 import logging
 import os
+import pickle
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
 import venv
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import tiny
@@ -15,14 +18,19 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner, Result
+from filelock import FileLock
 from mergekit.io.tasks import LoaderCache
 from mergekit.scripts.run_yaml import main as mergekit_yaml
+from warm import Warm
 
 from mergekit_fim.merging.trim import find_threshold, runs, trim_run
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask the network
 ROOT = Path(__file__).parents[1]
-torch.set_num_threads(2)
+T = TypeVar("T")
+# Models this small gain nothing from more threads, and lose much where the machine is busy.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 transformers.utils.logging.disable_progress_bar()
 
 
@@ -44,15 +52,6 @@ def _fresh_state():
     LoaderCache.loaders.clear()
     root.handlers[:] = handlers
     root.setLevel(level)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """Models this small gain nothing from more, and lose much where the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -154,9 +153,21 @@ def pip(environment: Environment, *arguments: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], T]) -> T:
+    """What `make` makes in a folder: once, for all of pytest-xdist's workers, which share the folder above theirs."""
+    base = factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"shared-{name}"
+    made = folder.with_suffix(".pickle")
+    with FileLock(folder.with_suffix(".lock")):
+        if not made.exists():
+            folder.mkdir()
+            made.write_bytes(pickle.dumps(make(folder)))
+        return pickle.loads(made.read_bytes())
+
+
 @pytest.fixture(scope="session")
 def source(tmp_path_factory) -> Path:
-    """A copy of the source tree, so that building leaves nothing behind in it."""
+    """A copy of the source tree, so that building leaves nothing behind in it; each worker's own."""
     copy = tmp_path_factory.mktemp("source") / "mergekit-fim"
     ignore = shutil.ignore_patterns(".git", ".venv", ".demo", "__pycache__", ".*_cache", "dist")
     shutil.copytree(ROOT, copy, ignore=ignore)
@@ -166,18 +177,33 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def wheel(source, tmp_path_factory) -> Path:
     """The built wheel."""
-    folder = tmp_path_factory.mktemp("wheel")
-    code = "import sys, hatchling.build as b; print(b.build_wheel(sys.argv[1]))"
-    command = [sys.executable, "-c", code, str(folder)]
-    return folder / subprocess.run(command, cwd=source, capture_output=True, text=True, check=True).stdout.strip()
+
+    def build(folder: Path) -> Path:
+        code = "import sys, hatchling.build as b; print(b.build_wheel(sys.argv[1]))"
+        command = [sys.executable, "-c", code, str(folder)]
+        return folder / subprocess.run(command, cwd=source, capture_output=True, text=True, check=True).stdout.strip()
+
+    return made_once(tmp_path_factory, "wheel", build)
 
 
 @pytest.fixture(scope="session")
 def installed(wheel, tmp_path_factory) -> Environment:
-    """An environment with the wheel installed."""
-    environment = make_environment(tmp_path_factory.mktemp("installed") / "venv")
-    pip(environment, "install", "--no-deps", "--no-index", "--quiet", str(wheel))
-    return environment
+    """An environment with the wheel installed, which no test changes."""
+
+    def install(folder: Path) -> Environment:
+        environment = make_environment(folder / "venv")
+        pip(environment, "install", "--no-deps", "--no-index", "--quiet", str(wheel))
+        return environment
+
+    return made_once(tmp_path_factory, "installed", install)
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory) -> Iterator[Warm]:
+    """A process that has imported everything, offline."""
+    process = Warm(tmp_path_factory.mktemp("warm"), HF_HUB_OFFLINE="1")
+    yield process
+    process.close()
 
 
 def trim(delta: torch.Tensor, density: float) -> torch.Tensor:

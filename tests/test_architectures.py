@@ -97,9 +97,6 @@ def add_masks(path: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @dataclass(frozen=True)
 class Checkpoints:
     kind: Kind

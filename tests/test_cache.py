@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -174,12 +172,13 @@ def test_what_a_killed_process_left_is_removed(pair, merge, cache_folder):
     assert new.exists()  # maybe of a process that is still at it
 
 
-def test_two_processes_at_once(pair, cache_folder, tmp_path):
+def test_two_processes_at_once(pair, warm, cache_folder, tmp_path):
     """Several processes measure the same at the same time: each has the same numbers, and one file is left."""
-    command = [sys.executable, "-m", "mergekit_fim", "fisher", str(pair.base), "-q", "--samples", "3", "-o"]
+    command = ["mergekit-fim", "fisher", str(pair.base), "-q", "--samples", "3", "-o"]
     outs = [tmp_path / f"{i}.json" for i in range(3)]
-    running = [subprocess.Popen([*command, str(out)]) for out in outs]
-    assert [process.wait(timeout=120) for process in running] == [0, 0, 0]
+    environment = {"MERGEKIT_FIM_CACHE": str(cache_folder)}
+    done = warm.together(*({"arguments": [*command, str(out)], "environment": environment} for out in outs))
+    assert [outcome.status for outcome in done] == [0, 0, 0]
     assert len({out.read_bytes() for out in outs}) == 1
     (file,) = files(cache_folder)
     assert json.loads(file.read_text())["layers"] == json.loads(outs[0].read_text())["layers"]

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 from click.testing import CliRunner
+from warm import Outcome, Warm
 
 from mergekit_fim.cli import main
 from mergekit_fim.config.parameters import FisherSettings
@@ -30,6 +32,24 @@ def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=120)
+
+
+def together(warm: Warm, processes: int, *arguments: str, code: str | None = None) -> list[Outcome]:
+    """The processes as `launch` starts them, without the seconds in which each imports torch, and with no launcher."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    size |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "MERGEKIT_FIM_CACHE": os.environ["MERGEKIT_FIM_CACHE"],
+    }
+    jobs = []
+    for rank in map(str, range(processes)):
+        environment = size | {"RANK": rank, "LOCAL_RANK": rank}
+        jobs.append({"arguments": ["mergekit-fim", *arguments], "environment": environment, "code": code})
+    return warm.together(*jobs)
 
 
 def norms(path: Path) -> list[float]:
@@ -62,13 +82,17 @@ def test_one_process(model, tmp_path):
 
 
 @pytest.mark.parametrize(("processes", "samples"), [(2, 5), (3, 2)])
-def test_several_processes_measure_the_same(processes, samples, model, tmp_path):
-    """Also where there are more processes than sequences."""
+def test_several_processes_measure_the_same(processes, samples, model, warm, tmp_path):
+    """By torchrun, and where there are more processes than sequences."""
     options = ["fisher", str(model), "--samples", str(samples)]
     result = CliRunner().invoke(main, [*options, "-q", "--no-cache", "-o", str(tmp_path / "one.json")])
     assert result.exit_code == 0, result.output
-    done = launch(processes, "-m", "mergekit_fim", *options, "-q", "-o", str(tmp_path / "many.json"))
-    assert done.returncode == 0, done.stderr
+    many = [*options, "-q", "-o", str(tmp_path / "many.json")]
+    if processes == 2:
+        done = launch(processes, "-m", "mergekit_fim", *many)
+        assert done.returncode == 0, done.stderr
+    else:
+        assert [(one.status, one.stderr) for one in together(warm, processes, *many)] == [(0, "")] * processes
     assert norms(tmp_path / "many.json") == pytest.approx(norms(tmp_path / "one.json"), rel=1e-6)
     assert sorted(os.listdir(tmp_path)) == ["many.json", "one.json"]
     # The main process has kept it for one that comes after.
@@ -78,24 +102,25 @@ def test_several_processes_measure_the_same(processes, samples, model, tmp_path)
 
 
 FAILING = """
-import os, sys
+import os
 import mergekit_fim.fisher.batched as batched
-from mergekit_fim.cli import main
 original = batched._Run.measure
 def measure(self, *args):
     if os.environ["RANK"] == "1":
         {action}
     return original(self, *args)
 batched._Run.measure = measure
+"""
+MAIN = """
+import sys
+from mergekit_fim.cli import main
 main(sys.argv[1:])
 """
 
 
 UNSUPPORTED = """
-import os, sys
 import mergekit_fim.fisher.batched as batched
 import mergekit_fim.fisher.engine as engines
-from mergekit_fim.cli import main
 def measure(self, *args):
     raise engines.NotSupportedError
 batched._Run.measure = measure
@@ -104,41 +129,37 @@ def counted(*args):
     print("sequence")
     return original(*args)
 engines.sequence_loss = counted
-main(sys.argv[1:])
 """
 
 
-def test_the_reference_engine_is_shared_too(model, tmp_path):
-    script = tmp_path / "unsupported.py"
-    script.write_text(UNSUPPORTED)
+def test_the_reference_engine_is_shared_too(model, warm, tmp_path):
     options = ["fisher", str(model), "-q", "--samples", "5", "--seq-len", "8"]
     result = CliRunner().invoke(main, [*options, "--no-cache", "-o", str(tmp_path / "one.json")])
     assert result.exit_code == 0, result.output
-    done = launch(2, str(script), *options, "-o", str(tmp_path / "many.json"))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("sequence") == 5
+    done = together(warm, 2, *options, "-o", str(tmp_path / "many.json"), code=UNSUPPORTED)
+    assert [one.status for one in done] == [0, 0], done
+    assert sorted(one.stdout.count("sequence") for one in done) == [2, 3]
     assert norms(tmp_path / "many.json") == pytest.approx(norms(tmp_path / "one.json"), rel=1e-4)
 
 
-def test_an_error_of_all_processes_is_said_once(tmp_path):
+def test_an_error_of_all_processes_is_said_once(warm, tmp_path):
     built = tiny.build(tiny.config("llama"))
     built.model.layers[2].mlp.up_proj.weight.data[0, 0] = math.nan
     broken = tiny.save(built, tmp_path / "broken")
-    done = launch(2, "-m", "mergekit_fim", "fisher", str(broken), "-q", "-o", str(tmp_path / "f.json"))
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(lines) == 1
-    assert lines[0].startswith(f"Error: {broken}: the Fisher information of decoder layer")
+    done = together(warm, 2, "fisher", str(broken), "-q", "-o", str(tmp_path / "f.json"))
+    assert [one.status for one in done] == [1, 1]
+    (line,) = (line for one in done for line in one.stderr.splitlines())
+    assert line.startswith(f"Error: {broken}: the Fisher information of decoder layer")
     assert not (tmp_path / "f.json").exists()
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft with transformers 5
-def test_an_adapter_is_merged_by_one_of_the_processes(tmp_path):
+def test_an_adapter_is_merged_by_one_of_the_processes(warm, tmp_path):
     base = tiny.save(tiny.build(tiny.config("llama")), tmp_path / "base")
     adapter = tiny.adapter(base, tmp_path / "adapter")
     options = ["fisher", f"{base}+{adapter}", "-q", "--samples", "2", "--seq-len", "8", "--no-cache"]
     for name, run in {
-        "many": lambda arguments: launch(3, "-m", "mergekit_fim", *arguments).returncode,
+        "many": lambda arguments: max(one.status for one in together(warm, 3, *arguments)),
         "one": lambda arguments: CliRunner().invoke(main, arguments).exit_code,
     }.items():
         places = ["--lora-merge-cache", str(tmp_path / f"cache-{name}"), "-o", str(tmp_path / f"{name}.json")]
@@ -146,18 +167,23 @@ def test_an_adapter_is_merged_by_one_of_the_processes(tmp_path):
     assert norms(tmp_path / "many.json") == pytest.approx(norms(tmp_path / "one.json"), rel=1e-6)
 
 
-@pytest.mark.parametrize("action", ["raise ValueError('no such luck')", "os._exit(9)"])
-def test_one_process_failing_ends_all(action, model, tmp_path):
+def test_one_process_failing_ends_all(model, warm, tmp_path):
+    code = FAILING.format(action="raise ValueError('no such luck')")
+    done = together(warm, 2, "fisher", str(model), "-o", str(tmp_path / "fisher.json"), "-q", code=code)
+    assert [one.status for one in done] == [1, 1]
+    assert [one.stderr for one in done] == ["Error: process 1 of 2: no such luck\n", ""]
+    assert os.listdir(tmp_path) == []
+
+
+def test_one_process_ending_ends_all(model, tmp_path):
+    """By the launcher, which ends the others."""
     script = tmp_path / "failing.py"
-    script.write_text(FAILING.format(action=action))
+    script.write_text(FAILING.format(action="os._exit(9)") + MAIN)
     out = tmp_path / "out" / "fisher.json"
     out.parent.mkdir()
     done = launch(2, str(script), "fisher", str(model), "-o", str(out), "-q")
     assert done.returncode != 0
     assert os.listdir(out.parent) == []
-    if "raise" in action:
-        assert done.stderr.count("Error: process") == 1
-        assert "Error: process 1 of 2: no such luck" in done.stderr
 
 
 @pytest.mark.parametrize(

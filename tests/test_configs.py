@@ -25,9 +25,6 @@ from mergekit_fim.fisher.loading import Placement
 LAYERS = 5
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def by_layer(alphas, other: float) -> list[dict]:
     """One value per layer and one for the rest, as mergekit's filters."""
     return [{"filter": f"model.layers.{i}.", "value": float(a)} for i, a in enumerate(alphas)] + [{"value": other}]

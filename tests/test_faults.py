@@ -36,13 +36,6 @@ SMALL = {"fisher_samples": 2, "fisher_seq_len": 8}
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory):
-    process = Warm(tmp_path_factory.mktemp("warm"), HF_HUB_OFFLINE="1")
-    yield process
-    process.close()
-
-
-@pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Pair:
     """A pair of two layers."""
     folder = tmp_path_factory.mktemp("small")

@@ -37,9 +37,6 @@ def small(tmp_path_factory) -> Pair:
     return Pair(tiny.save(base, folder / "base"), *tunes)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 # What makes sense for some parameter, what is at the edge of that, and what makes none for any.
 NUMBERS = st.sampled_from([0, 1, 0.5, 0.2, -1, 2, 8, 64, 1.0, 1e-300, -1e300, 1.7e308, 2**63, 10**400, "1e-3", "0.4"])
 ODD = st.sampled_from([math.nan, math.inf, True, False, "", "true", "inputs", "sampled", "a\nb", "none.json", "α"])

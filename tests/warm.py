@@ -5,6 +5,7 @@ of commands as a line of JSON, runs them at the same time, each in a fork, and a
 """
 
 import contextlib
+import importlib
 import json
 import os
 import resource
@@ -78,6 +79,9 @@ def _main(folder: Path) -> None:
     import mergekit_fim.tools.export
     import mergekit_fim.tools.plan
 
+    # What transformers prepares on first use, half a second of each fork's otherwise.
+    importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
+    importlib.import_module("transformers.models.llama.modeling_llama")
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     commands = {"mergekit-yaml": mergekit.scripts.run_yaml.main, "mergekit-fim": mergekit_fim.cli.main}
@@ -114,6 +118,7 @@ def _child(
     fault: tuple[str, int, int] | None = None,
     memory: int | None = None,
     file_size: int | None = None,
+    code: str | None = None,
     offline: bool = False,
     folder: str | None = None,
 ) -> None:
@@ -128,6 +133,7 @@ def _child(
         fault: a kind of calls, a number and a signal, which the process sends itself before that call.
         memory: bytes of address space that it may take beyond what it has.
         file_size: bytes that a file may have.
+        code: Python to run before the command.
         offline: end at the first attempt to reach another machine.
         folder: where to run it.
     """
@@ -148,6 +154,8 @@ def _child(
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         if file_size is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+        if code is not None:
+            exec(compile(code, "<code>", "exec"), {})
         calls = {"all": 0, "file": 0, "own": 0}
         if count or fault:
             sys.setprofile(_profiler(calls, fault))
