@@ -1,0 +1,162 @@
+"""The layout holds what it says: who may import whom, what stays light, and what of mergekit isn't public."""
+
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "mergekit_fim"
+# Each may import what stands before it, and itself. Those of one line don't know one another.
+FLOORS = [
+    {"errors"},
+    {"files", "norms", "coefficients", "config.parameters"},
+    {"config", "measurements"},
+    {"models"},
+    {"fisher", "merging", "task_vectors"},
+    {"measured", "result"},
+    {"prepass", "report"},
+    {"hook"},
+    {"tools"},
+    {"api", "cli"},
+    {"__main__"},
+]
+# Records, and reading and comparing them: no part of these may need a machine that has torch.
+LIGHT = ("mergekit_fim.measurements.compare", "mergekit_fim.measurements.store", "mergekit_fim.tools.plot")
+HEAVY = ("torch", "accelerate", "transformers", "mergekit", "mergekit_fim.fisher", "mergekit_fim.models")
+
+
+def modules() -> dict[str, ast.Module]:
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def imports(tree: ast.Module) -> set[str]:
+    """Everything that a module imports, wherever in it, by its whole name."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def place(module: str) -> tuple[int, str]:
+    """The floor of a module, and the room: the folder, or what is named for itself."""
+    for floor, rooms in enumerate(FLOORS):
+        for room in rooms:
+            if module == room or (module.startswith(f"{room}.") and module != "config.parameters"):
+                return floor, room
+    raise AssertionError(f"{module} has no place in the house")
+
+
+@pytest.mark.parametrize("module", [name for name in modules() if name != "__init__"])
+def test_imports_go_down(module):
+    tree = modules()[module]
+    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
+    if module in folders:
+        assert tree.body == []  # importing a folder imports nothing
+        return
+    floor, room = place(module)
+    for name in imports(tree):
+        if name.startswith("mergekit_fim."):
+            parts = name.split(".")[1:]
+            other = ".".join(parts[:2]) if parts[0] in folders else parts[0]
+            if other in ("__version__", "install"):
+                continue
+            below, next_door = place(other)
+            assert below < floor or next_door == room, f"{module} (floor {floor}) imports {other} (floor {below})"
+
+
+def test_no_circle_within_a_room():
+    graph = {
+        name: {".".join(i.split(".")[1:3]) for i in imports(tree) if i.startswith("mergekit_fim.")} & modules().keys()
+        for name, tree in modules().items()
+    }
+    graph = {name: others - {name} for name, others in graph.items()}
+    while graph:
+        free = {name for name, others in graph.items() if not others & graph.keys()}
+        assert free, f"a circle among {sorted(graph)}"
+        graph = {name: others for name, others in graph.items() if name not in free}
+
+
+def test_measurements_are_read_and_compared_without_torch(tmp_path):
+    code = (
+        "import sys, mergekit_fim\n"
+        f"import {', '.join(LIGHT)}\n"
+        "from mergekit_fim.cli import main\n"
+        "settings = mergekit_fim.FisherSettings(samples=2)\n"
+        "from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher, ModelIdentity\n"
+        "layers = tuple(LayerFisher(i, 3, (1.0 + i, 2.0)) for i in range(3))\n"
+        "fisher = FisherMeasurement(9, 'float32', settings, layers)\n"
+        "made = mergekit_fim.Measurement.of(fisher, ModelIdentity('m', None, None, 3, 9, 'a-b'))\n"
+        "mergekit_fim.write_measurement(made, 'a.json')\n"
+        "assert mergekit_fim.read_measurement('a.json') == made\n"
+        "scores = mergekit_fim.importance_scores([x.fisher for x in layers], [1.0] * 3)\n"
+        "assert len(mergekit_fim.merge_coefficients(scores, mergekit_fim.Mapping())) == 3\n"
+        "main(['compare', 'a.json', 'a.json'], standalone_mode=False)\n"
+        f"print([name for name in sys.modules if name in {HEAVY!r} or name.startswith({HEAVY[-2:]!r})])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Spearman 1.000" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_public_names_are_those_of_the_api():
+    import mergekit_fim
+    from mergekit_fim import api
+
+    assert sorted(mergekit_fim._API) == sorted(api.__all__)
+    for name in api.__all__:
+        assert getattr(mergekit_fim, name) is getattr(api, name)
+
+
+def private_parts() -> set[str]:
+    """What the package uses of mergekit by names that begin with an underscore, or by changing it."""
+    found = set()
+    for name, tree in modules().items():
+        aliases = {
+            alias.asname or alias.name: f"{node.module}.{alias.name}"
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mergekit"
+            for alias in node.names
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mergekit":
+                found |= {f"{name}: {alias.name}" for alias in node.names if alias.name.startswith("_")}
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+                if node.attr.startswith("_") or isinstance(node.ctx, ast.Store):
+                    found.add(f"{name}: {node.attr}")
+            elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr"):
+                target, attribute = node.args[:2]
+                if isinstance(target, ast.Name) and target.id in aliases and isinstance(attribute, ast.Constant):
+                    found |= {f"{name}: {attribute.value}"} if str(attribute.value).startswith("_") else set()
+    return found
+
+
+def test_the_private_parts_of_mergekit_are_those_that_the_hook_lists():
+    page = ast.get_docstring(modules()["hook"]) or ""
+    listed = set(re.findall(r"`(?:mergekit\.merge|MergePlanner)?\.(\w+)`", page))
+    assert listed == {"normalize_config", "plan_to_disk", "_model_out_config"}
+    assert private_parts() == {"tools.plan: _model_out_config"}
+    source = (PACKAGE / "hook.py").read_text(encoding="utf-8")
+    assert set(re.findall(r"planner\.(\w+) = \1$", source, re.M)) == {"normalize_config", "plan_to_disk"}
+
+
+def test_a_mergekit_without_the_private_part_is_refused(pair, monkeypatch):
+    from conftest import config_for
+    from mergekit import merge
+
+    import mergekit_fim
+
+    monkeypatch.delattr(merge, "_model_out_config")
+    with pytest.raises(mergekit_fim.FimError, match=r"supports mergekit>=0\.1\.5,<0\.2"):
+        mergekit_fim.resolve(config_for(pair))
