@@ -86,10 +86,10 @@ def run(
     Raises:
         FimError: the models can't be merged, or a measurement isn't finite.
     """
-    slices = [out_slice for module in (config.modules or {}).values() for out_slice in module.slices or []]
+    (module,) = (config.modules or {}).values()
+    slices = module.slices or []
     references = [source.model for out_slice in slices for source in out_slice.sources]
     inputs = open_models(_distinct([base_of(config), *references]), architecture, options.trust_remote_code)
-    (module,) = (config.modules or {}).values()  # for an architecture of several there are no inputs
     sources = tuple(_source_slices(slices, module, config, inputs))
     warnings = [*_check_inputs(sources, inputs, config, options), *_notes(slices, sources, inputs, config)]
 

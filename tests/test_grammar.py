@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from mergekit_fim.coefficients import Mapping, merge_coefficients
 from mergekit_fim.config.parameters import METHODS, PARAMETERS, Scope
+from mergekit_fim.config.settings import check_config
 from mergekit_fim.errors import FimError
-from mergekit_fim.prepass import check_config
 from mergekit_fim.tools.plan import plan_fim_merge
 
 SETTINGS = {
@@ -133,7 +133,7 @@ def test_a_config_is_accepted_or_refused_in_one_line(content):
         return
     before = config.model_copy(deep=True)
     try:
-        found = check_config(config, OPTIONS)
+        found = check_config(config)
     except FimError as error:
         is_one_line(error)
     else:

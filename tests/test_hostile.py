@@ -322,7 +322,7 @@ STOCK = {
     "a model a number": (lambda p: {"models": [{"model": 3}]}, ["`models[0].model`", "found 3"]),
     "a model without its name": (lambda p: {"models": [{"parameters": {}}]}, ["`models[0]`", "model is missing"]),
     "parameters a list": (lambda p: {"parameters": [1, 2]}, ["`parameters`", "dictionary", "found [1, 2]"]),
-    "parameters a text": (lambda p: {"parameters": "x"}, ["`parameters`", "dictionary", "found x"]),
+    "parameters a text": (lambda p: {"parameters": "x"}, ["`parameters`", "dictionary", "found 'x'"]),
     "a value of nothing": (lambda p: {"parameters": {"weight": None}}, ["`parameters.weight`", "found None"]),
     "a value of a mapping": (lambda p: {"parameters": {"weight": {"a": 1}}}, ["`parameters.weight`", "found {'a': 1}"]),
     "a filter without a value": (lambda p: {"parameters": {"weight": [{"filter": "mlp"}]}}, ["`parameters.weight`"]),
@@ -381,7 +381,7 @@ UNKNOWN = {
 
 # What is appended to a good config's text.
 TEXTS = {
-    "an alias in itself": ("parameters: &p {weight: *p}", ["an alias (`*name`) within"]),
+    "an alias in itself": ("parameters: &p {weight: *p}", ["`parameters.weight`", "no meaning"]),
     "deep nesting": ("x: " + "[" * 5000, ["YAML", "recursion"]),
     "a number of 5,000 digits": ("parameters: {sharpness: " + "9" * 5000 + "}", ["YAML", "4300 digits"]),
     "a date that isn't one": ("x: 2020-99-99", ["YAML", "month"]),

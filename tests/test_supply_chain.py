@@ -18,8 +18,8 @@ from warm import Warm
 
 import mergekit_fim
 from mergekit_fim.errors import FimError
+from mergekit_fim.models import checkpoint
 from mergekit_fim.models import identity as fingerprint
-from mergekit_fim.models import inputs
 
 PACKAGE = Path(mergekit_fim.__file__).parent
 SMALL = {"fisher_samples": 2, "fisher_seq_len": 8}
@@ -199,7 +199,7 @@ def test_our_own_readers_refuse_a_malicious_checkpoint(malicious):
     reference = ModelReference.parse(str(folder))
     LoaderCache().setup(MergeOptions(lazy_unpickle=False))
     with pytest.raises(FimError, match="can't read"):
-        inputs._read_headers(reference)
+        checkpoint.read_headers(reference)
     with pytest.raises(Exception, match="Weights only load failed"):
         list(fingerprint._pickled(str(folder / "pytorch_model.bin"), {}))
     assert not marker.exists()

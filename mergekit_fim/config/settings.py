@@ -106,16 +106,21 @@ def check_config(config: MergeConfiguration) -> Settings:
 
 
 def check_modules(config: MergeConfiguration, architecture: ModelArchitecture) -> None:
-    """Check that the models have the modules that a config names.
+    """Check that the models are of one stack of decoder layers, and have the modules that a config names.
 
     Raises:
-        FimError: one that they don't have.
+        FimError: they are of several, or lack a module.
     """
     for name in config.modules or {}:
         if name not in architecture.modules:
             raise FimError(
                 f"modules: expected {' or '.join(architecture.modules)}, found {name}; rename it, or use `models:`"
             )
+    if len(architecture.modules) != 1:
+        raise FimError(
+            f"expected models with one stack of decoder layers, found the modules {', '.join(architecture.modules)}; "
+            f"{config.merge_method} merges text-only causal language models"
+        )
 
 
 def _model_groups(config: MergeConfiguration) -> Iterator[tuple[ModelReference, list[ModelReference]]]:
