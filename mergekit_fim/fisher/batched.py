@@ -2,9 +2,8 @@
 
 One forward pass keeps nothing but the inputs of every decoder layer. One backward pass recomputes the layers one by one
 from the last to the first, and takes each sequence's gradient norms from the inputs and the output gradients of the
-layer's modules (`gradient_norms`). A projection at a layer's end whose result no gradient needs isn't recomputed. Where
-a layer holds a parameter without a rule, or where the rules don't agree with autograd on the first layer of its kind,
-the layers of that kind are run one sequence at a time by autograd.
+layer's modules (`rules`). Where a layer holds a parameter without a rule, or where the rules don't agree with autograd
+on the first layer of its kind, the layers of that kind are run one sequence at a time by autograd.
 """
 
 import contextlib
@@ -116,7 +115,6 @@ class _Run:
                 raise NotSupportedError
             seen |= own
         self.has_rules: dict[object, bool] = {}  # by kind of layer, once it has been checked
-        self.spare: dict[object, _Spare] = {}  # likewise
         self.layers = [_Layer(self, index, layer) for index, layer in enumerate(layers)]
         self.norms = torch.empty(0)
 
@@ -265,7 +263,6 @@ class _Layer:
             rule = rule_for(part)
             if rule is not None:
                 self.rules[part] = rule
-        self.names = {part: name for name, part, _ in owners}
         ids = [id(parameter) for _, _, own in owners for parameter in own.values()]
         if len(self.rules) < len(owners) or len(set(ids)) < len(ids):
             run.has_rules[self.kind] = False
@@ -273,8 +270,10 @@ class _Layer:
     def backward(self, call: _LayerCall, inputs: list[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
         """Recompute the layer, take its gradient norms, and leave the inputs' gradients in their `.grad`."""
         has_rules = self.run.has_rules.get(self.kind)
-        norms = None if has_rules is False else self._by_checked_rules(call, inputs, gradients)
-        if has_rules is None:
+        norms = None if has_rules is False else self._by_rules(call, inputs, gradients)
+        if has_rules is None:  # the first layer of a kind is checked against autograd
+            if norms is not None and not self._agrees(norms, call, inputs, gradients):
+                norms = None
             self.run.has_rules[self.kind] = norms is not None
         if norms is None:
             for tensor in inputs:
@@ -282,31 +281,6 @@ class _Layer:
             self._check_sequences(call, inputs)
             norms = self._by_autograd(call, inputs, gradients)
         self.run.norms[:, self.index] = norms.cpu()
-
-    def _by_checked_rules(
-        self, call: _LayerCall, inputs: list[torch.Tensor], gradients: Sequence[torch.Tensor | None]
-    ) -> torch.Tensor | None:
-        """The norms of all sequences at once: [sequence], or None where the rules don't hold for this kind of layer.
-
-        The first layer of a kind is checked against autograd, and the first without its last projection's result too.
-        """
-        spare = self.run.spare.get(self.kind)
-        if spare is not None and spare.name is not None:
-            norms, _ = self._by_rules(call, inputs, gradients, self.module.get_submodule(spare.name))
-            results = [norms, *(tensor.grad for tensor in inputs)]
-            is_clean = all(r is None or bool(r.isfinite().all()) for r in results)
-            if norms is not None and is_clean and (spare.is_checked or self._agrees(norms, call, inputs, gradients)):
-                self.run.spare[self.kind] = _Spare(spare.name, is_checked=True)
-                return norms
-            self.run.spare[self.kind] = _Spare(None)
-            for tensor in inputs:
-                tensor.grad = None
-        norms, last = self._by_rules(call, inputs, gradients)
-        if spare is None:
-            if norms is None or not self._agrees(norms, call, inputs, gradients):
-                return None
-            self.run.spare[self.kind] = _Spare(last)
-        return norms
 
     def _agrees(
         self,
@@ -321,34 +295,19 @@ class _Layer:
         return bool(abs(norms[0] - first) <= tolerance * first) or not bool(first.isfinite())
 
     def _by_rules(
-        self,
-        call: _LayerCall,
-        inputs: list[torch.Tensor],
-        gradients: Sequence[torch.Tensor | None],
-        without: nn.Module | None = None,
-    ) -> tuple[torch.Tensor | None, str | None]:
-        """The norms of all sequences at once, and the projection that was called last, if no other module came after.
+        self, call: _LayerCall, inputs: list[torch.Tensor], gradients: Sequence[torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """The norms of all sequences at once: [sequence], or None where a module isn't used as its rule expects.
 
-        Args:
-            call: the layer's call.
-            inputs: its tensors; afterwards with gradients.
-            gradients: those of its results.
-            without: a projection whose result is left out.
-
-        Returns:
-            [sequence], or None where a module isn't used as its rule expects; and a name among the layer's modules.
+        Afterwards the inputs have their gradients.
         """
-        with torch.enable_grad(), self.run.weights.layer(self.module), contextlib.ExitStack() as stack:
-            if without is not None:
-                stack.enter_context(replaced(without, partial(_without_result, without)))
+        with torch.enable_grad(), self.run.weights.layer(self.module):
             with Recorder(self.rules, len(self.run.norms)) as recorder:
                 results = call.run(self.forward, inputs)
             if not recorder.is_valid:
-                return None, None
+                return None
             _backward(results, gradients)
-        last = recorder.last
-        is_plain = type(last) is nn.Linear and not hasattr(last, "_hf_hook")  # accelerate's: moves its input first
-        return recorder.norms, self.names[last] if last is not None and is_plain else None
+        return recorder.norms
 
     def _by_autograd(
         self,
@@ -427,37 +386,6 @@ class _Layer:
             difference = float((expected - part).float().norm()) / (float(part.float().norm()) or 1.0)
             if difference > 0.1:  # of rounding, which may send tokens to other experts; far less than of a wrong split
                 raise NotSupportedError
-
-
-@dataclass(frozen=True)
-class _Spare:
-    """A projection at the end of a kind of layer whose result no gradient needs, as it is only added to the others.
-
-    Attributes:
-        name: of the module in the layer; None where there is none.
-        is_checked: whether a layer was measured without it, and agreed with autograd.
-    """
-
-    name: str | None
-    is_checked: bool = False
-
-
-class _WithoutResult(torch.autograd.Function):
-    """A linear layer in autograd's graph, with NaN for its result: whatever uses it shows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, module: Any) -> torch.Tensor:
-        ctx.module = module
-        return x.new_full((*x.shape[:-1], module.out_features), torch.nan)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        return gradient @ ctx.module.weight, None
-
-
-def _without_result(module: nn.Module, _original: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
-    result: torch.Tensor = _WithoutResult.apply(x, module)
-    return result
 
 
 def _backward(results: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:

@@ -154,7 +154,6 @@ class Recorder:
 
     Attributes:
         norms: [sequence], float64: ‖∇L_n‖² over all the layer's parameters.
-        last: the module that was called last.
     """
 
     def __init__(self, rules: dict[nn.Module, Rule], sequences: int) -> None:
@@ -165,7 +164,6 @@ class Recorder:
         self._grams = GramCache()
         self._handles: list[Any] = []
         self.norms: Any = 0.0
-        self.last: nn.Module | None = None
 
     @property
     def is_valid(self) -> bool:
@@ -186,7 +184,6 @@ class Recorder:
             self._calls_valid = False
             return
         self._called.add(module)
-        self.last = module
         if not output.requires_grad:
             output.requires_grad_(True)
         call = Call(module, dict(module.named_parameters(recurse=False)), x.detach(), self._grams)
