@@ -22,6 +22,7 @@ from test_measurement import measurement
 
 from mergekit_fim.cli import main
 from mergekit_fim.config.parameters import FisherSettings
+from mergekit_fim.errors import FimError
 from mergekit_fim.measurements.compare import compare_fisher
 from mergekit_fim.measurements.file import write_measurement
 from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher
@@ -93,7 +94,7 @@ def test_plan_says_what_the_config_does_not_show(merge, config, tmp_path, monkey
     reads = re.search(r"reads ([\d.]+) MB in the pre-pass and ([\d.]+) MB in the merge .* writes ([\d.]+) MB", text)
     in_pre_pass, in_merge, written = (float(number) * 1e6 for number in reads.groups())
     assert in_merge == pytest.approx(sum(sizes), rel=0.2)  # the files have headers
-    assert sum(sizes) < in_pre_pass < sum(sizes) + sizes[0]
+    assert sum(sizes) + sizes[0] < in_pre_pass < sum(sizes) + 2 * sizes[0]  # the layers twice more
     assert written == pytest.approx(sizes[1], rel=0.2)
     again = " ".join(run("plan", config(content), "--quiet").stdout.split())
     kept = re.search(r"reads ([\d.]+) MB in the pre-pass", again)
@@ -503,33 +504,40 @@ def test_plot_refuses(pair, merge, tmp_path, monkeypatch):
 # compare
 
 
+def layers_with(fisher, relative=None) -> FisherMeasurement:
+    """A measurement of these values of F, and (relative) standard errors."""
+    rows = [[x] if relative is None else [x * (1 - relative), x * (1 + relative)] for x in map(float, fisher)]
+    layers = tuple(LayerFisher(i, 1, tuple(row)) for i, row in enumerate(rows))
+    return FisherMeasurement(97, "float32", FisherSettings(len(rows[0]), 64), layers)
+
+
 def test_comparison_against_numpy():
     rng = np.random.default_rng(0)
     a, b = np.exp(rng.normal(size=30)), np.exp(rng.normal(size=30))
-    found = compare_fisher(list(a), list(b), list(0.1 * a), list(0.2 * b))
+    found = compare_fisher(layers_with(a, 0.1), layers_with(b, 0.2))
     ranks = [x.argsort().argsort() for x in (a, b)]
     assert found.spearman == pytest.approx(np.corrcoef(*ranks)[0, 1])
     assert found.log_pearson == pytest.approx(np.corrcoef(np.log(a), np.log(b))[0, 1])
     assert found.factor == pytest.approx(np.exp(np.mean(np.log(b / a))))
     assert [abs(x.shift) for x in found.layers] == sorted((abs(x.shift) for x in found.layers), reverse=True)
     for layer in found.layers:
-        assert layer.shift == pytest.approx(np.log(b / a)[layer.index] - np.log(b / a).mean())
+        assert layer.shift == pytest.approx(np.log(b / a)[layer.first.index] - np.log(b / a).mean())
         assert layer.stderr == pytest.approx(np.hypot(0.1, 0.2))
         assert layer.is_beyond is bool(abs(layer.shift) > 2 * np.hypot(0.1, 0.2))
-    scaled = compare_fisher(list(a), list(7 * a))
+    scaled = compare_fisher(layers_with(a), layers_with(7 * a))
     assert (scaled.spearman, scaled.log_pearson) == (pytest.approx(1), pytest.approx(1))
     assert max(abs(layer.shift) for layer in scaled.layers) < 1e-12
 
 
 def test_comparison_of_ties_zeros_and_little():
-    found = compare_fisher([1.0, 1.0, 2.0, 0.0], [3.0, 3.0, 1.0, 5.0])
+    found = compare_fisher(layers_with([1, 1, 2, 0]), layers_with([3, 3, 1, 5], 0.1))
     assert found.spearman == pytest.approx(-1)
-    assert {layer.index for layer in found.layers} == {0, 1, 2}
+    assert {layer.first.index for layer in found.layers} == {0, 1, 2}
     assert found.layers[0].is_beyond is None
-    assert compare_fisher([1.0, 1.0], [1.0, 2.0]).spearman is None
-    for bad in (([1.0], [1.0, 2.0]), ([1.0, 0.0], [1.0, 1.0])):
-        with pytest.raises(ValueError, match="expected"):
-            compare_fisher(*bad)
+    assert compare_fisher(layers_with([1, 1]), layers_with([1, 2])).spearman is None
+    for bad in (([1, 2], [1, 2, 3]), ([1, 0], [1, 1])):
+        with pytest.raises(FimError, match="expected the same layers"):
+            compare_fisher(*map(layers_with, bad))
 
 
 def fisher_file(path: Path, norms, seed=0):

@@ -49,11 +49,7 @@ def read_config(path: str) -> tuple[MergeConfiguration, str]:
 
 
 def validated(content: Any, where: str) -> MergeConfiguration:
-    """Make a merge config of a mapping.
-
-    Args:
-        content: whatever it is.
-        where: what to call it in an error.
+    """Make a merge config of `content`, whatever it is; `where` is what to call it in an error.
 
     Raises:
         FimError: it isn't a merge config, or has keys that mergekit would pass over.
@@ -86,13 +82,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check_keys(content: Any, parsed: Any, config: str, path: str = "") -> None:
-    """Check that mergekit has a place for every key of a config.
-
-    Args:
-        content: a part of the config as YAML has it.
-        parsed: what mergekit made of it.
-        config: what to call the config.
-        path: where the part stands in it, such as `slices[0].sources[1]`.
+    """Check that mergekit has a place for every key in a part of a config, as YAML has it and as mergekit parsed it.
 
     Raises:
         FimError: it has none for one.

@@ -40,20 +40,11 @@ def batched_engine(
     *,
     tokens: int | None = None,
 ) -> torch.Tensor:
-    """The fast engine.
+    """The fast engine; see `FisherEngine` for the other arguments and the result.
 
     Args:
-        model: see `FisherEngine`, like the next three.
-        layers: the decoder layers.
-        samples: the sequences.
-        progress: called with numbers of steps.
-        weights: where the model's weights are; by default in the model.
-        warn: called with a line where memory ran out for a micro-batch.
         tokens: how many tokens a micro-batch of more than one sequence may have; by default enough to keep the device
-            busy. Where memory runs out it is halved.
-
-    Returns:
-        [sequence, layer], float64, on the CPU.
+            busy. Where memory runs out it is halved, and `warn` told.
 
     Raises:
         NotSupportedError: the decoder layers share parameters, or pass on more than their arguments and results.

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import nn
 from transformers import PreTrainedModel
 
-from mergekit_fim.errors import FimError
+from mergekit_fim.errors import FimError, reason
 from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.engine import FisherEngine, NotSupportedError
 from mergekit_fim.fisher.samples import Samples
@@ -43,7 +43,7 @@ def processes() -> Iterator[PartialState | None]:
         state = PartialState(cpu=cpu, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise FimError(
-            f"the processes can't reach each other ({_line(error)}); check the launcher's options"
+            f"the processes can't reach each other ({reason(error)}); check the launcher's options"
         ) from error
     try:
         yield state
@@ -73,19 +73,19 @@ def in_all(state: PartialState | None, work: Callable[[], T]) -> list[T]:
     except SharedError:
         raise
     except Exception as error:  # whatever it is, the other processes must not wait for this one
-        outcome = None, type(error).__name__, _line(error)
+        outcome = None, type(error).__name__, reason(error)
     try:
         outcomes = gather_object([outcome])
     except RuntimeError as error:
-        raise FimError(f"another process ended before it was done ({_line(error)}); nothing was written") from error
-    for rank, (_, name, reason) in enumerate(outcomes):
+        raise FimError(f"another process ended before it was done ({reason(error)}); nothing was written") from error
+    for rank, (_, name, line) in enumerate(outcomes):
         if name == NotSupportedError.__name__:
             raise NotSupportedError
         if name == torch.OutOfMemoryError.__name__:
-            raise torch.OutOfMemoryError(reason)
+            raise torch.OutOfMemoryError(line)
         if name:
-            everywhere = all(outcome[1:] == (name, reason) for outcome in outcomes)
-            raise SharedError(reason if everywhere else f"process {rank} of {state.num_processes}: {reason}")
+            everywhere = all(outcome[1:] == (name, line) for outcome in outcomes)
+            raise SharedError(line if everywhere else f"process {rank} of {state.num_processes}: {line}")
     return [result for result, _, _ in outcomes]
 
 
@@ -120,7 +120,3 @@ def shared_engine(state: PartialState | None, engine: FisherEngine = batched_eng
         return torch.cat([norms for norms, _ in results])
 
     return share
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

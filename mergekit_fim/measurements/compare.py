@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mergekit_fim.errors import FimError, wrapped
-from mergekit_fim.measurements.record import Measurement
+from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher, Measurement
 
 # A layer moved beyond what chance explains where its shift is more than this many standard errors.
 SIGNIFICANT = 2.0
@@ -14,22 +14,23 @@ SIGNIFICANT = 2.0
 
 @dataclass(frozen=True)
 class LayerShift:
-    """How one layer stands in the second measurement, beside the first.
+    """How one decoder layer stands in the second measurement, beside the first.
 
     Attributes:
-        index: the decoder layer.
-        first: its Fisher information in the first measurement.
+        first: the layer in the first measurement.
         second: in the second.
-        shift: ln(second / first) minus the mean of that over all layers, which changes no coefficient.
-        stderr: the standard error of ln(second / first), from those of the two measurements taken as independent;
-            None where one of them has a single sequence.
+        shift: ln(F_second / F_first) minus the mean of that over all layers, which changes no coefficient.
     """
 
-    index: int
-    first: float
-    second: float
+    first: LayerFisher
+    second: LayerFisher
     shift: float
-    stderr: float | None
+
+    @property
+    def stderr(self) -> float | None:
+        """The standard error of ln(F_second / F_first), the two taken as independent; None of a single sequence."""
+        relative = [x.stderr / x.fisher for x in (self.first, self.second) if x.stderr is not None]
+        return math.hypot(*relative) if len(relative) == 2 else None
 
     @property
     def is_beyond(self) -> bool | None:
@@ -44,7 +45,7 @@ class Comparison:
     Attributes:
         spearman: the rank correlation over the layers; None where a measurement is the same everywhere.
         log_pearson: the correlation of ln F over the layers; likewise.
-        factor: exp of the mean of ln(second / first): by what the second is larger altogether.
+        factor: exp of the mean of ln(F_second / F_first): by what the second is larger altogether.
         layers: every layer that has a Fisher information in both, the one that moved most first.
     """
 
@@ -54,42 +55,25 @@ class Comparison:
     layers: tuple[LayerShift, ...]
 
 
-def compare_fisher(
-    first: Sequence[float],
-    second: Sequence[float],
-    first_stderr: Sequence[float | None] | None = None,
-    second_stderr: Sequence[float | None] | None = None,
-) -> Comparison:
+def compare_fisher(first: FisherMeasurement, second: FisherMeasurement) -> Comparison:
     """Compare two measurements of the same layers.
 
     Layers with F = 0 in either are left out: they have no logarithm and no coefficient of their own.
 
-    Args:
-        first: [layer], Fisher information.
-        second: [layer].
-        first_stderr: [layer], standard errors.
-        second_stderr: [layer].
-
     Raises:
-        ValueError: they have different numbers of layers, or fewer than two to compare.
+        FimError: they have different numbers of layers, or fewer than two to compare.
     """
-    if len(first) != len(second):
-        raise ValueError(f"expected two measurements of the same layers, found {len(first)} and {len(second)}")
-    both = [layer for layer in range(len(first)) if first[layer] > 0 and second[layer] > 0]
-    if len(both) < 2:
-        raise ValueError(f"expected at least two layers with Fisher information in both, found {len(both)}")
-    logs = [[math.log(values[layer]) for layer in both] for values in (first, second)]
+    counts = len(first.layers), len(second.layers)
+    pairs = [(a, b) for a, b in zip(first.layers, second.layers, strict=False) if a.fisher > 0 and b.fisher > 0]
+    if counts[0] != counts[1] or len(pairs) < 2:
+        raise FimError(
+            f"these can't be compared: expected the same layers, two at least with Fisher information in both, found "
+            f"{counts[0]} and {counts[1]} layers, {len(pairs)} with it; name two measurements of models of one shape"
+        )
+    logs = [[math.log(layer.fisher) for layer in side] for side in zip(*pairs, strict=True)]
     ratios = [b - a for a, b in zip(*logs, strict=True)]
     mean = math.fsum(ratios) / len(ratios)
-    shifts = []
-    for layer, ratio in zip(both, ratios, strict=True):
-        relative = [
-            None if errors is None or (error := errors[layer]) is None else error / values[layer]
-            for values, errors in ((first, first_stderr), (second, second_stderr))
-        ]
-        known = [r for r in relative if r is not None]
-        stderr = math.hypot(*known) if len(known) == 2 else None
-        shifts.append(LayerShift(layer, first[layer], second[layer], ratio - mean, stderr))
+    shifts = [LayerShift(a, b, ratio - mean) for (a, b), ratio in zip(pairs, ratios, strict=True)]
     varies = all(min(values) < max(values) for values in logs)
     return Comparison(
         statistics.correlation(*(_ranks(values) for values in logs)) if varies else None,
@@ -107,24 +91,13 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def render_comparison(first: Measurement, second: Measurement, count: int) -> str:
-    """Two measurements side by side.
-
-    Args:
-        first: the one that the other is compared with.
-        second: the other.
-        count: how many of the layers that moved most are listed.
+    """Two measurements side by side, with the `count` layers that moved most.
 
     Raises:
         FimError: they have different numbers of layers, or too few to compare.
     """
     sides = (first.fisher, second.fisher)
-    try:
-        found = compare_fisher(
-            *([layer.fisher for layer in side.layers] for side in sides),
-            *([layer.stderr for layer in side.layers] for side in sides),
-        )
-    except ValueError as error:
-        raise FimError(f"these can't be compared: {error}; name two measurements of models of one shape") from None
+    found = compare_fisher(*sides)
     lines = []
     for name, side in zip(("first", "second"), (first, second), strict=True):
         settings = side.fisher.settings
@@ -154,6 +127,7 @@ def render_comparison(first: Measurement, second: Measurement, count: int) -> st
         stderr = "" if layer.stderr is None else f"{layer.stderr:.2f}"
         verdict = {None: "", True: "  beyond", False: "  within"}[layer.is_beyond]
         lines.append(
-            f"{layer.index:>8}{layer.first:>12.3e}{layer.second:>12.3e}{math.exp(layer.shift):>9.2f}×{stderr:>10}{verdict}"
+            f"{layer.first.index:>8}{layer.first.fisher:>12.3e}{layer.second.fisher:>12.3e}"
+            f"{math.exp(layer.shift):>9.2f}×{stderr:>10}{verdict}"
         )
     return "\n".join(lines)

@@ -88,11 +88,7 @@ class _File(BaseModel):
 
 
 def from_json(content: Any, where: str) -> Measurement:
-    """Check the content of a measurement's file, whatever it is.
-
-    Args:
-        content: what JSON made of the file.
-        where: what to call it in an error.
+    """Check the content of a measurement's file, whatever it is; `where` is what to call it in an error.
 
     Raises:
         FimError: it isn't a measurement that this version can read, or it was changed after it was written.

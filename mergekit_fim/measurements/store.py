@@ -59,33 +59,24 @@ def _file(reference: str, cache_dir: str | None) -> str:
             f"{reference}: expected the file of a saved measurement, or user/repo or user/repo/FILE on the Hub; "
             "found no such file; check the name"
         )
-    name = match["file"] or DEFAULT_NAME
+    repo, name = match["repo"], match["file"] or DEFAULT_NAME
+    on_hub = f"the repository {repo} on the Hub"
     try:
-        return huggingface_hub.hf_hub_download(match["repo"], name, revision=match["revision"], cache_dir=cache_dir)
-    except RemoteEntryNotFoundError as error:
-        raise FimError(
-            f"{reference}: the repository {match['repo']} on the Hub has no file {name}; name the file as "
-            f"{match['repo']}/FILE"
-        ) from error
-    except GatedRepoError as error:
-        raise FimError(
-            f"{reference}: the repository {match['repo']} on the Hub is gated; ask for access on its page, and log in "
-            "with `hf auth login`"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise FimError(
-            f"{reference}: no file of that name here, and on the Hub no repository {match['repo']}, or a private one; "
-            "check the name, or log in with `hf auth login`"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FimError(
-            f"{reference}: the repository {match['repo']} on the Hub has no revision {match['revision']}; check it"
-        ) from error
+        return huggingface_hub.hf_hub_download(repo, name, revision=match["revision"], cache_dir=cache_dir)
+    except RemoteEntryNotFoundError:
+        problem = f"{on_hub} has no file {name}; name the file as {repo}/FILE"
+    except GatedRepoError:
+        problem = f"{on_hub} is gated; ask for access on its page, and log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        problem = (
+            f"no file of that name here, and on the Hub no repository {repo}, or a private one; check the name, or log "
+            "in with `hf auth login`"
+        )
+    except RevisionNotFoundError:
+        problem = f"{on_hub} has no revision {match['revision']}; check it"
     except Exception as error:  # of the Hub's, and of what it connects by
-        raise FimError(
-            f"{reference}: neither a file here nor to be had from the Hub ({reason(error)}); check the name and the "
-            "connection"
-        ) from error
+        problem = f"neither a file here nor to be had from the Hub ({reason(error)}); check the name and the connection"
+    raise FimError(f"{reference}: {problem}")
 
 
 def cache_folder() -> str:

@@ -7,9 +7,10 @@ the checkpoint is. What it can miss is said in docs/measurements.md.
 import hashlib
 import json
 import math
+import mmap
 import os
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from mergekit.io.tasks import LoaderCache
@@ -63,12 +64,12 @@ def fingerprint(model: InputModel) -> str:
         path = os.path.join(index.base_path, shard.filename)
         read_tensors = _safetensors if path.endswith(".safetensors") else _pickled
         try:
-            for name, size, read in read_tensors(path, model.headers):
+            for name, values in read_tensors(path, model.headers):
                 header = model.headers[name]
                 digest = hashlib.sha256(f"{header.torch_dtype} {list(header.shape)}\n".encode())
                 share = math.ceil(_BLOCKS * math.prod(header.shape) / max(1, total))
-                for start in _starts(size, max(_LEAST, share)):
-                    digest.update(read(start, min(_BLOCK, size - start)))
+                for start in _starts(len(values), max(_LEAST, share)):
+                    digest.update(values[start : start + _BLOCK])
                 digests[name] = digest.digest()
         except Exception as error:  # each format has its own exceptions for a damaged file
             raise FimError(f"{model}: can't read {path} ({reason(error)}); download or save the model again") from error
@@ -97,36 +98,25 @@ def _starts(size: int, blocks: int) -> list[int]:
     return [(size - _BLOCK) * i // (blocks - 1) for i in range(blocks)]
 
 
-# (start, length) -> that many bytes of a tensor, in the little-endian layout of safetensors files
-Read = Callable[[int, int], bytes]
-
-
-def _safetensors(path: str, headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, int, Read]]:
-    """(name, bytes, how to read them) of every tensor in a file."""
-    with open(path, "rb", buffering=0) as file:
+def _safetensors(path: str, headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, Any]]:
+    """(name, bytes) of every tensor in a file, mapped."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        if hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_RANDOM)  # a few blocks are read: the system is not to read on
         for name, header in headers.items():
             if header.span is not None and header.span.path == path:
-                begin = header.span.start
-                yield name, header.span.size, partial(_read_file, file.fileno(), begin)
+                with memoryview(mapped) as whole, whole[header.span.start :][: header.span.size] as view:
+                    yield name, view
 
 
-def _pickled(path: str, headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, int, Read]]:
+def _pickled(path: str, headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, Any]]:
     """The same of a `.bin` file, mapped where its format allows it, else read whole."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # the format from before torch 1.6
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     for name in headers.keys() & tensors.keys():
-        flat = tensors[name].detach().contiguous().reshape(-1).view(torch.uint8)
-        yield name, len(flat), partial(_read_tensor, flat)
-
-
-def _read_file(file: int, begin: int, start: int, count: int) -> bytes:
-    return os.pread(file, count, begin + start)
-
-
-def _read_tensor(flat: torch.Tensor, start: int, count: int) -> bytes:
-    return flat[start : start + count].numpy().tobytes()
+        yield name, tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _config_digest(path: str) -> str:

@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import accelerate
@@ -26,20 +26,11 @@ from mergekit_fim.models.layout import DecoderLayer, ModelLayout, model_layout, 
 
 # Config keys that say what the weights mean, so that models which differ in one can't be merged: the shapes of the
 # tensors alone don't show, for instance, 8 heads of 64 against 16 of 32.
-_STRUCTURE = (
-    "model_type",
-    "architectures",
-    "num_hidden_layers",
-    "hidden_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "intermediate_size",
-    "num_local_experts",
-    "num_experts",
-    "n_routed_experts",
-    "num_experts_per_tok",
-)
+_STRUCTURE = [
+    *("model_type", "architectures", "num_hidden_layers", "hidden_size", "intermediate_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok"),
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +64,8 @@ class InputModel:
 
     def stored_name(self, tensor: WeightInfo, *, tied: bool = True) -> str | None:
         """The name under which the checkpoint holds `tensor`: its own, an alias, or (if `tied`) what it is tied to."""
-        return _stored_name(self.headers, tensor, tied)
+        names = (tensor.name, *(tensor.aliases or ()), *((tensor.tied_names or ()) if tied else ()))
+        return next((name for name in names if name in self.headers), None)
 
     def stored_dtype(self) -> torch.dtype:
         """The dtype of most of the checkpoint's parameters."""
@@ -196,11 +188,12 @@ def _open_model(
     skeleton: PreTrainedModel,
 ) -> InputModel:
     headers = read_headers(reference)
+    model = InputModel(reference, config, layout, headers, frozenset(), tuple(_unknown(headers, layout, skeleton)))
     weights = {alias for aliases in names for alias in aliases}  # without the masks that old checkpoints hold
     absent = []
     for layer in (*layout.layers, None):
         for tensor in layer.tensors if layer else layout.other:
-            name = _stored_name(headers, tensor, tied=True)
+            name = model.stored_name(tensor)
             if name is not None:
                 if tensor.name in weights and headers[name].torch_dtype is None:
                     raise FimError(
@@ -215,8 +208,7 @@ def _open_model(
                         f"{_lacking(tensor, headers, names)}"
                     )
                 absent.append(tensor.name)
-    unknown = tuple(_unknown(headers, layout, skeleton))
-    return InputModel(reference, config, layout, headers, frozenset(absent), unknown)
+    return replace(model, absent=frozenset(absent))
 
 
 # Buffers that old checkpoints hold, and the models of today make themselves.
@@ -287,11 +279,6 @@ def _check_complete(model: InputModel, names: Sequence[Sequence[str]], shapes: M
                 f"{model}: expected the shape {list(expected)} of {stored}, which follows from config.json, found "
                 f"{list(found)}; download or save the model again"
             )
-
-
-def _stored_name(headers: Mapping[str, TensorHeader], tensor: WeightInfo, tied: bool) -> str | None:
-    names = (tensor.name, *(tensor.aliases or ()), *((tensor.tied_names or ()) if tied else ()))
-    return next((name for name in names if name in headers), None)
 
 
 def _is_convertible(

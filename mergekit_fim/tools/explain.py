@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from mergekit.common import dtype_from_name
 from mergekit.io.tasks import LoaderCache
@@ -37,64 +36,15 @@ def _notes(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
     if all(difference.key != "tie_word_embeddings" for difference in plan.pre_pass.differences):
         tied = plan.output_config.get_text_config().tie_word_embeddings
         yield f"output head of the merged model: {'tied to its embeddings' if tied else 'of its own'}"
-    cost = merge_cost(plan, options)
-    yield (
-        f"reads {size(cost.pre_pass_reads)} in the pre-pass and {size(cost.merge_reads)} in the merge (from disk only "
-        f"what the system hasn't kept in memory); writes {size(cost.writes)}"
-    )
-    if options.multi_gpu or options.device != "cpu":
-        yield (
-            f"memory on the accelerator: the base's {size(cost.base)} in the pre-pass, or one decoder layer at a time "
-            "where they don't fit; in the merge a tensor of every model at a time"
-        )
-    yield (
-        f"memory on the CPU, beside the mapped checkpoints: about {size(cost.pre_pass_memory)} in the pre-pass, up to "
-        f"{size(cost.merge_memory)} in the merge, {size(cost.shard)} of it collected for a file (--out-shard-size)"
-    )
+    yield from _cost(plan, options)
 
 
-@dataclass(frozen=True)
-class MergeCost:
-    """Bytes that a merge moves and holds, on the CPU beside mapped files, which the system can drop at any time.
+def _cost(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
+    """What the merge will read, write and hold: arithmetic on the checkpoints' headers, as if all layers were used.
 
-    Attributes:
-        pre_pass_reads: of checkpoints, in the pre-pass.
-        merge_reads: in the merge itself.
-        writes: of the merged model.
-        base: of the base's weights, which stay on the accelerators where one was asked for and they fit.
-        pre_pass_memory: what the pre-pass holds at a time, about.
-        merge_memory: what the merge holds at a time, at most and about.
-        shard: what mergekit collects before it writes a file (--out-shard-size).
-    """
-
-    pre_pass_reads: int
-    merge_reads: int
-    writes: int
-    base: int
-    pre_pass_memory: float
-    merge_memory: float
-    shard: int
-
-
-def activation_memory(layers: int, hidden: int, intermediate: int, tokens: int, width: int) -> float:
-    """Bytes of activations in the pre-pass: the inputs of all decoder layers, and what is inside one of them.
-
-    Args:
-        layers: number of decoder layers.
-        hidden: size of the hidden states.
-        intermediate: size inside the MLP.
-        tokens: in a micro-batch.
-        width: bytes of a number.
-    """
-    return width * tokens * (layers * hidden + 6 * hidden + 5 * intermediate)
-
-
-def merge_cost(plan: MergePlan, options: MergeOptions) -> MergeCost:
-    """Work out what a planned merge will cost, as if all layers of every model were used.
-
-    The pre-pass reads the decoder layers of the base twice, for the forward and for the backward pass (more often where
-    the sequences are split into micro-batches), and everything of the fine-tuned models once; where the measurement is
-    at hand, everything once. Files that fit in the system's own cache are read from disk once in all.
+    The pre-pass reads everything once for the task vectors, and the base's layers twice for the measurement, forward
+    and backward (more often where the sequences are split into micro-batches), where it isn't at hand already. Files
+    that fit in the system's own cache are read from disk once in all.
     """
     assert plan.pre_pass is not None
     inputs = plan.pre_pass.inputs
@@ -105,23 +55,35 @@ def merge_cost(plan: MergePlan, options: MergeOptions) -> MergeCost:
         if not found.origin:
             settings = plan.pre_pass.settings.fisher
             sequences = micro_batch(settings.samples, settings.seq_len, "cpu")
-            batches = math.ceil(settings.samples / sequences)
-            reads += (2 * batches - 1) * _layer_bytes(found.base)
+            reads += 2 * math.ceil(settings.samples / sequences) * _layer_bytes(found.base)
             memory = max(memory, PRE_PASS_MEMORY + _activations(found, sequences * settings.seq_len))
-    base = next(iter(inputs.values()))
+    base = plan.pre_pass.base
     width = (dtype_from_name(plan.config.out_dtype or plan.config.dtype) or base.stored_dtype()).itemsize
     written = [width * elements for tensor in plan.tensors for elements in _elements(tensor, base)]
     shard = min(options.out_shard_size, sum(written)) if options.out_shard_size > 0 else sum(written)
     pickled = 0 if options.lazy_unpickle else sum(_largest_pickle(model) for model in inputs.values())
-    return MergeCost(
-        reads,
-        sum(sizes.values()),
-        sum(written),
-        sizes[base.reference],
-        memory + pickled,
-        PROGRAM_MEMORY + shard + max(written, default=0) + pickled,
-        shard,
+    merge_memory = PROGRAM_MEMORY + shard + max(written, default=0) + pickled
+    yield (
+        f"reads {size(reads)} in the pre-pass and {size(sum(sizes.values()))} in the merge (from disk only what the "
+        f"system hasn't kept in memory); writes {size(sum(written))}"
     )
+    if options.multi_gpu or options.device != "cpu":
+        yield (
+            f"memory on the accelerator: the base's {size(sizes[base.reference])} in the pre-pass, or one decoder "
+            "layer at a time where they don't fit; in the merge a tensor of every model at a time"
+        )
+    yield (
+        f"memory on the CPU, beside the mapped checkpoints: about {size(memory + pickled)} in the pre-pass, up to "
+        f"{size(merge_memory)} in the merge, {size(shard)} of it collected for a file (--out-shard-size)"
+    )
+
+
+def activation_memory(layers: int, hidden: int, intermediate: int, tokens: int, width: int) -> float:
+    """Bytes of activations in the pre-pass: the inputs of all decoder layers, and what is inside one of them.
+
+    By the sizes of the hidden states and inside the MLP, the tokens in a micro-batch, and the bytes of a number.
+    """
+    return width * tokens * (layers * hidden + 6 * hidden + 5 * intermediate)
 
 
 def _activations(found: BaseCoefficients, tokens: int) -> float:

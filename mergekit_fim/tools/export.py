@@ -257,13 +257,7 @@ class _Compare(Task[Difference | None]):
 
 
 def compare(plan: MergePlan, exported: MergeConfiguration, options: MergeOptions) -> list[Difference]:
-    """Merge every tensor both ways, without writing any: how far apart they are.
-
-    Args:
-        plan: the merge that was exported.
-        exported: `Export.config`.
-        options: the merge's options; mergekit's progress bar unless they are quiet.
-    """
+    """Merge every tensor both ways, by the plan and by its `Export.config`, without writing any: how far apart?"""
     theirs = {tensor.name: tensor.task for tensor in plan_merge(exported, options).tensors}
     targets = [
         _Compare(
