@@ -79,9 +79,7 @@ def resolve(config: MergeConfiguration | dict[str, Any], options: MergeOptions |
 
 
 def merge(
-    config: MergeConfiguration | dict[str, Any],
-    out_path: str | os.PathLike[str],
-    options: MergeOptions | None = None,
+    config: MergeConfiguration | dict[str, Any], out_path: str | os.PathLike[str], options: MergeOptions | None = None
 ) -> None:
     """Merge, by mergekit's own `run_merge`; what is written is a whole model or nothing.
 

@@ -13,7 +13,8 @@ import click
 
 import mergekit_fim
 from mergekit_fim.config.parameters import FLOAT_DTYPES, LABELS, PARAMETERS, FisherSettings
-from mergekit_fim.errors import FimError, reason
+from mergekit_fim.errors import FimError, echo, reason, wrapped
+from mergekit_fim.files import check_writable, write_json, write_text
 
 _PATH = click.Path(readable=False)  # for completion; what it must be is checked where it is read
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -177,7 +178,6 @@ def fisher(
     accelerate launch --num_processes K -m mergekit_fim fisher MODEL -o FILE
     torchrun --nproc_per_node K -m mergekit_fim fisher MODEL -o FILE    (on CPUs)
     """
-    from mergekit_fim.files import check_writable
     from mergekit_fim.fisher.processes import SharedError, processes
     from mergekit_fim.measured import measured
     from mergekit_fim.measurements.file import model_files, write_measurement
@@ -214,9 +214,8 @@ def _options_of_process(options: dict[str, Any], state: Any) -> Any:
     """mergekit's own options, with the device that accelerate gave this process unless the user chose one."""
     from mergekit.options import MergeOptions
 
-    device = options.pop("device") or ("cuda" if options["cuda"] else None)
-    if device is None:
-        device = "cpu" if state is None else str(state.device)
+    own = "cuda" if options["cuda"] else "cpu" if state is None else str(state.device)
+    device = options.pop("device") or own
     quiet = options["quiet"] or (state is not None and not state.is_main_process)
     return MergeOptions(**(options | {"quiet": quiet, "device": device}))
 
@@ -232,19 +231,15 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
     Prints the table that the merge prints, and what the merge will do that can't be seen in the config: densities,
     gate protection, output heads, config keys in which the models differ, and what it will read, write and hold.
     """
-    from mergekit_fim.files import check_writable, write_json
+    from mergekit_fim.tools.plot import check_figure, write_figure
 
     if json_file is not None:
         check_writable(json_file, config_file)
     if figure is not None:
         check_writable(figure, config_file, *([json_file] if json_file else []))
-    if figure is not None:
-        from mergekit_fim.tools.plot import check_figure
-
         check_figure(figure)
     config, _ = _config(config_file, no_cache)
     from mergekit_fim import report
-    from mergekit_fim.errors import echo
     from mergekit_fim.tools.explain import explain
     from mergekit_fim.tools.plan import plan_fim_merge
 
@@ -256,8 +251,6 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
     if json_file is not None:
         write_json(json_file, content)
     if figure is not None:
-        from mergekit_fim.tools.plot import write_figure
-
         write_figure(content, config_file, figure)
 
 
@@ -278,11 +271,8 @@ def export(config_file: str, output: str, check: bool, no_cache: bool, options: 
     said, and by how much the result differs: the largest difference of a merged tensor, which takes as long as two
     merges (--no-check leaves it out).
     """
-    from mergekit_fim.files import check_writable, written_whole
-
     check_writable(output, config_file)
     config, _ = _config(config_file, no_cache)
-    from mergekit_fim.errors import wrapped
     from mergekit_fim.tools import export as exporting
     from mergekit_fim.tools.plan import plan_fim_merge
 
@@ -298,8 +288,7 @@ def export(config_file: str, output: str, check: bool, no_cache: bool, options: 
     comment = [f"# {line}" for note in said for line in wrapped(note, 100)]
     instead = f"{exported.config.merge_method} in place of {config.merge_method}"
     head = f"# {instead}, by mergekit-fim {mergekit_fim.__version__}"
-    with written_whole(output) as part, open(part, "w", encoding="utf-8") as file:
-        file.write("\n".join([head, *comment, exported.config.to_yaml()]) + "\n")
+    write_text(output, "\n".join([head, *comment, exported.config.to_yaml()]) + "\n")
     if not options.quiet:
         click.echo(f"{output}: {instead}")
     for note in said:
@@ -331,7 +320,6 @@ def plot(report: str, output: str) -> None:
     """Draw REPORT, a merge's fim_report.json or a measurement: per decoder layer, the Fisher information on a
     logarithmic axis with its standard error, the norm of each task vector, and each model's merge coefficient.
     """
-    from mergekit_fim.files import check_writable
     from mergekit_fim.tools.plot import check_figure, read_report, write_figure
 
     check_writable(output, report)
@@ -351,7 +339,6 @@ def compare(first: str, second: str, count: int) -> None:
     each with its shift in standard errors: what is beyond two of them isn't chance. A factor common to all layers
     changes no merge coefficient, so shifts are counted from the mean.
     """
-    from mergekit_fim.errors import echo
     from mergekit_fim.measurements.compare import render_comparison
     from mergekit_fim.measurements.store import read_measurement
 

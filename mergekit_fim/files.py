@@ -154,11 +154,15 @@ def check_writable(path: str, *others: str) -> None:
 
 
 def write_json(path: str, content: Mapping[str, Any]) -> None:
-    """Write a JSON file atomically: no reader ever sees half of it.
+    """Write a JSON file as `write_text` does."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a file atomically: no reader ever sees half of it.
 
     Raises:
         FimError: it can't be written.
     """
     with written_whole(path) as part, open(part, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
+        file.write(text)

@@ -26,15 +26,7 @@ from transformers import PretrainedConfig
 
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
 from mergekit_fim.config.parameters import PARAMETERS, Scope
-from mergekit_fim.config.settings import (
-    Settings,
-    as_set,
-    base_of,
-    check_config,
-    check_modules,
-    conditions,
-    settings_of,
-)
+from mergekit_fim.config.settings import Settings, as_set, base_of, check_config, check_modules, conditions, settings_of
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.measure import check_measurable
@@ -91,7 +83,7 @@ def run(
     references = [source.model for out_slice in slices for source in out_slice.sources]
     inputs = open_models(_distinct([base_of(config), *references]), architecture, options.trust_remote_code)
     sources = tuple(_source_slices(slices, module, config, inputs))
-    warnings = [*_check_inputs(sources, inputs, config, options), *_notes(slices, sources, inputs, config)]
+    warnings = [*_check_inputs(slices, sources, inputs, config, options)]
 
     automatic = [s for s in sources if not _is_set_by_hand(s, inputs[s.source.model])]
     # All slices of a model that needs the pre-pass in one of them, so that the report can say what each layer gets.
@@ -168,23 +160,16 @@ def _source_slices(
 
 
 def _check_inputs(
+    slices: Sequence[OutputSliceDefinition],
     sources: Sequence[SourceSlice],
     inputs: Mapping[ModelReference, InputModel],
     config: MergeConfiguration,
     options: MergeOptions,
 ) -> Iterator[str]:
+    """Check that the models can be merged: what the user may not know of them and of the config, a line each."""
     aligned = bool(config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings)
     for base, model in _distinct((s.base, s.source.model) for s in sources):
         yield from check_compatible(inputs[base], inputs[model], vocabulary_aligned=aligned)
-
-
-def _notes(
-    slices: Sequence[OutputSliceDefinition],
-    sources: Sequence[SourceSlice],
-    inputs: Mapping[ModelReference, InputModel],
-    config: MergeConfiguration,
-) -> Iterator[str]:
-    """What the user may not know of these models and this config, a line each."""
     for model in inputs.values():
         if model.unknown:
             more = f" and {len(model.unknown) - 1} more" if len(model.unknown) > 1 else ""

@@ -12,7 +12,7 @@ from mergekit.io.tasks import FinalizeModel
 from pydantic import BaseModel
 
 from mergekit_fim.errors import echo, width, wrapped
-from mergekit_fim.files import REPORT_FORMAT, written_whole
+from mergekit_fim.files import REPORT_FORMAT, write_text
 from mergekit_fim.measurements.file import layers_as_json
 from mergekit_fim.measurements.record import versions
 from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_known
@@ -236,13 +236,8 @@ class WriteReport(Task[None]):
         return True
 
     def execute(self, **_kwargs: Any) -> None:
-        """Write atomically: no reader ever sees half a report.
-
-        Raises:
-            FimError: it can't be written.
-        """
-        with written_whole(os.path.join(self.out_path, REPORT_NAME)) as part, open(part, "w", encoding="utf-8") as file:
-            file.write(self.text)
+        """Write it whole or not at all."""
+        write_text(os.path.join(self.out_path, REPORT_NAME), self.text)
 
 
 def with_report(targets: Sequence[Any], pre_pass: PrePass, out_path: str) -> list[Any]:

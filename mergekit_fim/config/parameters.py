@@ -74,17 +74,13 @@ def _convert(value: Any, kind: type) -> Any:
     return number
 
 
-def _any(value: Any) -> bool:
-    return True
-
-
 def _parameters() -> dict[str, Parameter]:
     merge, tensor, model = Scope.MERGE, Scope.TENSOR, Scope.MODEL
     # fmt: off
     table = [
         Parameter("fisher", str, "a file, or user/repo or user/repo/FILE on the Hub", bool, merge, None, "ours",
                   "a saved measurement to use instead of measuring"),
-        Parameter("fisher_cache", bool, "true or false", _any, merge, True, "ours",
+        Parameter("fisher_cache", bool, "true or false", lambda v: True, merge, True, "ours",
                   "keep the measurement for the next merge on this base, and use what was kept"),
         Parameter("fisher_samples", int, "a whole number of at least 1", lambda v: v >= 1, merge, 8, "paper",
                   "number N of random-token sequences"),
@@ -110,9 +106,9 @@ def _parameters() -> dict[str, Parameter]:
                   "norm calibration: a merged tensor whose norm is off by more than this is rescaled", default_ta=0.0),
         Parameter("lambda", float, "a finite number", math.isfinite, tensor, 1.0, "mergekit",
                   "factor of the whole merged task vector"),
-        Parameter("normalize", bool, "true or false", _any, tensor, True, "mergekit",
+        Parameter("normalize", bool, "true or false", lambda v: True, tensor, True, "mergekit",
                   "divide by the sum of the models' weights", default_ta=False),
-        Parameter("int8_mask", bool, "true or false", _any, tensor, False, "mergekit",
+        Parameter("int8_mask", bool, "true or false", lambda v: True, tensor, False, "mergekit",
                   "accepted for stock configs; it has no effect here"),
         Parameter("rescale", bool, "false (for fim_ties, norm_tolerance takes its place)", lambda v: v is False, tensor,
                   False, "mergekit", "accepted for stock configs when false"),

@@ -11,13 +11,7 @@ from typing import Any
 
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference
-from mergekit.config import (
-    ConditionalParameter,
-    ConfigReader,
-    MergeConfiguration,
-    OutputModuleDefinition,
-    OutputSliceDefinition,
-)
+from mergekit.config import ConditionalParameter, ConfigReader, MergeConfiguration, OutputSliceDefinition
 
 from mergekit_fim import coefficients
 from mergekit_fim.config.parameters import FLOAT_DTYPES, PARAMETERS, FisherSettings, Scope
@@ -45,37 +39,26 @@ class Settings:
     alpha_other: float | None
 
 
-@dataclass(frozen=True)
-class ParameterBlock:
-    """One `parameters:` mapping of a merge config, and where it stands."""
-
-    where: str
-    values: Mapping[str, Any]
-    scope: Scope
+# Where a `parameters:` mapping of a merge config stands, in words; its values; and what may stand there.
+Block = tuple[str, Mapping[str, Any], Scope]
 
 
-def parameter_blocks(config: MergeConfiguration) -> Iterator[ParameterBlock]:
+def _parameter_blocks(config: MergeConfiguration) -> Iterator[Block]:
     """Every `parameters:` mapping in `config`, in reading order."""
-    if config.parameters:
-        yield ParameterBlock("the top-level parameters", config.parameters, Scope.MERGE)
+    yield "the top-level parameters", config.parameters or {}, Scope.MERGE
     yield from _blocks(config.models, config.slices, "")
     for name, module in (config.modules or {}).items():
-        if module.parameters:
-            yield ParameterBlock(f"modules.{name}.parameters", module.parameters, Scope.TENSOR)
+        yield f"modules.{name}.parameters", module.parameters or {}, Scope.TENSOR
         yield from _blocks(module.models, module.slices, f"modules.{name}.")
 
 
-def _blocks(models: Any, slices: Any, prefix: str) -> Iterator[ParameterBlock]:
+def _blocks(models: Any, slices: Any, prefix: str) -> Iterator[Block]:
     for i, model in enumerate(models or []):
-        if model.parameters:
-            yield ParameterBlock(f"{prefix}models[{i}] ({model.model})", model.parameters, Scope.MODEL)
+        yield f"{prefix}models[{i}] ({model.model})", model.parameters or {}, Scope.MODEL
     for i, out_slice in enumerate(slices or []):
-        if out_slice.parameters:
-            yield ParameterBlock(f"{prefix}slices[{i}].parameters", out_slice.parameters, Scope.TENSOR)
+        yield f"{prefix}slices[{i}].parameters", out_slice.parameters or {}, Scope.TENSOR
         for j, source in enumerate(out_slice.sources):
-            if source.parameters:
-                where = f"{prefix}slices[{i}].sources[{j}] ({source.model})"
-                yield ParameterBlock(where, source.parameters, Scope.MODEL)
+            yield f"{prefix}slices[{i}].sources[{j}] ({source.model})", source.parameters or {}, Scope.MODEL
 
 
 def check_config(config: MergeConfiguration) -> Settings:
@@ -88,13 +71,17 @@ def check_config(config: MergeConfiguration) -> Settings:
     method = config.merge_method
     if config.base_model is None:  # not only per slice: mergekit would take the merged model's config from any model
         raise FimError(f"{method} needs a base model; add `base_model:` to the config, at the top")
+    has_tuned = False
     for module in (config, *(config.modules or {}).values()):
+        has_tuned = has_tuned or any(model.model != config.base_model for model in module.models or [])
         for i, out_slice in enumerate(module.slices or []):
             if not out_slice.sources:
                 raise FimError(
                     f"slices[{i}]: expected the base and a fine-tuned model in `sources`, found none; add them"
                 )
-    if not any(model != base for base, models in _model_groups(config) for model in models):
+            base = base_of(config, out_slice)
+            has_tuned = has_tuned or any(source.model != base for source in out_slice.sources)
+    if not has_tuned:
         raise FimError(
             f"{method} needs at least one fine-tuned model beside the base {config.base_model}; list one in `models:`"
         )
@@ -123,16 +110,6 @@ def check_modules(config: MergeConfiguration, architecture: ModelArchitecture) -
         )
 
 
-def _model_groups(config: MergeConfiguration) -> Iterator[tuple[ModelReference, list[ModelReference]]]:
-    """(base, models) of every list of models or slice in a config as the user wrote it."""
-    modules: list[MergeConfiguration | OutputModuleDefinition] = [config, *(config.modules or {}).values()]
-    for module in modules:
-        if module.models:
-            yield base_of(config), [model.model for model in module.models]
-        for out_slice in module.slices or []:
-            yield base_of(config, out_slice), [source.model for source in out_slice.sources]
-
-
 def base_of(config: MergeConfiguration, out_slice: OutputSliceDefinition | None = None) -> ModelReference:
     """The base model of a merge, or of one slice."""
     base = (out_slice.base_model if out_slice else None) or config.base_model
@@ -147,9 +124,9 @@ def read_settings(config: MergeConfiguration) -> Settings:
         FimError: an unknown or misplaced name, a wrong type, a value out of range, or a per-layer gradient or a filter
             where only one value makes sense.
     """
-    for block in parameter_blocks(config):
-        for name, setting in block.values.items():
-            _check_parameter(name, setting, block, config.merge_method)
+    for where, block, scope in _parameter_blocks(config):
+        for name, setting in block.items():
+            _check_parameter(name, setting, where, scope, config.merge_method)
     given = config.parameters or {}
     values = {
         name: parameter.parse(given[name]) if name in given else parameter.default
@@ -169,31 +146,29 @@ def read_settings(config: MergeConfiguration) -> Settings:
     return Settings(fisher, by_user, values["fisher"], values["fisher_cache"], mapping, values["alpha_other"])
 
 
-def _check_parameter(name: str, setting: Any, block: ParameterBlock, method: str) -> None:
+def _check_parameter(name: str, setting: Any, where: str, scope: Scope, method: str) -> None:
     parameter = PARAMETERS.get(name)
     if parameter is None:
         near = difflib.get_close_matches(name, PARAMETERS, n=1)
         hint = f"did you mean `{near[0]}`?" if near else f"{method} knows {', '.join(PARAMETERS)}"
-        raise FimError(f"{block.where}: unknown parameter `{brief(name)}`; {hint}")
-    if block.scope is not Scope.MERGE:
+        raise FimError(f"{where}: unknown parameter `{brief(name)}`; {hint}")
+    if scope is not Scope.MERGE:
         if parameter.scope is Scope.MERGE:
             raise FimError(
-                f"{block.where}: `{name}` is one value for the whole merge; move it to the top-level `parameters:`"
+                f"{where}: `{name}` is one value for the whole merge; move it to the top-level `parameters:`"
             )
-        if parameter.scope is Scope.TENSOR and block.scope is Scope.MODEL:
-            raise FimError(
-                f"{block.where}: `{name}` has no effect on a single model; set it {Scope.TENSOR.value} instead"
-            )
+        if parameter.scope is Scope.TENSOR and scope is Scope.MODEL:
+            raise FimError(f"{where}: `{name}` has no effect on a single model; set it {Scope.TENSOR.value} instead")
     if parameter.scope is Scope.MERGE and isinstance(setting, (list, ConditionalParameter)):
         raise FimError(
-            f"{block.where}: `{name}` takes one value for the whole merge, {parameter.expected}; "
+            f"{where}: `{name}` takes one value for the whole merge, {parameter.expected}; "
             f"found a {'gradient or a list of filters' if isinstance(setting, list) else 'filter'}; give one value"
         )
-    for value in leaves(setting, f"{block.where}: `{name}`"):
+    for value in leaves(setting, f"{where}: `{name}`"):
         try:
             parameter.parse(value)
         except ValueError as error:
-            raise FimError(f"{block.where}: `{name}` must be {error}, found {shown(value)}; change it") from None
+            raise FimError(f"{where}: `{name}` must be {error}, found {shown(value)}; change it") from None
 
 
 def leaves(setting: Any, where: str) -> Iterator[Any]:

@@ -88,11 +88,7 @@ class _Run:
     """The measurement of one model, a micro-batch at a time."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        layers: Sequence[nn.Module],
-        weights: Weights,
-        progress: Callable[[int], object],
+        self, model: PreTrainedModel, layers: Sequence[nn.Module], weights: Weights, progress: Callable[[int], object]
     ) -> None:
         self.model, self.weights, self.progress = model, weights, progress
         self.embedding: Any = model.get_input_embeddings()

@@ -162,12 +162,7 @@ class LoadedModel:
 
 
 def load_model(
-    base: InputModel,
-    dtype: str | None,
-    options: MergeOptions,
-    where: Placement,
-    *,
-    running: torch.dtype | None = None,
+    base: InputModel, dtype: str | None, options: MergeOptions, where: Placement, *, running: torch.dtype | None = None
 ) -> LoadedModel:
     """Make the base model ready to be run.
 

@@ -156,8 +156,7 @@ def measure_checkpoint(
         settings: how many tokens, which, and which labels.
         dtype: the merge's dtype, or None for the checkpoint's own.
         options: the merge's options, which say where it runs.
-        engine: how the gradient norms are computed.
-        reference: how they are computed of a model that `engine` can't run, with all of it in memory.
+        engine: see `measure`; likewise `reference`, with all of the model in memory.
         running: what to run it in; by default as `dtypes` has it.
 
     Raises:

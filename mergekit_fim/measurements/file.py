@@ -54,15 +54,6 @@ def _checksum(content: Mapping[str, Any]) -> str:
 _Count = Annotated[StrictInt, Field(ge=1)]
 
 
-class _Model(BaseModel):
-    id: StrictStr
-    revision: StrictStr | None = None
-    architecture: StrictStr | None = None
-    num_layers: _Count
-    vocab_size: _Count
-    fingerprint: StrictStr
-
-
 class _Settings(BaseModel):
     samples: StrictInt
     seq_len: StrictInt
@@ -79,7 +70,7 @@ class _Layer(BaseModel):
 
 class _File(BaseModel):
     version: Literal[1]
-    model: _Model
+    model: ModelIdentity
     settings: _Settings
     layers: list[_Layer]
     warnings: list[StrictStr]
@@ -119,9 +110,8 @@ def from_json(content: Any, where: str) -> Measurement:
     if file.checksum != _checksum(content):
         raise FimError(f"{where}: the measurement was changed after it was written (its checksum differs); {_AGAIN}")
     layers = tuple(LayerFisher(x.index, x.parameters, tuple(x.squared_norms)) for x in file.layers)
-    model = ModelIdentity(**file.model.model_dump())
-    fisher = FisherMeasurement(model.vocab_size, file.settings.dtype, settings, layers, tuple(file.warnings))
-    return Measurement(model, fisher, file.versions)
+    fisher = FisherMeasurement(file.model.vocab_size, file.settings.dtype, settings, layers, tuple(file.warnings))
+    return Measurement(file.model, fisher, file.versions)
 
 
 def write_measurement(measurement: Measurement, path: str | os.PathLike[str]) -> None:

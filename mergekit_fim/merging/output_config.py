@@ -56,7 +56,7 @@ def adapt_output_config(
         truncated: whether embeddings are truncated to the smallest vocabulary.
 
     Returns:
-        The keys in which the inputs differ, with what is written.
+        The keys in which the inputs differ.
     """
     inputs = [base, *models]
     if any(_has_own_head(model) for model in inputs):

@@ -77,7 +77,7 @@ class InputModel:
 
     def load(self, tensor: WeightInfo, dtype: str | None) -> torch.Tensor | None:
         """Read a tensor exactly as the merge will, by mergekit's own task, or None where it is optional and absent."""
-        loaded: torch.Tensor | None = LoadTensor(
+        return LoadTensor(
             model=self.reference,
             tensor=tensor.name,
             dtype=tensor.force_dtype or dtype,
@@ -85,7 +85,6 @@ class InputModel:
             aliases=tensor.aliases,
             tied_names=tensor.tied_names,
         ).execute()
-        return loaded
 
 
 def open_models(

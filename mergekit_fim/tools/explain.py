@@ -59,7 +59,7 @@ def _cost(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
             memory = max(memory, PRE_PASS_MEMORY + _activations(found, sequences * settings.seq_len))
     base = plan.pre_pass.base
     width = (dtype_from_name(plan.config.out_dtype or plan.config.dtype) or base.stored_dtype()).itemsize
-    written = [width * elements for tensor in plan.tensors for elements in _elements(tensor, base)]
+    written = [width * _elements(tensor, base) for tensor in plan.tensors]
     shard = min(options.out_shard_size, sum(written)) if options.out_shard_size > 0 else sum(written)
     pickled = 0 if options.lazy_unpickle else sum(_largest_pickle(model) for model in inputs.values())
     merge_memory = PROGRAM_MEMORY + shard + max(written, default=0) + pickled
@@ -111,9 +111,8 @@ def _layer_bytes(model: InputModel) -> int:
     return sum(header.nbytes for name, header in model.headers.items() if name.startswith(prefixes))
 
 
-def _elements(tensor: PlannedTensor, base: InputModel) -> Iterator[int]:
+def _elements(tensor: PlannedTensor, base: InputModel) -> int:
     """Those of a merged tensor, by the base's header: single experts that mergekit fuses have none under this name."""
     own = tensor.sources().get(base.reference)
     name = base.stored_name(own) if own is not None else None
-    if name is not None:
-        yield math.prod(base.headers[name].shape)
+    return math.prod(base.headers[name].shape) if name is not None else 0

@@ -24,7 +24,6 @@ from mergekit.options import MergeOptions
 from mergekit_fim.errors import FimError
 from mergekit_fim.merging.gates import is_fused, is_gate_projection
 from mergekit_fim.merging.methods import shares
-from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.norms import squared_distance, squared_norm
 from mergekit_fim.tools.plan import MergePlan, PlannedTensor, plan_merge
 
@@ -77,8 +76,9 @@ def export(plan: MergePlan, options: MergeOptions) -> Export:
     config = plan.config.model_copy(deep=True)
     config.merge_method = STOCK_METHODS[plan.config.merge_method]
     config.modules, config.parameters = None, {"normalize": False}
-    whole = len(slices) == 1 and slices[0].base_model is None and _is_whole(slices[0], plan)
-    if whole:
+    count = {reference: len(model.layout.layers) for reference, model in plan.inputs.items()}
+    is_whole = all(tuple(source.layer_range) == (0, count[source.model]) for s in slices for source in s.sources)
+    if len(slices) == 1 and slices[0].base_model is None and is_whole:
         config.models = [
             InputModelDefinition(model=source.model, parameters=source.parameters)
             for source in slices[0].sources
@@ -89,11 +89,6 @@ def export(plan: MergePlan, options: MergeOptions) -> Export:
     # Validated anew: a copy isn't.
     config = MergeConfiguration.model_validate(config.model_dump(exclude_none=True))
     return Export(config, tuple(_losses(plan, plan_merge(config, options))))
-
-
-def _is_whole(out_slice: OutputSliceDefinition, plan: MergePlan) -> bool:
-    count = {reference: len(model.layout.layers) for reference, model in _inputs(plan).items()}
-    return all(tuple(source.layer_range) == (0, count[source.model]) for source in out_slice.sources)
 
 
 def _slices(plan: MergePlan) -> list[OutputSliceDefinition]:
@@ -128,14 +123,9 @@ def _by_slice(plan: MergePlan) -> Iterator[tuple[int, PlannedTensor]]:
 
 def _layer_number(plan: MergePlan, name: str) -> int | None:
     """Which decoder layer of the merged model a tensor is in."""
-    stem = next(iter(_inputs(plan).values())).layout.layers[0].prefix.removesuffix("0.")
+    stem = next(iter(plan.inputs.values())).layout.layers[0].prefix.removesuffix("0.")
     number = name.removeprefix(stem).split(".")[0]
     return int(number) if name.startswith(stem) and number.isdigit() else None
-
-
-def _inputs(plan: MergePlan) -> Mapping[ModelReference, InputModel]:
-    assert plan.pre_pass is not None
-    return plan.pre_pass.inputs
 
 
 def _coefficients(tensor: PlannedTensor) -> dict[ModelReference, float]:
@@ -148,7 +138,7 @@ def _coefficients(tensor: PlannedTensor) -> dict[ModelReference, float]:
 
 def _parameters(plan: MergePlan, model: ModelReference, tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
     """A source's parameters for stock mergekit, whose filters see the names of the source's own tensors."""
-    layers = _inputs(plan)[model].layout.layers
+    layers = plan.inputs[model].layout.layers
     names = [tensor.sources()[model].name for tensor in tensors]
     prefixes = [next((x.prefix for x in layers if name.startswith(x.prefix)), None) for name in names]
     values = {"weight": [_coefficients(tensor)[model] for tensor in tensors]}
@@ -210,7 +200,7 @@ def _losses(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
             "several models with normalize: true: fim_ties divides every entry by the weights of the models that agree "
             "in its sign, the exported config by those of all models (normalize: false makes fim_ties the same)"
         )
-    base = next(iter(_inputs(plan).values()))
+    base = next(iter(plan.inputs.values()))
     narrow = (plan.config.dtype or str(base.stored_dtype())).endswith("16")
     if method == "fim_ties" and narrow:
         yield (

@@ -23,6 +23,7 @@ from mergekit_fim.config.settings import check_config
 from mergekit_fim.errors import FimError, check_own_code, reason
 from mergekit_fim.merging.output_folder import check_output, model_written_whole
 from mergekit_fim.models.checkpoint import model_config, tensor_index
+from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.result import PrePass
 
 LOG = logging.getLogger("mergekit_fim")
@@ -72,6 +73,12 @@ class MergePlan:
     output_config: PretrainedConfig
     tensors: tuple[PlannedTensor, ...]
     pre_pass: PrePass | None
+
+    @property
+    def inputs(self) -> Mapping[ModelReference, InputModel]:
+        """The models of a merge by `fim_ties` or `fim_ta`, the base first."""
+        assert self.pre_pass is not None
+        return self.pre_pass.inputs
 
     @property
     def slices(self) -> list[OutputSliceDefinition]:
