@@ -26,6 +26,7 @@ from warm import Warm
 from mergekit_fim.merging.trim import find_threshold, runs, trim_run
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never ask the network
+os.environ["COLUMNS"] = "100"  # whatever the terminal, or pytest-xdist, has
 ROOT = Path(__file__).parents[1]
 T = TypeVar("T")
 # Models this small gain nothing from more threads, and lose much where the machine is busy.
