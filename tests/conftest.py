@@ -21,7 +21,7 @@ from click.testing import CliRunner, Result
 from filelock import FileLock
 from mergekit.io.tasks import LoaderCache
 from mergekit.scripts.run_yaml import main as mergekit_yaml
-from warm import Warm
+from warm import Outcome, Warm
 
 from mergekit_fim.merging.trim import find_threshold, runs, trim_run
 
@@ -113,6 +113,33 @@ def config_for(pair: Pair, method: str = "fim_ties", **changes) -> dict:
         "models": [{"model": str(pair.long)}],
         "dtype": "float32",
     } | changes
+
+
+Finished = Result | Outcome | subprocess.CompletedProcess
+
+
+def ends_in_one_line(result: Finished, *words: str, absent: Path | None = None) -> str:
+    """The command failed with one line for its user, which has `words` in it, and left nothing at `absent`."""
+    if isinstance(result, Result):
+        assert isinstance(result.exception, SystemExit), repr(result.exception)
+    status = {Result: "exit_code", Outcome: "status", subprocess.CompletedProcess: "returncode"}[type(result)]
+    assert getattr(result, status) == 1, result
+    lines = result.stderr.splitlines()
+    assert sum(line.startswith("Error: ") for line in lines) == 1, result.stderr
+    line = lines[-1]  # nothing comes after it
+    assert line.startswith("Error: "), result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert line.isprintable()
+    assert len(line) < 1200
+    for word in words:
+        assert word in line, line
+    assert absent is None or not absent.exists()
+    return line
+
+
+def unwrapped(result: Result) -> str:
+    """What was printed, without the line breaks that fit it to the terminal."""
+    return " ".join(result.output.split())
 
 
 @dataclass(frozen=True)

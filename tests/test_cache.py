@@ -10,8 +10,7 @@ import pytest
 import reference
 import tiny
 from click.testing import CliRunner
-from conftest import Merge, config_for
-from test_errors import unwrapped
+from conftest import Merge, config_for, unwrapped
 
 import mergekit_fim.measured
 from mergekit_fim.cli import main

@@ -1,6 +1,5 @@
 """The other commands: plan, export, merge, plot, compare; help and completion."""
 
-import json
 import os
 import re
 import shutil
@@ -16,10 +15,11 @@ import tiny
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import config_for
+from conftest import config_for, ends_in_one_line
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from test_measurement import measurement
 
+import mergekit_fim
 from mergekit_fim.cli import main
 from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.errors import FimError
@@ -47,16 +47,6 @@ def config(tmp_path):
         return path
 
     return write
-
-
-def one_line(result, *words):
-    assert result.exit_code == 1, result.output
-    lines = [line for line in result.stderr.splitlines() if line]
-    assert lines[-1].startswith("Error: ")
-    assert len([line for line in lines if line.startswith("Error: ")]) == 1
-    assert "Traceback" not in result.output
-    for word in words:
-        assert word in lines[-1], lines[-1]
 
 
 # plan
@@ -114,7 +104,6 @@ def test_plan_says_whose_the_output_head_is(tied, says, merge, config, tmp_path)
 def test_plan_says_what_an_accelerator_holds(pair):
     from mergekit.options import MergeOptions
 
-    import mergekit_fim
     from mergekit_fim.tools.explain import explain
 
     plan = mergekit_fim.resolve(config_for(pair))
@@ -151,7 +140,7 @@ def test_tables_fit_the_terminal(columns, pair, config, monkeypatch):
 def test_bad_configs_end_in_one_line(command, change, words, pair, config, tmp_path):
     changed = {k: v.format(t=tmp_path) if isinstance(v, str) else v for k, v in change.items()}
     path = config(config_for(pair) | changed)
-    one_line(run(*(part.format(t=tmp_path) for part in command), path, "--quiet", ok=False), *words)
+    ends_in_one_line(run(*(part.format(t=tmp_path) for part in command), path, "--quiet", ok=False), *words)
     assert os.listdir(tmp_path) == ["config.yml"]
 
 
@@ -162,15 +151,15 @@ def test_bad_files_end_in_one_line(tmp_path):
     for name, word in {"none": "can't be read", "broken": "YAML", "list": "found list", "binary": "YAML"}.items():
         for command in (["plan"], ["merge"]):
             more = [tmp_path / "out"] if command == ["merge"] else []
-            one_line(run(*command, tmp_path / f"{name}.yml", *more, ok=False), f"{name}.yml", word)
+            ends_in_one_line(run(*command, tmp_path / f"{name}.yml", *more, ok=False), f"{name}.yml", word)
     assert not (tmp_path / "out").exists()
 
 
 def test_plan_checks_its_files_first(pair, config, tmp_path, monkeypatch):
     monkeypatch.setattr("mergekit_fim.tools.plan.plan_merge", lambda *_: pytest.fail("planned"))
     path = config(config_for(pair))
-    one_line(run("plan", path, "--json", tmp_path / "no" / "f.json", ok=False), "doesn't exist")
-    one_line(run("plan", path, "--plot", tmp_path / "f.pdf", ok=False), ".png or .svg")
+    ends_in_one_line(run("plan", path, "--json", tmp_path / "no" / "f.json", ok=False), "doesn't exist")
+    ends_in_one_line(run("plan", path, "--plot", tmp_path / "f.pdf", ok=False), ".png or .svg")
 
 
 # export
@@ -358,8 +347,6 @@ def test_merge_where_python_reads_no_start_up_files(pair, config, tmp_path):
     """`python -S`: neither site-packages' .pth files nor site-packages; the packages are found by PYTHONPATH."""
     import sysconfig
 
-    import mergekit_fim
-
     path = config(config_for(pair))
     source = Path(mergekit_fim.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{sysconfig.get_path('purelib')}"}
@@ -411,7 +398,7 @@ def test_our_commands_work_where_the_hook_is_off(pair, config):
 def test_merge_with_an_error_of_mergekits(pair, config, tmp_path):
     stock = config_for(pair, "linear")  # no weight
     result = run("merge", config(stock), tmp_path / "out", "--no-copy-tokenizer", "--quiet", ok=False)
-    one_line(result, "weight")
+    ends_in_one_line(result, "weight")
     assert not (tmp_path / "out").exists()
 
 
@@ -495,9 +482,11 @@ def test_plot_refuses(pair, merge, tmp_path, monkeypatch):
         (tmp_path / "f.json", "f.jpg", ".png or .svg"),
         (tmp_path / "f.json", "no/f.png", "doesn't exist"),
     ):
-        one_line(run("plot", source, "-o", tmp_path / figure, ok=False), word)
+        ends_in_one_line(run("plot", source, "-o", tmp_path / figure, ok=False), word)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    one_line(run("plot", tmp_path / "f.json", "-o", tmp_path / "f.png", ok=False), "pip install 'mergekit-fim[plot]'")
+    ends_in_one_line(
+        run("plot", tmp_path / "f.json", "-o", tmp_path / "f.png", ok=False), "pip install 'mergekit-fim[plot]'"
+    )
     assert not list(tmp_path.glob("*.png"))
 
 
@@ -564,8 +553,10 @@ def test_compare_prints_what_moved(tmp_path):
     rows = [line.split() for line in output.splitlines() if line.split()[:1] == ["4"]]
     assert rows[0][-1] == "beyond"
     assert len([line for line in output.splitlines() if line.endswith(("beyond", "within"))]) == 2
-    one_line(run("compare", first, fisher_file(tmp_path / "c.json", rows and [[1.0, 2.0]] * 3), ok=False), "6 and 3")
-    one_line(run("compare", first, tmp_path / "none.json", ok=False), "none.json", "no such file")
+    ends_in_one_line(
+        run("compare", first, fisher_file(tmp_path / "c.json", rows and [[1.0, 2.0]] * 3), ok=False), "6 and 3"
+    )
+    ends_in_one_line(run("compare", first, tmp_path / "none.json", ok=False), "none.json", "no such file")
 
 
 # help
@@ -577,8 +568,13 @@ def test_help(command):
     assert max(len(line) for line in result.output.splitlines()) <= 100
     for name in COMMANDS if not command else []:
         assert re.search(rf"^  {name}  +\w", result.output, re.M)
-    options = re.findall(r"^  (-\S+.*)$", result.output, re.M)
-    assert all(re.search(r"\S  +\S", line) or len(line) > 20 for line in options), options
+    # Every option is there and says what it does; lines may break at spaces and hyphens.
+    parameters = (main.commands[command[0]] if command else main).params
+    shown = "".join(result.output.split())
+    for option in (p for p in parameters if isinstance(p, click.Option)):
+        assert option.help, option.name
+        assert "".join(option.help.split()) in shown, option.name
+        assert re.search(rf"^  .*{option.opts[-1]}\b", result.output, re.M), option.name
 
 
 @pytest.mark.parametrize("command", ["plan", "export", "merge"])
@@ -637,5 +633,4 @@ def test_the_console_script_and_the_module_are_the_same():
         subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=60).stdout
         for command in ([script], [sys.executable, "-m", "mergekit_fim"])
     ]
-    assert outputs[0] == outputs[1] == "mergekit-fim, version 0.1.0\n"
-    assert json.dumps(outputs)
+    assert outputs[0] == outputs[1] == f"mergekit-fim, version {mergekit_fim.__version__}\n"

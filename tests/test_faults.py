@@ -20,9 +20,8 @@ import reference
 import tiny
 import yaml
 from click.testing import CliRunner
-from conftest import Merge, Pair, config_for
+from conftest import Merge, Pair, config_for, ends_in_one_line
 from safetensors.torch import load
-from test_errors import ends_in_one_line
 from warm import Outcome, Warm
 
 from mergekit_fim import files, report
@@ -244,10 +243,8 @@ def test_a_disk_that_fills_while_the_report_is_written(small, merge, monkeypatch
         fill_disk(patch, "fim_report.json", 1)
         out, result = merge(config_for(small, parameters=SMALL))
     assert out == older
-    assert result.exit_code == 1
-    line = result.stderr.splitlines()[-1]
+    line = ends_in_one_line(result)
     assert line.startswith(f"Error: {out / 'fim_report.json'}: can't be written (No space left on device)")
-    assert "Traceback" not in result.stderr
     assert "fim_report.json" not in contents(out)  # the older merge's would be of another model
     assert not [name for name in contents(out) if name.endswith(PART)]
     out, _ = merge.ok(config_for(small, parameters=SMALL))
@@ -261,8 +258,8 @@ def test_a_disk_that_fills_while_a_measurement_is_written(at, pair, tmp_path, mo
     with monkeypatch.context() as patch:
         fill_disk(patch, "f.json", at)
         result = CliRunner().invoke(main, arguments)
-    assert result.exit_code == 1
-    (line,) = result.stderr.splitlines()
+    line = ends_in_one_line(result)
+    assert result.stderr == line + "\n"
     assert line.startswith(f"Error: {tmp_path / 'f.json'}: can't be written (No space left on device); free some space")
     assert contents(tmp_path) == {}
     assert CliRunner().invoke(main, arguments).exit_code == 0
@@ -331,10 +328,9 @@ def test_too_little_memory_for_the_sequences(warm, tmp_path):
     out.mkdir()
     arguments = ["mergekit-fim", "fisher", model, "-o", out / "f.json", "-q", "--samples", "1", "--seq-len", "1024"]
     done = warm.run(*arguments, memory=64 << 20, environment={"MERGEKIT_FIM_CACHE": str(tmp_path / "cache")})
-    assert done.status == 1
-    (line,) = done.stderr.splitlines()
+    line = ends_in_one_line(done, "lower fisher_seq_len (--seq-len)")
+    assert done.stderr == line + "\n"
     assert line.startswith(f"Error: {model}: cpu has too little memory for the Fisher pre-pass")
-    assert "lower fisher_seq_len (--seq-len)" in line
     assert contents(out) == {}
     assert not (tmp_path / "cache").exists()
 
@@ -376,7 +372,7 @@ def test_memory_on_the_cpu_halves_the_batch(error, small, merge, cache_folder, m
     parameters["fisher_cache"] = False
     limit = 0
     target, result = merge(config_for(small, parameters=parameters), out="none")
-    ends_in_one_line(result, target, str(small.base), "too little memory", "fisher_seq_len")
+    ends_in_one_line(result, str(small.base), "too little memory", "fisher_seq_len", absent=target)
 
 
 def test_other_errors_are_not_taken_for_memory(pair, merge, monkeypatch):

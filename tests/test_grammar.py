@@ -110,7 +110,7 @@ def configs(draw, base: str, models: tuple[str, ...]):
     return config
 
 
-def is_one_line(error: FimError) -> None:
+def assert_one_line(error: FimError) -> None:
     text = str(error)
     assert text
     assert text.isprintable()
@@ -135,7 +135,7 @@ def test_a_config_is_accepted_or_refused_in_one_line(content):
     try:
         found = check_config(config)
     except FimError as error:
-        is_one_line(error)
+        assert_one_line(error)
     else:
         mapping = found.mapping
         assert mapping.alpha_min <= mapping.alpha_max
@@ -151,7 +151,7 @@ def check_plan(config: MergeConfiguration) -> bool:
     try:
         plan, pre_pass = plan_fim_merge(config, OPTIONS)
     except FimError as error:
-        is_one_line(error)
+        assert_one_line(error)
         return False
     mapping = pre_pass.settings.mapping
     for model in (m for c in pre_pass.coefficients for m in c.models):

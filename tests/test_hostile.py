@@ -21,7 +21,7 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner
-from conftest import Pair, config_for
+from conftest import Pair, config_for, ends_in_one_line
 from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from test_errors import UP, change_config, change_tensor, poison, remake
@@ -649,18 +649,6 @@ def filled(text: str, places: dict[str, Path]) -> str:
     return text
 
 
-def is_one_line(result, words):
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
-    assert result.exit_code == 1
-    assert "Traceback" not in result.output + result.stderr
-    lines = result.stderr.splitlines()
-    assert lines[-1].startswith("Error: ")
-    assert sum(line.startswith("Error: ") for line in lines) == 1, lines
-    assert len(lines[-1]) < 1200
-    for word in words:
-        assert word in lines[-1], lines[-1]
-
-
 @pytest.mark.parametrize(("case", "command"), CASES)
 def test_bad_input(case, command, pair, tmp_path, monkeypatch):
     bad = BAD[case]
@@ -692,7 +680,7 @@ def test_bad_input(case, command, pair, tmp_path, monkeypatch):
         assert result.exit_code == 1
     else:
         places = {"{base}": pair.base, "{long}": pair.long, "{folder}": tmp_path}
-        is_one_line(result, [filled(word, places) for word in bad.words])
+        ends_in_one_line(result, *(filled(word, places) for word in bad.words))
 
 
 # The command that measures opens a model by itself.
@@ -710,7 +698,7 @@ def test_bad_models_are_not_measured(case, pair, tmp_path, monkeypatch):
     change(model)
     before = snapshot(tmp_path)
     result = CliRunner().invoke(main, ["fisher", str(model), "-o", str(tmp_path / "f.json"), "-q"])
-    is_one_line(result, [str(model), *words])
+    ends_in_one_line(result, str(model), *words)
     assert snapshot(tmp_path) == before
 
 
@@ -756,7 +744,7 @@ def test_bad_command_lines(case, pair, tmp_path):
     weights = snapshot(pair.base), snapshot(pair.long)
     places = {"t": tmp_path, "b": pair.base, "l": pair.long}
     result = CliRunner().invoke(main, [a.format(**places) for a in arguments])
-    is_one_line(result, [w.format(**places) for w in words])
+    ends_in_one_line(result, *(w.format(**places) for w in words))
     assert snapshot(tmp_path) == before
     assert (snapshot(pair.base), snapshot(pair.long)) == weights
 
@@ -793,7 +781,7 @@ def test_an_output_that_cannot_be_written_is_seen_first(kind, command, pair, tmp
     else:
         out.write_text("this")
     before = snapshot(tmp_path)
-    is_one_line(run(command, source, out / "a" if kind == "below a file" else out), [str(out), "write elsewhere"])
+    ends_in_one_line(run(command, source, out / "a" if kind == "below a file" else out), str(out), "write elsewhere")
     assert snapshot(tmp_path) == before
 
 
@@ -803,7 +791,7 @@ def test_too_little_memory_on_the_cpu(pair, merge, monkeypatch):
 
     monkeypatch.setattr("mergekit_fim.fisher.measure.measure", out_of_memory)
     target, result = merge(config_for(pair))
-    is_one_line(result, [str(pair.base), "too little memory", "64 tokens", "lower fisher_seq_len"])
+    ends_in_one_line(result, str(pair.base), "too little memory", "64 tokens", "lower fisher_seq_len")
     assert not target.exists()
 
 
@@ -812,7 +800,7 @@ def test_mergekit_yaml_does_not_merge_over_its_inputs(pair, tmp_path):
     source = tmp_path / "config.yml"
     source.write_text(yaml.safe_dump(config_for(pair, base_model=str(base))))
     before = snapshot(tmp_path)
-    is_one_line(run("mergekit-yaml", source, base), [f"folder of {base}", "write elsewhere"])
+    ends_in_one_line(run("mergekit-yaml", source, base), f"folder of {base}", "write elsewhere")
     assert snapshot(tmp_path) == before
 
 
@@ -871,7 +859,7 @@ def test_a_full_disk_leaves_no_half_model(is_there, options, pair, tmp_path, mon
     before = snapshot(tmp_path)
     full_disk(monkeypatch, 2)
     result = run("merge", source, out, "--out-shard-size", "60k", *options)
-    is_one_line(result, ["No space left", "free some space"])
+    ends_in_one_line(result, "No space left", "free some space")
     assert snapshot(tmp_path) == before
 
 
@@ -880,9 +868,7 @@ def test_a_file_that_may_not_grow(pair, warm, tmp_path):
     source, out = tmp_path / "config.yml", tmp_path / "out"
     source.write_text(yaml.safe_dump(config_for(pair)))
     done = warm.run("mergekit-fim", "merge", source, out, "--no-copy-tokenizer", "--quiet", file_size=100_000)
-    assert done.status == 1
-    assert done.stderr.splitlines()[-1].startswith("Error: mergekit can't do this merge (")
-    assert "Traceback" not in done.stderr
+    assert ends_in_one_line(done).startswith("Error: mergekit can't do this merge (")
     assert [p.name for p in tmp_path.iterdir()] == ["config.yml"]
 
 
@@ -937,7 +923,7 @@ def test_the_config_goes_first_and_comes_last(pair, tmp_path, monkeypatch):
         original(a, b)
 
     monkeypatch.setattr(os, "replace", replace)
-    is_one_line(run("merge", source, out), [str(out), "can't be written", "Input/output error"])
+    ends_in_one_line(run("merge", source, out), str(out), "can't be written", "Input/output error")
     assert not (out / "config.json").exists()
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
@@ -1014,9 +1000,9 @@ def test_pickled_code_is_not_run(layout, lazy, pair, tmp_path):
         result = run(command, source, tmp_path / "out", *lazy)
         assert result.exit_code == 1
         if command != "mergekit-yaml":
-            is_one_line(result, [str(base)])
+            ends_in_one_line(result, str(base))
     result = CliRunner().invoke(main, ["fisher", str(base), "-o", str(tmp_path / "f.json"), "-q", *lazy])
-    is_one_line(result, [str(base)])
+    ends_in_one_line(result, str(base))
     assert not marker.exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "c.yml"]
 

@@ -7,7 +7,7 @@ import textwrap
 import zipfile
 
 import pytest
-from conftest import Environment, make_environment, pip
+from conftest import Environment, config_for, ends_in_one_line, make_environment, pip
 
 REGISTERED = "from mergekit import merge_methods as m; print([x.spec.name for x in m.registered_methods()][-2:])"
 
@@ -134,7 +134,6 @@ def test_a_mergekit_that_raises_on_import_raises_that(bare):
 
 
 def test_a_planner_of_another_shape_is_a_clear_error(monkeypatch, pair, merge):
-    from conftest import config_for
     from mergekit.plan import MergePlanner
 
     original = MergePlanner.__init__
@@ -145,10 +144,7 @@ def test_a_planner_of_another_shape_is_a_clear_error(monkeypatch, pair, merge):
 
     monkeypatch.setattr(MergePlanner, "__init__", without_options)
     target, result = merge(config_for(pair))
-    assert result.exit_code == 1
-    assert "mergekit>=0.1.5,<0.2" in result.stderr.splitlines()[-1]
-    assert "options" in result.stderr.splitlines()[-1]
-    assert not target.exists()
+    ends_in_one_line(result, "mergekit>=0.1.5,<0.2", "options", absent=target)
 
 
 def test_mergekits_modules_look_as_they_would_without_us():

@@ -19,10 +19,9 @@ import tiny
 import torch
 import transformers
 from click.testing import CliRunner
-from conftest import config_for
+from conftest import config_for, ends_in_one_line, unwrapped
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
-from test_errors import ends_in_one_line, unwrapped
 
 import mergekit_fim
 from mergekit_fim.cli import main
@@ -314,7 +313,7 @@ def test_a_measurement_that_contradicts_the_config(name, pair, merge, tmp_path, 
     value = "sampled" if name == "labels" else 7
     target, result = merge(config_for(pair, parameters={"fisher": str(file), f"fisher_{name}": value}))
     has = getattr(fisher.settings, name)
-    ends_in_one_line(result, target, str(file), f"with {name} {has}", f"fisher_{name} to {value}")
+    ends_in_one_line(result, str(file), f"with {name} {has}", f"fisher_{name} to {value}", absent=target)
 
 
 def test_a_measurement_of_another_model(pair, merge, tmp_path, no_measurement):
@@ -327,7 +326,7 @@ def test_a_measurement_of_another_model(pair, merge, tmp_path, no_measurement):
         fisher = FisherMeasurement(97, "float32", FisherSettings(), layers)
         write_measurement(Measurement.of(fisher, identity(opened(path))), str(file))
         target, result = merge(config_for(pair, parameters={"fisher": str(file)}), out=f"out-{name}")
-        ends_in_one_line(result, target, str(path), str(pair.base), word, "mergekit-fim fisher")
+        ends_in_one_line(result, str(path), str(pair.base), word, "mergekit-fim fisher", absent=target)
 
 
 @pytest.mark.parametrize(
@@ -343,7 +342,7 @@ def test_a_measurement_of_another_model(pair, merge, tmp_path, no_measurement):
 )
 def test_a_measurement_that_is_not_there(value, words, pair, merge, no_measurement):
     target, result = merge(config_for(pair, parameters={"fisher": value}))
-    ends_in_one_line(result, target, *words)
+    ends_in_one_line(result, *words, absent=target)
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
