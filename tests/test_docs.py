@@ -1,8 +1,8 @@
 """The examples of the documentation run, and its numbers are those of the package."""
 
+import importlib.util
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -42,8 +42,68 @@ def test_the_python_interface_is_what_the_docs_name():
         mergekit_fim.nothing()
 
 
-def test_the_table_of_costs_is_what_the_script_prints():
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "scale.py")], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert done.stdout.strip() in (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def scale():
+    spec = importlib.util.spec_from_file_location("scale", ROOT / "benchmarks" / "scale.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+SCALE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_costs_is_what_the_script_prints(scale):
+    assert scale.table() in SCALE
+
+
+def test_the_costs_on_paper_are_those_by_hand(scale):
+    """From the models' shapes and the rates that docs/scale.md names, written out."""
+    shapes = {shape.name: shape for shape in scale.SHAPES}
+    _, one_gpu, eight_gpus, _ = scale.MACHINES
+    # 70B, which eight GPUs of 80 GB hold: 80 layers of 8192 × (2 × 8192 + 2 × 1024 + 3 × 28672), 2 × 128256 × 8192.
+    layers, head = 68.451e9, 1.0507e9
+    size = 2 * (layers + 2 * head)  # bytes
+    assert shapes["70B"].size == pytest.approx(size, rel=1e-3)
+    found = scale.estimate(shapes["70B"], eight_gpus)
+    seconds = 2 * size / 5e9 + size / 40e9 + 1.4 * 512 * (6 * layers + 4 * head) / 350e12  # disk, bus, arithmetic
+    assert seconds == pytest.approx(60.8, rel=1e-3)
+    assert found.pre_pass == pytest.approx(seconds, rel=1e-3)
+    seconds = 3 * size / 5e9 + 8 * size / 1e9 / 64  # disk, cores
+    assert seconds == pytest.approx(102.3, rel=1e-3)
+    assert found.merge == pytest.approx(seconds, rel=1e-3)
+    assert found.gpu_memory == pytest.approx(size / 8 + 1e9, rel=0.1)
+    # 405B, which one GPU of 24 GB doesn't: everything is read twice, and goes over the bus twice.
+    layers, head = 401.65e9, 2.1013e9
+    size = 2 * (layers + 2 * head)
+    found = scale.estimate(shapes["405B"], one_gpu)
+    seconds = 3 * size / 3e9 + 2 * size / 20e9 + 1.4 * 512 * (6 * layers + 4 * head) / 70e12
+    assert seconds == pytest.approx(917.6, rel=1e-3)
+    assert found.pre_pass == pytest.approx(seconds, rel=1e-3)
+    seconds = 3 * size / 3e9 + 8 * size / 1e9 / 16
+    assert seconds == pytest.approx(1217.6, rel=1e-3)
+    assert found.merge == pytest.approx(seconds, rel=1e-3)
+    assert found.gpu_memory < 24e9
+    assert "| 70B, 141 GB | eight 80 GB GPUs, 64 cores | 61 s | 2 min |" in SCALE
+    assert "| 405B, 812 GB | one 24 GB GPU, 16 cores | 15 min | 20 min |" in SCALE
+
+
+def test_the_cost_model_gives_what_was_measured(scale):
+    """The one pair of 7B that was merged, on two cores; the rate of its arithmetic is taken from the pair of 1.5B."""
+
+    def measured(row: str) -> list[float]:
+        (cells,) = re.findall(rf"^\| {row} \|(.*)\|$", SCALE, re.M)
+        return [float(cell) if cell.strip() else 0.0 for cell in cells.split("|")]
+
+    arithmetic = measured("arithmetic of one forward.*rate")
+    small = scale.Shape("1.5B", 28, 1536, 8960, 256, 151936)
+    (large,) = (shape for shape in scale.SHAPES if shape.name == "7B")
+    rate = small.operations / arithmetic[0]
+    assert large.operations / rate == pytest.approx(arithmetic[2], rel=0.1)
+    disk = float(re.search(r"waits for the disk \(([\d.]+) GB/s\)", SCALE)[1]) * 1e9
+    found = scale.estimate(large, scale.Machine("as measured", 1, 0, 0, rate, 2, disk, 0))
+    pre_pass, whole = measured("pre-pass, with imports")[2], measured("whole `fim_ties`")[2]
+    assert pre_pass / 1.3 < found.pre_pass < pre_pass * 1.3
+    assert (whole - pre_pass) / 2 < found.merge < (whole - pre_pass) * 2  # it takes reading and writing for no overlap
+    assert large.size == pytest.approx(15.2e9, rel=0.01)

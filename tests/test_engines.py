@@ -1,7 +1,6 @@
 """The fast engine against the reference engine: models, formats, micro-batches, and what it must not trust."""
 
 import contextlib
-import re
 import weakref
 from dataclasses import replace
 
@@ -321,9 +320,13 @@ def test_what_any_of_several_processes_warns_of_is_known_in_all(monkeypatch):
     assert lines == ["short of memory", "too"]
 
 
-def loads(monkeypatch, fits: bool) -> list[tuple[str, bool, weakref.ref]]:
-    """Make a stand-in for an accelerator, the CPU in fact: where models are loaded, whether streamed, the models."""
-    loaded = []
+def loads(monkeypatch, fits: bool) -> tuple[list[tuple[str, bool, weakref.ref]], list[tuple[str, int]]]:
+    """Make a stand-in for an accelerator, the CPU in fact.
+
+    Returns:
+        Where models are loaded, whether streamed, the models; and where memory is freed, after how many were loaded.
+    """
+    loaded, freed = [], []
     original = placement.load_model
     wanted = Placement(torch.device("cuda"), spread=False, streamed=False)
     cpu = torch.device("cpu")
@@ -335,17 +338,17 @@ def loads(monkeypatch, fits: bool) -> list[tuple[str, bool, weakref.ref]]:
         return replace(found, placement=replace(where, streamed=streamed))
 
     monkeypatch.setattr(fisher, "load_model", load)
-    monkeypatch.setattr(fisher, "_free_memory", lambda device: None)
+    monkeypatch.setattr(fisher, "_free_memory", lambda device: freed.append((device.type, len(loaded))))
     monkeypatch.setattr(placement, "placement", lambda options: wanted)
     monkeypatch.setattr(placement, "running_dtype", lambda dtype, device: torch.float32)
-    return loaded
+    return loaded, freed
 
 
 def test_a_model_too_large_for_its_place_is_streamed_and_nothing_is_left_of_it(tmp_path, monkeypatch):
     path = tiny.save(tiny.build(tiny.config("llama")), tmp_path / "m")
     base = open_model(str(path), None, MergeOptions())
     expected = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True))
-    loaded = loads(monkeypatch, fits=True)
+    loaded, freed = loads(monkeypatch, fits=True)
     original = batched._Run.measure
 
     def small(self, samples: Samples, device):
@@ -358,6 +361,7 @@ def test_a_model_too_large_for_its_place_is_streamed_and_nothing_is_left_of_it(t
     found = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True))
     assert [where[:2] for where in loaded] == [("cuda", False), ("cuda", True)]
     assert loaded[1][2]() is None
+    assert freed == [("cuda", 1), ("cuda", 2)]  # between the two, and at the end
     for a, b in zip(found.layers, expected.layers, strict=True):
         assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-5)
 
@@ -368,7 +372,7 @@ def test_a_model_that_must_be_in_memory_and_is_too_large_for_the_accelerator(fit
     path = tiny.save(tiny.build(tiny.config("llama")), tmp_path / "m")
     base = open_model(str(path), None, MergeOptions())
     expected = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True))
-    loaded = loads(monkeypatch, fits=fits)
+    loaded, freed = loads(monkeypatch, fits=fits)
 
     def unsupported(self, samples: Samples, device):
         raise NotSupportedError
@@ -381,6 +385,8 @@ def test_a_model_that_must_be_in_memory_and_is_too_large_for_the_accelerator(fit
     monkeypatch.setattr(batched._Run, "measure", unsupported)
     found = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True), reference=reference)
     assert loaded[-1][:2] == ("cpu", False)
+    assert [at for _, at in freed] == [*range(1, len(loaded)), len(loaded)]
+    assert (freed[0], freed[-1]) == (("cuda", 1), ("cuda", len(loaded)))
     assert "measured on the CPU" in found.warnings[-1]
     for a, b in zip(found.layers, expected.layers, strict=True):
         assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-4)
@@ -395,7 +401,10 @@ def test_progress_counts_every_layer_of_every_sequence():
 
 def test_a_measurement_leaves_the_model_unpatched():
     model = tiny.build(tiny.config("llama"))
+    parameters = dict(model.named_parameters())
     measure(model, layers_of(model), SETTINGS, quiet=True)
     assert not [name for name, module in model.named_modules() if "forward" in module.__dict__]
     assert not [name for name, module in model.named_modules() if module._forward_hooks]
-    assert re.fullmatch(r"meta|cpu", next(model.parameters()).device.type)
+    after = dict(model.named_parameters())
+    assert after.keys() == parameters.keys()
+    assert all(after[name] is parameter for name, parameter in parameters.items())

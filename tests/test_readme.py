@@ -9,14 +9,28 @@ def shown(value) -> str:
     return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
+# The defaults that are no value, in words.
+NO_VALUE = {
+    "fisher": "none",
+    "alpha_mean": "none",
+    "alpha_other": "the layers' mean",
+    "density": "0.2 or 0.4",
+    "alpha": "from the pre-pass",
+}
+
+
 def test_the_parameter_table():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
     table = {row[0].strip("`"): row[1:] for row in rows if row[0].strip("`") in PARAMETERS}
     assert list(table) == list(PARAMETERS)
-    for name, (default, source, _meaning) in table.items():
+    assert {name for name, parameter in PARAMETERS.items() if parameter.default is None} == set(NO_VALUE)
+    for name, (default, source, meaning) in table.items():
         parameter = PARAMETERS[name]
-        if parameter.default is not None:
+        assert meaning == f"{parameter.meaning}; {parameter.expected}", name
+        if parameter.default is None:
+            assert default == NO_VALUE[name], name
+        else:
             ties, ta = (shown(parameter.default_for(method)) for method in ("fim_ties", "fim_ta"))
             assert default == (ties if ties == ta else f"{ties} (`fim_ta`: {ta})"), name
         assert source == parameter.source, name
