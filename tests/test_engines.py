@@ -332,6 +332,7 @@ def loads(monkeypatch, fits: bool) -> tuple[list[tuple[str, bool, weakref.ref]],
     cpu = torch.device("cpu")
 
     def load(base, dtype, options, where, **keywords):
+        assert [ref for *_, ref in loaded if ref() is not None] == []  # two at a time may be one too many
         streamed = where.streamed or (where.device.type == "cuda" and not fits)
         found = original(base, dtype, options, replace(where, device=cpu, streamed=streamed), **keywords)
         loaded.append((where.device.type, streamed, weakref.ref(found.model)))
