@@ -26,7 +26,7 @@ SHAPES = {
     "1.5b": {"vocab": 151936, "hidden": 1536, "inter": 8960, "layers": 28, "heads": 12, "kv": 2, "tied": True},
     "7b": {"vocab": 152064, "hidden": 3584, "inter": 18944, "layers": 28, "heads": 28, "kv": 4, "tied": False},
 }
-SIDES = ["matmul", "paper", "reference", "fast", "ties", "fim_ties", "task_arithmetic", "fim_ta"]
+SIDES = ["matmul", "paper", "reference", "fast", "ties", "by_hand", "fim_ties", "task_arithmetic", "fim_ta"]
 SEQUENCES, LENGTH = 8, 64
 
 
@@ -192,13 +192,25 @@ def anonymous(pid: int) -> int:
         return 0
 
 
-def merge_config(method: str, folder: Path, dtype: str) -> str:
-    own = {"ties": "density: 0.2, weight: 1.0", "fim_ties": "density: 0.2", "task_arithmetic": "weight: 0.5"}
-    parameters = f"\n    parameters: {{{own[method]}}}" if method in own else ""
-    shared = "parameters: {fisher_cache: false}\n" if method.startswith("fim") else ""  # every side measures anew
+# What a merge is made with; `by_hand` is stock `ties` by this package, without a pre-pass.
+OWN = {
+    "ties": "{density: 0.2, weight: 1.0}",
+    "fim_ties": "{density: 0.2}",
+    "by_hand": "{density: 0.2, weight: 1.0, alpha: 1.0}",
+    "task_arithmetic": "{weight: 0.5}",
+    "fim_ta": "{}",
+}
+
+
+def merge_config(side: str, folder: Path, dtype: str) -> str:
+    shared = "{}"
+    if side.startswith("fim"):
+        shared = "{fisher_cache: false}"  # every side measures anew
+    elif side == "by_hand":
+        shared = "{gate_scale: 1, norm_tolerance: 0}"
     return (
-        f"merge_method: {method}\nbase_model: {folder / 'base'}\nmodels:\n"
-        f"  - model: {folder / 'long'}{parameters}\n{shared}dtype: {dtype}\n"
+        f"merge_method: {'fim_ties' if side == 'by_hand' else side}\nbase_model: {folder / 'base'}\nmodels:\n"
+        f"  - model: {folder / 'long'}\n    parameters: {OWN[side]}\nparameters: {shared}\ndtype: {dtype}\n"
     )
 
 
@@ -266,8 +278,8 @@ def table(results: dict, shape: dict, device: str) -> str:
         for text, flops in zip(("without", "with"), floor_flops(shape), strict=True):
             floor = flops / speed
             ratio(f"pre-pass / arithmetic alone ({floor:.1f} s, {text} recomputing)", results["fast"]["measure"], floor)
-    if {"fim_ties", "ties"} <= have:
-        ratio("fim_ties / ties, whole commands", results["fim_ties"]["whole"], results["ties"]["whole"])
+    for side in sorted({"fim_ties", "by_hand"} & have if "ties" in have else set()):
+        ratio(f"{side} / ties, whole commands", results[side]["whole"], results["ties"]["whole"])
     if {"fim_ta", "task_arithmetic", "fast"} <= have:
         both = results["task_arithmetic"]["whole"] + results["fast"]["measure"]
         ratio("fim_ta / (task_arithmetic + pre-pass), whole commands", results["fim_ta"]["whole"], both)

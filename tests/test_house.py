@@ -110,15 +110,6 @@ def test_measurements_are_read_and_compared_without_torch(tmp_path):
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_the_public_names_are_those_of_the_api():
-    import mergekit_fim
-    from mergekit_fim import api
-
-    assert sorted(mergekit_fim._API) == sorted(api.__all__)
-    for name in api.__all__:
-        assert getattr(mergekit_fim, name) is getattr(api, name)
-
-
 def private_parts() -> set[str]:
     """What the package uses of mergekit by names that begin with an underscore, or by changing it."""
     found = set()
