@@ -78,7 +78,9 @@ def test_one_process(model, tmp_path):
     settings = FisherSettings(3, 12, 4, "sampled")
     expected = measure(built, list(built.model.layers), settings, engine=autograd_engine, quiet=True)
     assert norms(out) == pytest.approx([n for layer in expected.layers for n in layer.squared_norms], rel=1e-4)
-    assert [layer["fisher"] for layer in found["layers"]] == pytest.approx([x.fisher for x in expected.layers])
+    assert [layer["fisher"] for layer in found["layers"]] == pytest.approx(
+        [x.fisher for x in expected.layers], rel=1e-5
+    )
     assert os.listdir(tmp_path) == ["fisher.json"]
 
 
@@ -94,7 +96,7 @@ def test_several_processes_measure_the_same(processes, samples, model, warm, tmp
         assert done.returncode == 0, done.stderr
     else:
         assert [(one.status, one.stderr) for one in together(warm, processes, *many)] == [(0, "")] * processes
-    assert norms(tmp_path / "many.json") == pytest.approx(norms(tmp_path / "one.json"), rel=1e-6)
+    assert norms(tmp_path / "many.json") == pytest.approx(norms(tmp_path / "one.json"), rel=1e-5)
     assert sorted(os.listdir(tmp_path)) == ["many.json", "one.json"]
     # The main process has kept it for one that comes after.
     result = CliRunner().invoke(main, [*options, "-o", str(tmp_path / "kept.json")])
@@ -165,7 +167,7 @@ def test_an_adapter_is_merged_by_one_of_the_processes(warm, tmp_path):
     }.items():
         places = ["--lora-merge-cache", str(tmp_path / f"cache-{name}"), "-o", str(tmp_path / f"{name}.json")]
         assert run([*options, *places]) == 0
-    assert norms(tmp_path / "many.json") == pytest.approx(norms(tmp_path / "one.json"), rel=1e-6)
+    assert norms(tmp_path / "many.json") == pytest.approx(norms(tmp_path / "one.json"), rel=1e-5)
 
 
 def test_one_process_failing_ends_all(model, warm, tmp_path):

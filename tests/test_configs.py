@@ -248,12 +248,15 @@ def stored(source: Path, target: Path, layout: str) -> Path:
 @pytest.mark.parametrize("lazy", [[], ["--lazy-unpickle"]])
 @pytest.mark.parametrize("layout", ["shards", "bin", "bins"])
 def test_layouts_of_all_the_models(layout, lazy, pair, merge, tmp_path):
-    """The base too, which is measured layer by layer from its files."""
+    """The base too, which is measured layer by layer from its files.
+
+    Where its weights lie in memory is then another matter, and with it the last digits of matrix products.
+    """
     plain, _ = merge.ok(config_for(pair))
     base, long = (stored(p, tmp_path / p.name, layout) for p in (pair.base, pair.long))
     assert len(list(base.glob("*.safetensors")) + list(base.glob("*.bin"))) == {"bin": 1, "bins": 3}.get(layout, 4)
     out, _ = merge.ok(config_for(pair, base_model=str(base), models=[{"model": str(long)}]), *lazy, out="other")
-    assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    assert_close(out, reference.load(plain), rtol=1e-5, atol=1e-6)
     alphas = reference.layer_coefficients(pair.base, pair.long)[2]
     rows = reference.report(out)["models"][0]["layers"]
     assert [row["alpha"] for row in rows] == pytest.approx(list(alphas), abs=1e-4)

@@ -269,7 +269,8 @@ def test_resident_and_streamed_agree(tmp_path):
         loaded = load_model(base, None, MergeOptions(quiet=True), where)
         found = measure(loaded.model, loaded.layers, SETTINGS, weights=loaded.weights, quiet=True)
         norms.append([layer.squared_norms for layer in found.layers])
-    assert np.array(norms[0]) == pytest.approx(np.array(norms[1]), rel=1e-6)
+    # Mapped and copied weights lie differently in memory, which matrix products may round differently for.
+    assert np.array(norms[0]) == pytest.approx(np.array(norms[1]), rel=1e-5)
 
 
 def test_a_model_that_runs_out_of_memory_is_halved(tmp_path, monkeypatch):

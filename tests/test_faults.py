@@ -48,18 +48,22 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def agree(found: dict[str, bytes], expected: dict[str, bytes]) -> bool:
-    """Whether files are the same but for the last digits of what was measured and of all that follows from it."""
+    """Whether files are the same but for the last digits of what was measured and of all that follows from it.
+
+    Matrix products round differently to 1e-6, or to 1e-5 for another number of sequences, which is then said.
+    """
+    rel = 1e-5 if any(b"memory ran short" in content for content in found.values()) else 1e-6
     if found.keys() != expected.keys():
         return False
     for name, content in found.items():
         if name.endswith(".json"):
-            same = _agree(json.loads(content), json.loads(expected[name]))
+            same = _agree(json.loads(content), json.loads(expected[name]), rel)
         elif name.endswith(".safetensors"):
             a, b = load(content), load(expected[name])
             same = a.keys() == b.keys() and all(
                 a[key].dtype is b[key].dtype and a[key].shape == b[key].shape for key in a
             )
-            same = same and all(float((a[key] - b[key]).abs().max()) <= 1e-6 * float(b[key].abs().max()) for key in a)
+            same = same and all(float((a[key] - b[key]).abs().max()) <= rel * float(b[key].abs().max()) for key in a)
         else:
             same = content == expected[name]
         if not same:
@@ -67,18 +71,18 @@ def agree(found: dict[str, bytes], expected: dict[str, bytes]) -> bool:
     return True
 
 
-def _agree(found, expected, key: str = "") -> bool:
+def _agree(found, expected, rel: float, key: str = "") -> bool:
     """Content of a report or a measurement; the standard error is a difference of norms, so that it has less digits."""
     if key == "checksum":  # of the digits; who reads the measurement compares it
         return True
     if key == "warnings":
         return expected == [] and all("memory ran short" in line for line in found)
     if isinstance(expected, dict):
-        return found.keys() == expected.keys() and all(_agree(found[k], v, k) for k, v in expected.items())
+        return found.keys() == expected.keys() and all(_agree(found[k], v, rel, k) for k, v in expected.items())
     if isinstance(expected, list):
-        return len(found) == len(expected) and all(_agree(a, b, key) for a, b in zip(found, expected, strict=True))
+        return len(found) == len(expected) and all(_agree(a, b, rel, key) for a, b in zip(found, expected, strict=True))
     if isinstance(expected, float):
-        return found == pytest.approx(expected, rel=1e-6 if key in ("squared_norms", "fisher") else 1e-5)
+        return found == pytest.approx(expected, rel=rel if key in ("squared_norms", "fisher") else 10 * rel)
     return found == expected
 
 
@@ -358,7 +362,7 @@ def test_memory_on_the_cpu_halves_the_batch(error, small, merge, cache_folder, m
     assert sizes == [8, 4, 2, 2, 2, 2]
     found, expected = (reference.report(path)["fisher"]["layers"] for path in (out, whole))
     for a, b in zip(found, expected, strict=True):
-        assert a["squared_norms"] == pytest.approx(b["squared_norms"], rel=1e-6)
+        assert a["squared_norms"] == pytest.approx(b["squared_norms"], rel=1e-5)
     assert reference.report(whole)["warnings"] == []
     (warning,) = reference.report(out)["warnings"]
     assert warning.startswith(said)
