@@ -21,7 +21,7 @@ class FimError(click.ClickException):
 
     def __init__(self, message: str) -> None:
         """Names, values and other libraries' messages may bring line breaks and control characters: not in here."""
-        super().__init__(one_line(message))
+        super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -57,11 +57,6 @@ def wrapped(text: str, columns: int | None = None) -> list[str]:
     return textwrap.wrap(
         text, columns or width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
-
-
-def one_line(text: str) -> str:
-    """`text` without line breaks, and without what a terminal would take for a command."""
-    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def brief(value: object) -> str:

@@ -14,7 +14,7 @@ def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
     """‖t‖² as a float64 scalar on the tensor's device, from float32 (for float64 tensors: float64) sums over rows."""
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
     for chunk in tensor.detach().reshape(-1).split(_CHUNK):
-        total += _sum(chunk.to(_sum_dtype(chunk)).square())
+        total += _sum_of_rows(chunk.to(_sum_dtype(chunk)).square())
     return total
 
 
@@ -22,11 +22,11 @@ def squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """‖a − b‖² of two tensors of one shape, as `squared_norm` computes it."""
     total = 0.0
     for x, y in zip(a.reshape(-1).split(_CHUNK), b.reshape(-1).split(_CHUNK), strict=True):
-        total += float(_sum((x.to(_sum_dtype(x)) - y.to(_sum_dtype(y))).square_()))
+        total += float(_sum_of_rows((x.to(_sum_dtype(x)) - y.to(_sum_dtype(y))).square_()))
     return total
 
 
-def _sum(values: torch.Tensor) -> torch.Tensor:
+def _sum_of_rows(values: torch.Tensor) -> torch.Tensor:
     whole = len(values) // _ROW * _ROW
     rows = values[:whole].view(-1, _ROW).sum(-1)
     return rows.sum(dtype=torch.float64) + values[whole:].sum(dtype=torch.float64)

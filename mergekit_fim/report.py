@@ -56,7 +56,7 @@ def _table(coefficients: BaseCoefficients) -> Iterator[str]:
     for start in range(0, len(models), per_block):
         block = models[start : start + per_block]
         if len(models) > 1:
-            yield " " * left + "".join(f"{_short(str(m.model), group - 2):>{group}}" for m in block)
+            yield " " * left + "".join(f"{_cut(str(m.model), group - 2):>{group}}" for m in block)
         yield f"{'layer':>8}{'Fisher':>12}{'±':>10}" + f"{'‖δ‖':>10}{'score':>10}{'α':>8}" * len(block)
         for layer in coefficients.fisher.layers:
             rows = [[i for i, pair in enumerate(m.pairs) if pair.base_layer == layer.index] for m in block]
@@ -77,7 +77,7 @@ def _cells(model: ModelCoefficients, index: int) -> str:
     return f"{norm:>10.3g}{model.scores[index]:>10.2e}{model.used_alphas[index]:>8.3f}"
 
 
-def _short(text: str, width: int) -> str:
+def _cut(text: str, width: int) -> str:
     return text if len(text) <= width else "…" + text[len(text) - width + 1 :]
 
 

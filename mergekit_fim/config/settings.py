@@ -164,28 +164,14 @@ def _check_parameter(name: str, setting: Any, where: str, scope: Scope, method: 
             f"{where}: `{name}` takes one value for the whole merge, {parameter.expected}; "
             f"found a {'gradient or a list of filters' if isinstance(setting, list) else 'filter'}; give one value"
         )
-    for value in leaves(setting, f"{where}: `{name}`"):
+    given = [condition.value for condition in conditions(setting)]
+    if [] in given:
+        raise FimError(f"{where}: `{name}` is an empty list; give a value, a gradient or filters")
+    for value in (v for item in given for v in (item if isinstance(item, list) else [item])):
         try:
             parameter.parse(value)
         except ValueError as error:
             raise FimError(f"{where}: `{name}` must be {error}, found {shown(value)}; change it") from None
-
-
-def leaves(setting: Any, where: str) -> Iterator[Any]:
-    """The plain values in one of mergekit's parameter settings: a value, a gradient, or filters with either.
-
-    Raises:
-        FimError: an empty list.
-    """
-    if isinstance(setting, ConditionalParameter):
-        yield from leaves(setting.value, where)
-    elif isinstance(setting, list):
-        if not setting:
-            raise FimError(f"{where} is an empty list; give a value, a gradient or filters")
-        for item in setting:
-            yield from leaves(item, where)
-    else:
-        yield setting
 
 
 def conditions(setting: Any) -> list[ConditionalParameter]:

@@ -146,14 +146,7 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model that can be run.
-
-    Attributes:
-        model: in evaluation mode; without the weights that are streamed.
-        layers: its decoder layers.
-        weights: where its weights are.
-        placement: where it runs; `streamed` as it came out.
-    """
+    """A model that can be run, in evaluation mode, without streamed weights; `placement` as it was chosen."""
 
     model: PreTrainedModel
     layers: list[nn.Module]

@@ -68,6 +68,5 @@ def sample_labels(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """
     cumulative = logits.double().softmax(-1).cumsum(-1)
     found = torch.searchsorted(cumulative, uniforms.to(logits.device)[:, None], right=True)[:, 0]
-    return found.clamp_(
-        max=logits.shape[-1] - 1
-    )  # the rounded total may fall short of 1, hence of a quantile next to it
+    # The rounded total may fall short of 1, hence of a quantile next to it.
+    return found.clamp_(max=logits.shape[-1] - 1)
