@@ -24,7 +24,7 @@ from conftest import Merge, Pair, config_for, ends_in_one_line
 from safetensors.torch import load
 from warm import Outcome, Warm
 
-from mergekit_fim import files, report
+from mergekit_fim import files
 from mergekit_fim.cli import main
 from mergekit_fim.files import PART
 from mergekit_fim.fisher import batched
@@ -206,33 +206,28 @@ def merge(tmp_path) -> Merge:
     return Merge(tmp_path, fresh=False)
 
 
-def fill_disk(monkeypatch, name: str, at: int) -> None:
-    """The disk is full at the `at`-th write to an unfinished file whose name begins with `name`, half of it written."""
+def fill_disk(monkeypatch, path: Path, part: float = 0.5) -> None:
+    """The disk is full when `part` of an unfinished file for `path`, or for any file in that folder, is written."""
 
-    def opened(path, mode="r", **options):
-        file = open(path, mode, **options)  # noqa: SIM115
-        if "w" in mode and os.path.basename(path).startswith(f".{name}"):
-            original, count = file.write, []
+    def opened(name, mode="r", **options):
+        file = open(name, mode, **options)  # noqa: SIM115
+        if "w" in mode and str(name).startswith((f"{path.parent}/.{path.name}", f"{path}/.")):
+            original = file.write
 
             def write(text):
-                count.append(text)
-                if len(count) == at:
-                    original(text[: len(text) // 2])
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                return original(text)
+                original(text[: int(len(text) * part)])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
             file.write = write
         return file
 
-    for module in (files, report):
-        monkeypatch.setattr(module, "open", opened, raising=False)
+    monkeypatch.setattr(files, "open", opened, raising=False)
 
 
-@pytest.mark.parametrize("at", [1, 40])
-def test_a_disk_that_fills_while_the_measurement_is_kept(at, small, merge, cache_folder, monkeypatch, caplog):
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_a_disk_that_fills_while_the_measurement_is_kept(part, small, merge, cache_folder, monkeypatch, caplog):
     with monkeypatch.context() as patch:
-        fill_disk(patch, "", at)  # the cache's file is the first
-        patch.setattr(report, "open", open)
+        fill_disk(patch, cache_folder, part)
         first, _ = merge.ok(config_for(small, parameters=SMALL))
     assert "not kept for the next merge" in caplog.text
     assert "No space left on device" in caplog.text
@@ -244,7 +239,7 @@ def test_a_disk_that_fills_while_the_measurement_is_kept(at, small, merge, cache
 def test_a_disk_that_fills_while_the_report_is_written(small, merge, monkeypatch):
     older, _ = merge.ok(config_for(small, "fim_ta", parameters=SMALL))
     with monkeypatch.context() as patch:
-        fill_disk(patch, "fim_report.json", 1)
+        fill_disk(patch, older / "fim_report.json")
         out, result = merge(config_for(small, parameters=SMALL))
     assert out == older
     line = ends_in_one_line(result)
@@ -256,11 +251,11 @@ def test_a_disk_that_fills_while_the_report_is_written(small, merge, monkeypatch
     assert contents(out) == contents(clean)
 
 
-@pytest.mark.parametrize("at", [1, 40])
-def test_a_disk_that_fills_while_a_measurement_is_written(at, pair, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", [0.0, 0.5, 1.0])
+def test_a_disk_that_fills_while_a_measurement_is_written(part, pair, tmp_path, monkeypatch):
     arguments = ["fisher", str(pair.base), "-o", str(tmp_path / "f.json"), "-q", "--samples", "2", "--seq-len", "8"]
     with monkeypatch.context() as patch:
-        fill_disk(patch, "f.json", at)
+        fill_disk(patch, tmp_path / "f.json", part)
         result = CliRunner().invoke(main, arguments)
     line = ends_in_one_line(result)
     assert result.stderr == line + "\n"
