@@ -129,18 +129,19 @@ def fast(folder: Path, dtype_name: str, device: str) -> dict:
     from mergekit_fim.fisher.loading import load_model, placement
     from mergekit_fim.fisher.measure import measure
     from mergekit_fim.models.inputs import open_model
-    from mergekit_fim.task_vectors import LayerPair, task_vector_norms
+    from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
 
     options = MergeOptions(device=device, quiet=True)
     LoaderCache().setup(options)
     begin = time.perf_counter()
     base, tuned = (open_model(str(folder / which), None, options) for which in ("base", "long"))
     pairs = [LayerPair(layer.index, layer.index) for layer in base.layout.layers]
-    task_vector_norms(base, {tuned: pairs}, dtype_name, quiet=True)
-    loaded = load_model(base, dtype_name, options, placement(options))
+    sweep = TaskVectorSweep(base, {tuned: pairs}, dtype_name)
+    loaded = load_model(base, dtype_name, options, placement(options), beside=sweep)
     ready = time.perf_counter()
     settings = FisherSettings(SEQUENCES, LENGTH)
     found = measure(loaded.model, loaded.layers, settings, weights=loaded.weights, quiet=True)
+    sweep.norms(quiet=True)
     end = time.perf_counter()
     norms = [layer.squared_norms for layer in found.layers]
     return {"load": ready - begin, "run": end - ready, "measure": end - begin, "dtype": found.dtype, "norms": norms}

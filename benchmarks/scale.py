@@ -47,7 +47,6 @@ class Shape:
 
 SHAPES = [
     Shape("7B", 28, 3584, 18944, 512, 152064),
-    Shape("32B", 64, 5120, 27648, 1024, 152064),
     Shape("70B", 80, 8192, 28672, 1024, 128256),
     Shape("405B", 126, 16384, 53248, 1024, 128256),
 ]
@@ -55,10 +54,9 @@ SHAPES = [
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates in operations or bytes per second, of one node; `gpu` is the memory of one GPU."""
+    """Rates in operations or bytes per second; `gpu` is the memory of one GPU."""
 
     name: str
-    nodes: int
     gpus: int
     gpu: float
     rate: float
@@ -68,10 +66,8 @@ class Machine:
 
 
 MACHINES = [
-    Machine("laptop, 8 cores, no GPU", 1, 0, 0, 8 * 0.2e12, 8, 2 * GB, 0),
-    Machine("one 24 GB GPU, 16 cores", 1, 1, 24 * GB, 70e12, 16, 3 * GB, 20 * GB),
-    Machine("eight 80 GB GPUs, 64 cores", 1, 8, 80 * GB, 350e12, 64, 5 * GB, 40 * GB),
-    Machine("two such nodes", 2, 8, 80 * GB, 350e12, 64, 5 * GB, 40 * GB),
+    Machine("one 24 GB GPU, 16 cores", 1, 24 * GB, 70e12, 16, 3 * GB, 20 * GB),
+    Machine("eight 80 GB GPUs, 64 cores", 8, 80 * GB, 350e12, 64, 5 * GB, 40 * GB),
 ]
 
 
@@ -87,14 +83,13 @@ def estimate(shape: Shape, machine: Machine) -> Estimate:
     """Seconds and bytes of one merge of a base and one fine-tuned model by `fim_ties`, nothing in the file cache.
 
     The base is read once where it stays on the accelerators, else twice, for the forward and for the backward pass;
-    the fine-tuned model once. The GPUs of a node hold the model together and work in turn; where it doesn't fit, one
-    of them has it streamed. Nodes share the sequences, one process each, and each reads everything. Merging is on the
-    CPU.
+    the fine-tuned model once. GPUs hold the model together and work in turn; where it doesn't fit, one
+    of them has it streamed. Merging is on the CPU.
     """
     activations = activation_memory(shape.layers, shape.hidden, shape.intermediate, SEQUENCES * LENGTH, WIDTH)
     resident = 1.1 * shape.size + GB < machine.gpus * machine.gpu
     reads = shape.size * ((1 if resident else 2) + 1)
-    arithmetic = OVER_ARITHMETIC * shape.operations / machine.rate / machine.nodes
+    arithmetic = OVER_ARITHMETIC * shape.operations / machine.rate
     moved = shape.size * (1 if resident else 2) / machine.bus if machine.gpus else 0.0
     merge = 2 * shape.size / machine.disk + shape.size / machine.disk
     merge += MERGE_CORE_SECONDS * shape.size / GB / machine.cores

@@ -1,6 +1,6 @@
 """One base's measurement: saved, kept from an earlier time, or made now. No other module decides which of the three."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -62,6 +62,7 @@ def measured(
     *,
     saved: Measured | None = None,
     cache: bool = True,
+    beside: Iterator[object] | None = None,
     state: PartialState | None = None,
 ) -> Measured:
     """A base model's measurement on random tokens, in every process the same.
@@ -74,6 +75,7 @@ def measured(
         options: mergekit's, for the device and for loading.
         saved: taken where it is of this base.
         cache: use a measurement that was kept, and keep this one.
+        beside: takes a step before each decoder layer is first read, if the base is measured now.
         state: the processes that share the work.
 
     Raises:
@@ -114,6 +116,7 @@ def measured(
             engine=shared_engine(state),
             reference=shared_engine(state, autograd_engine),
             running=running,
+            beside=beside,
         )
 
     made = Measured(Measurement.of(in_all(state, measure)[0], entry.model))

@@ -35,7 +35,7 @@ from mergekit_fim.merging.gates import is_fused, is_layout_known
 from mergekit_fim.merging.output_config import ConfigDifference, adapt_output_config
 from mergekit_fim.models.inputs import InputModel, check_compatible, check_tokenizer, open_models
 from mergekit_fim.result import BaseCoefficients, ModelCoefficients, ModelSettings, PrePass, SourceSlice
-from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms, task_vector_norms
+from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
 
 # Below this many base parameters `density` is the paper's value for 1.5B, from there on its value for 7B. Where between
 # the two the change lies is this project's choice.
@@ -97,10 +97,9 @@ def run(
         warnings.append(f"fisher: {settings.saved} is not used, as every alpha is set by hand")
     for base in bases:
         check_measurable(base, settings.fisher)
-    norms = {base: _norms(base, to_measure, inputs, config.dtype, options) for base in bases}
-    LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
     coefficients = []
     for base in bases:
+        sweep = _sweep(base, to_measure, inputs, config.dtype)
         found = measured(
             lambda base=base: base,  # type: ignore[misc]
             settings.fisher,
@@ -108,9 +107,11 @@ def run(
             options,
             saved=saved,
             cache=settings.cache,
+            beside=sweep,
         )
-        LoaderCache().flush_all()
-        coefficients.append(_coefficients(base, found, norms[base], to_measure, settings))
+        norms = sweep.norms(quiet=options.quiet)
+        LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
+        coefficients.append(_coefficients(base, found, norms, to_measure, settings))
     warnings += [warning for c in coefficients for warning in c.measurement.fisher.warnings]
     warnings += _without_information(coefficients)
 
@@ -191,19 +192,18 @@ def _is_set_by_hand(source: SourceSlice, model: InputModel) -> bool:
     return all(evaluate_setting(name, by_hand, validate=float) is not None for name in names)
 
 
-def _norms(
+def _sweep(
     base: InputModel,
     sources: Sequence[SourceSlice],
     inputs: Mapping[ModelReference, InputModel],
     dtype: str | None,
-    options: MergeOptions,
-) -> dict[InputModel, TaskVectorNorms]:
+) -> TaskVectorSweep:
     own = [s for s in sources if s.base == base.reference]
     pairs = {
         inputs[model]: _population([s for s in own if s.source.model == model], len(base.layout.layers))
         for model in _distinct(s.source.model for s in own)
     }
-    return task_vector_norms(base, pairs, dtype, quiet=options.quiet)
+    return TaskVectorSweep(base, pairs, dtype)
 
 
 def _population(sources: Sequence[SourceSlice], num_layers: int) -> list[LayerPair]:

@@ -34,33 +34,51 @@ class TaskVectorNorms:
     other: float | None
 
 
-def task_vector_norms(
-    base: InputModel, models: Mapping[InputModel, Sequence[LayerPair]], dtype: str | None, *, quiet: bool = False
-) -> dict[InputModel, TaskVectorNorms]:
-    """Measure the task vectors of all fine-tuned models of one base, reading every tensor once.
+class TaskVectorSweep:
+    """Measures the task vectors of all fine-tuned models of one base, reading every tensor once.
 
-    The base's layers are read from the last to the first. Of a model larger than memory, the system's file cache then
-    holds the layers that the measurement, which comes next, begins with.
-
-    Args:
-        base: the base model.
-        models: the fine-tuned models, each with the pairs of layers that its merge needs.
-        dtype: what the merge casts every tensor to when it reads it, or None for the checkpoints' own.
-        quiet: no progress bar.
-
-    Raises:
-        FimError: layers of a pair don't have the same tensors, or a task vector isn't finite.
+    An iterator: each step measures those of the base's next decoder layer. The measurement of the base, which reads its
+    layers in the same order, takes a step before each, so that a base larger than memory is read once for both.
     """
-    work = [_layer_work(base, layer, models) for layer in base.layout.layers]
-    other = _outside(base, list(models), dtype)
-    sums = {model: dict.fromkeys(pairs, 0.0) for model, pairs in models.items()}
-    for tensors in tqdm.tqdm(work[::-1], desc="Measuring task vectors", unit="layer", disable=quiet):
-        for base_tensor, users in tensors:
-            reference = base.load(base_tensor, dtype) if users else None
+
+    def __init__(self, base: InputModel, models: Mapping[InputModel, Sequence[LayerPair]], dtype: str | None) -> None:
+        """Measure the tensors outside the layers, and be ready for the layers.
+
+        Args:
+            base: the base model.
+            models: the fine-tuned models, each with the pairs of layers that its merge needs.
+            dtype: what the merge casts every tensor to when it reads it, or None for the checkpoints' own.
+
+        Raises:
+            FimError: layers of a pair don't have the same tensors, or a task vector isn't finite.
+        """
+        self._base, self._dtype = base, dtype
+        self._work = [_layer_work(base, layer, models) for layer in base.layout.layers]
+        self._other = _outside(base, list(models), dtype)
+        self._sums = {model: dict.fromkeys(pairs, 0.0) for model, pairs in models.items()}
+
+    def __iter__(self) -> "TaskVectorSweep":
+        return self
+
+    def __next__(self) -> None:
+        if not self._work:
+            raise StopIteration
+        for base_tensor, users in self._work.pop(0):
+            reference = self._base.load(base_tensor, self._dtype) if users else None
             for model, pair, tensor in users:
                 where = f"decoder layer {pair.source_layer}"
-                sums[model][pair] += _distance(base, reference, model, tensor, dtype, where) or 0.0
-    return {model: TaskVectorNorms(sums[model], other[model]) for model in models}
+                distance = _distance(self._base, reference, model, tensor, self._dtype, where)
+                self._sums[model][pair] += distance or 0.0
+
+    def norms(self, *, quiet: bool) -> dict[InputModel, TaskVectorNorms]:
+        """The squared norms per model, after measuring whatever is left, with a progress bar unless `quiet`.
+
+        Raises:
+            FimError: a task vector that isn't finite.
+        """
+        count = len(self._work)
+        list(tqdm.tqdm(self, total=count, desc="Measuring task vectors", unit="layer", disable=quiet or not count))
+        return {model: TaskVectorNorms(sums, self._other[model]) for model, sums in self._sums.items()}
 
 
 def _outside(base: InputModel, models: Sequence[InputModel], dtype: str | None) -> dict[InputModel, float | None]:

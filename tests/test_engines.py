@@ -1,6 +1,7 @@
 """The fast engine against the reference engine: models, formats, micro-batches, and what it must not trust."""
 
 import contextlib
+import itertools
 import weakref
 from dataclasses import replace
 
@@ -218,8 +219,11 @@ def test_streamed_from_the_checkpoint(kind, storage, tied, tmp_path):
         torch.save(load_file(file), tmp_path / "m" / "pytorch_model.bin")
         file.unlink()
     base = open_model(str(tmp_path / "m"), None, MergeOptions())
-    found = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True))
+    taken = []
+    beside = (taken.append(step) for step in itertools.count())
+    found = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True), beside=beside)
     expected = measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
+    assert taken == [0, 1, 2, 3, 4]
     assert [layer.parameters for layer in found.layers] == [layer.parameters for layer in expected.layers]
     for a, b in zip(found.layers, expected.layers, strict=True):
         assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-4)

@@ -216,7 +216,7 @@ def test_alpha_by_hand_runs_no_pre_pass(pair, merge, monkeypatch):
         raise AssertionError("the pre-pass ran")
 
     monkeypatch.setattr("mergekit_fim.measured.measure_checkpoint", forbidden)
-    monkeypatch.setattr("mergekit_fim.prepass.task_vector_norms", forbidden)
+    monkeypatch.setattr("mergekit_fim.prepass.TaskVectorSweep", forbidden)
     models = [{"model": str(pair.long), "parameters": {"alpha": 0.3}}]
     out, result = merge.ok(config_for(pair, "fim_ta", models=models))
     assert "alpha of" in result.output

@@ -22,13 +22,7 @@ Tail = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Head:
-    """The output head of a model, row by row.
-
-    Args:
-        module: what computes the logits from the hidden states.
-        weights: where its weight is.
-        dtype: what it runs in.
-    """
+    """The output head of a model, row by row: `module` makes logits of hidden states in `dtype`."""
 
     def __init__(self, module: nn.Linear, weights: Weights, dtype: torch.dtype) -> None:
         self._module, self._weights, self._dtype = module, weights, dtype

@@ -38,17 +38,11 @@ _RESERVE, _RESERVED_PART = 1 << 30, 0.1
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model is run.
+    """Where a model is run."""
 
-    Attributes:
-        device: the device, or the first of several.
-        spread: over all visible accelerators.
-        streamed: weights are brought to the device layer by layer.
-    """
-
-    device: torch.device
-    spread: bool
-    streamed: bool
+    device: torch.device  # or the first of several
+    spread: bool  # over all visible accelerators
+    streamed: bool  # weights are brought to the device layer by layer
 
 
 def placement(options: MergeOptions) -> Placement:
@@ -155,7 +149,13 @@ class LoadedModel:
 
 
 def load_model(
-    base: InputModel, dtype: str | None, options: MergeOptions, where: Placement, *, running: torch.dtype | None = None
+    base: InputModel,
+    dtype: str | None,
+    options: MergeOptions,
+    where: Placement,
+    *,
+    running: torch.dtype | None = None,
+    beside: Iterator[object] | None = None,
 ) -> LoadedModel:
     """Make the base model ready to be run.
 
@@ -166,6 +166,7 @@ def load_model(
         where: the device, and whether to stream. Without `streamed`, weights are streamed all the same to an
             accelerator that they don't fit on.
         running: what to run it in; by default the `running_dtype` for the dtype in which it is read.
+        beside: takes a step before each decoder layer is first read.
 
     Raises:
         FimError: it can't be built or read.
@@ -186,8 +187,10 @@ def load_model(
         by_layer = {id(p) for layer in layers for p in layer.parameters()}
         kept = by_layer | {id(end.weight) for end in ends if end is not None}
         _fill(model, tensors, lambda _name: where.device, skip=kept)
-        weights: Weights = StreamedWeights(tensors, model, where.device)
+        weights: Weights = StreamedWeights(tensors, model, where.device, beside)
     else:
+        for _ in beside or ():
+            pass
         spread = device_map or {"": where.device}
         names = sorted(spread, key=len, reverse=True)
         total = len(list(model.parameters()))

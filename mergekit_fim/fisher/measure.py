@@ -148,6 +148,7 @@ def measure_checkpoint(
     engine: FisherEngine = batched_engine,
     reference: FisherEngine = autograd_engine,
     running: torch.dtype | None = None,
+    beside: Iterator[object] | None = None,
 ) -> FisherMeasurement:
     """Load the base model, measure it, and let it go.
 
@@ -158,78 +159,68 @@ def measure_checkpoint(
         options: the merge's options, which say where it runs.
         engine: see `measure`; likewise `reference`, with all of the model in memory.
         running: what to run it in; by default as `dtypes` has it.
+        beside: takes a step before each decoder layer is first read, for not more than all of them.
 
     Raises:
         FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
-    where = loading.placement(options)
+    where = first = loading.placement(options)
+    warnings: list[str] = []
+    whole = False  # whether all of the model must be in memory
+    loaded = None
     try:
-        return _attempts(base, settings, dtype, options, where, engine, reference, running)
+        while True:
+            loaded = load_model(base, dtype, options, where, running=running, beside=beside)
+            try:
+                if whole and loaded.placement.streamed:
+                    raise torch.OutOfMemoryError
+                found = measure(
+                    loaded.model,
+                    loaded.layers,
+                    settings,
+                    engine=engine,
+                    reference=reference,
+                    weights=loaded.weights,
+                    name=str(base),
+                    quiet=options.quiet,
+                )
+                return replace(found, warnings=(*warnings, *found.warnings))
+            except NotFiniteError:
+                if loaded.model.dtype is not torch.float16:
+                    raise
+                running = torch.float32 if where.device.type == "cpu" else torch.bfloat16
+                warnings.append(
+                    f"the Fisher pre-pass of {base} overflows in float16 and was run in "
+                    f"{str(running).removeprefix('torch.')}; a `dtype:` of bfloat16 or float32 merges it more safely"
+                )
+            except NotSupportedError:
+                where, engine, whole = replace(where, streamed=False), reference, True
+                warnings.append(
+                    f"{base} can't be run layer by layer: its Fisher information was measured with all of it in memory"
+                )
+            except torch.OutOfMemoryError:
+                if whole and where.device.type != "cpu":
+                    warnings.append(f"{base} doesn't fit on {where.device}, and was measured on the CPU")
+                    where = Placement(torch.device("cpu"), spread=False, streamed=False)
+                    running = loading.running_dtype(dtype_from_name(dtype) or base.stored_dtype(), where.device)
+                elif loaded.placement.streamed or where.device.type == "cpu":
+                    raise
+                else:
+                    where = replace(where, streamed=True, spread=False)
+            device, loaded = loaded.placement.device, None
+            _free_memory(device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        on_cpu = where.device.type == "cpu"
+        on_cpu = first.device.type == "cpu"
         remedy = "free some memory" if on_cpu else "merge without --cuda, --device and --multi-gpu"
         raise FimError(
-            f"{base}: {where.device} has too little memory for the Fisher pre-pass, which needs that of one decoder "
+            f"{base}: {first.device} has too little memory for the Fisher pre-pass, which needs that of one decoder "
             f"layer and one sequence of {settings.seq_len} tokens; lower fisher_seq_len (--seq-len), or {remedy}"
         ) from None
     finally:
-        _free_memory(where.device)
-
-
-def _attempts(
-    base: InputModel,
-    settings: FisherSettings,
-    dtype: str | None,
-    options: MergeOptions,
-    where: Placement,
-    engine: FisherEngine,
-    reference: FisherEngine,
-    running: torch.dtype | None,
-) -> FisherMeasurement:
-    warnings: list[str] = []
-    whole = False  # whether all of the model must be in memory
-    while True:
-        loaded = load_model(base, dtype, options, where, running=running)
-        try:
-            if whole and loaded.placement.streamed:
-                raise torch.OutOfMemoryError
-            found = measure(
-                loaded.model,
-                loaded.layers,
-                settings,
-                engine=engine,
-                reference=reference,
-                weights=loaded.weights,
-                name=str(base),
-                quiet=options.quiet,
-            )
-            return replace(found, warnings=(*warnings, *found.warnings))
-        except NotFiniteError:
-            if loaded.model.dtype is not torch.float16:
-                raise
-            running = torch.float32 if where.device.type == "cpu" else torch.bfloat16
-            warnings.append(
-                f"the Fisher pre-pass of {base} overflows in float16 and was run in "
-                f"{str(running).removeprefix('torch.')}; a `dtype:` of bfloat16 or float32 merges it more safely"
-            )
-        except NotSupportedError:
-            where, engine, whole = replace(where, streamed=False), reference, True
-            warnings.append(
-                f"{base} can't be run layer by layer: its Fisher information was measured with all of it in memory"
-            )
-        except torch.OutOfMemoryError:
-            if whole and where.device.type != "cpu":
-                warnings.append(f"{base} doesn't fit on {where.device}, and was measured on the CPU")
-                where = Placement(torch.device("cpu"), spread=False, streamed=False)
-                running = loading.running_dtype(dtype_from_name(dtype) or base.stored_dtype(), where.device)
-            elif loaded.placement.streamed or where.device.type == "cpu":
-                raise
-            else:
-                where = replace(where, streamed=True, spread=False)
-        del loaded
-        _free_memory(where.device)
+        loaded = None  # or its memory couldn't be given back
+        _free_memory(first.device)
 
 
 def _free_memory(device: torch.device) -> None:

@@ -47,15 +47,32 @@ class StreamedWeights:
     On the CPU, tensors of safetensors files that need no conversion are mapped, not copied.
     """
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor], model: nn.Module, device: torch.device) -> None:
-        """Stream `tensors`, by their names in the state dict of `model`, to where it runs."""
-        self._tensors = tensors
+    def __init__(
+        self,
+        tensors: Mapping[str, torch.Tensor],
+        model: nn.Module,
+        device: torch.device,
+        beside: Iterator[object] | None = None,
+    ) -> None:
+        """Stream weights.
+
+        Args:
+            tensors: the weights by their names in the model's state dict.
+            model: the model.
+            device: where it runs.
+            beside: takes a step before a decoder layer is loaded for the first time.
+        """
+        self._tensors, self._beside = tensors, beside or iter(())
+        self._loaded: set[nn.Module] = set()
         self._names = {module: name for name, module in model.named_modules()}
         self._device = device
 
     @contextlib.contextmanager
     def layer(self, module: nn.Module) -> Iterator[None]:
         """Load the weights of a decoder layer, and let them go at the end."""
+        if module not in self._loaded:
+            self._loaded.add(module)
+            next(self._beside, None)
         loaded = []
         try:
             for prefix, part in module.named_modules(prefix=self._names[module]):

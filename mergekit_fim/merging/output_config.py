@@ -17,17 +17,11 @@ _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 @dataclass(frozen=True)
 class ConfigDifference:
-    """A config key in which the inputs differ.
-
-    Attributes:
-        key: the name in config.json.
-        values: (model, its value), the base first.
-        written: what the merged model's config says.
-    """
+    """A config key in which the inputs differ."""
 
     key: str
-    values: tuple[tuple[str, Any], ...]
-    written: Any
+    values: tuple[tuple[str, Any], ...]  # (model, its value), the base first
+    written: Any  # in the merged model's config
 
 
 def adapt_output_config(

@@ -35,17 +35,11 @@ class Span:
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a checkpoint file says of a tensor without reading its values.
-
-    Attributes:
-        shape: its shape.
-        dtype: as the file's format spells it.
-        span: where a safetensors file has its bytes; None for other formats.
-    """
+    """What a checkpoint file says of a tensor without reading its values."""
 
     shape: tuple[int, ...]
-    dtype: str
-    span: Span | None = None
+    dtype: str  # as the file's format spells it
+    span: Span | None = None  # where a safetensors file has its bytes
 
     @property
     def torch_dtype(self) -> torch.dtype | None:

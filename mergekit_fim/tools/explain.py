@@ -42,9 +42,9 @@ def _notes(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
 def _cost(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
     """What the merge will read, write and hold: arithmetic on the checkpoints' headers, as if all layers were used.
 
-    The pre-pass reads everything once for the task vectors, and the base's layers twice for the measurement, forward
-    and backward (more often where the sequences are split into micro-batches), where it isn't at hand already. Files
-    that fit in the system's own cache are read from disk once in all.
+    The pre-pass reads everything once, for the task vectors and the forward pass, and the base's layers once more for
+    the backward pass (more often where the sequences are split into micro-batches), where the measurement isn't at
+    hand already. Files that fit in the system's own cache are read from disk once in all.
     """
     assert plan.pre_pass is not None
     inputs = plan.pre_pass.inputs
@@ -55,7 +55,7 @@ def _cost(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
         if not found.origin:
             settings = plan.pre_pass.settings.fisher
             sequences = micro_batch(settings.samples, settings.seq_len, "cpu")
-            reads += 2 * math.ceil(settings.samples / sequences) * _layer_bytes(found.base)
+            reads += (2 * math.ceil(settings.samples / sequences) - 1) * _layer_bytes(found.base)
             memory = max(memory, PRE_PASS_MEMORY + _activations(found, sequences * settings.seq_len))
     base = plan.pre_pass.base
     width = (dtype_from_name(plan.config.out_dtype or plan.config.dtype) or base.stored_dtype()).itemsize
@@ -79,10 +79,7 @@ def _cost(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
 
 
 def activation_memory(layers: int, hidden: int, intermediate: int, tokens: int, width: int) -> float:
-    """Bytes of activations in the pre-pass: the inputs of all decoder layers, and what is inside one of them.
-
-    By the sizes of the hidden states and inside the MLP, the tokens in a micro-batch, and the bytes of a number.
-    """
+    """Bytes of activations in the pre-pass: the inputs of all decoder layers, and what is inside one of them."""
     return width * tokens * (layers * hidden + 6 * hidden + 5 * intermediate)
 
 

@@ -32,30 +32,19 @@ STOCK_METHODS = {"fim_ties": "ties", "fim_ta": "task_arithmetic"}
 
 @dataclass(frozen=True)
 class Export:
-    """A merge without this package.
+    """A merge without this package."""
 
-    Attributes:
-        config: for stock mergekit.
-        losses: what it does otherwise than the merge that it stands for, a line each.
-    """
-
-    config: MergeConfiguration
-    losses: tuple[str, ...]
+    config: MergeConfiguration  # for stock mergekit
+    losses: tuple[str, ...]  # what that does otherwise than the merge that it stands for, a line each
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a tensor of the exported merge is from the same one of the merge that it stands for.
-
-    Attributes:
-        name: the tensor.
-        relative: ‖θ_exported − θ‖ / ‖θ‖.
-        of_change: ‖θ_exported − θ‖ / ‖θ − θ0‖, θ0 the base's tensor.
-    """
+    """How far a tensor of the exported merge is from the same one of the merge that it stands for."""
 
     name: str
-    relative: float
-    of_change: float
+    relative: float  # ‖θ_exported − θ‖ / ‖θ‖
+    of_change: float  # ‖θ_exported − θ‖ / ‖θ − θ0‖, θ0 the base's tensor
 
 
 def export(plan: MergePlan, options: MergeOptions) -> Export:

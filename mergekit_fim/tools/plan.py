@@ -91,9 +91,6 @@ def _check(config: MergeConfiguration, options: MergeOptions) -> None:
     """Check a config, and open its models, before mergekit does, which says what is wrong but not with which model.
 
     The config comes first (mergekit's planner, hooked, has it checked again): a typo costs no download.
-
-    Raises:
-        FimError: a bad config, or a model that isn't there or is damaged.
     """
     if config.merge_method in METHODS:
         check_config(config)
