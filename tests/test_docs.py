@@ -61,7 +61,7 @@ def test_the_table_of_costs_is_what_the_script_prints(scale):
 def test_the_costs_on_paper_are_those_by_hand(scale):
     """From the models' shapes and the rates that docs/scale.md names, written out."""
     shapes = {shape.name: shape for shape in scale.SHAPES}
-    _, one_gpu, eight_gpus, _ = scale.MACHINES
+    one_gpu, eight_gpus = scale.MACHINES
     # 70B, which eight GPUs of 80 GB hold: 80 layers of 8192 × (2 × 8192 + 2 × 1024 + 3 × 28672), 2 × 128256 × 8192.
     layers, head = 68.451e9, 1.0507e9
     size = 2 * (layers + 2 * head)  # bytes
@@ -102,7 +102,7 @@ def test_the_cost_model_gives_what_was_measured(scale):
     rate = small.operations / arithmetic[0]
     assert large.operations / rate == pytest.approx(arithmetic[2], rel=0.1)
     disk = float(re.search(r"waits for the disk \(([\d.]+) GB/s\)", SCALE)[1]) * 1e9
-    found = scale.estimate(large, scale.Machine("as measured", 1, 0, 0, rate, 2, disk, 0))
+    found = scale.estimate(large, scale.Machine("as measured", 0, 0, rate, 2, disk, 0))
     pre_pass, whole = measured("pre-pass, with imports")[2], measured("whole `fim_ties`")[2]
     assert pre_pass / 1.3 < found.pre_pass < pre_pass * 1.3
     assert (whole - pre_pass) / 2 < found.merge < (whole - pre_pass) * 2  # it takes reading and writing for no overlap
