@@ -1,6 +1,7 @@
 """The layout holds what it says: who may import whom, what stays light, and what of mergekit isn't public."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -28,6 +29,7 @@ LIGHT = ("mergekit_fim.measurements.compare", "mergekit_fim.measurements.store",
 HEAVY = ("torch", "accelerate", "transformers", "mergekit", "mergekit_fim.fisher", "mergekit_fim.models")
 
 
+@functools.cache
 def modules() -> dict[str, ast.Module]:
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
