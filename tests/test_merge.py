@@ -211,6 +211,14 @@ def test_the_dtype_of_the_config_is_that_of_measurement_and_result(merge, tmp_pa
     assert own != pytest.approx(float32, rel=1e-6)
 
 
+def test_fim_ta_has_no_density(pair, merge):
+    out, result = merge.ok(config_for(pair, "fim_ta"))
+    report = reference.report(out)
+    assert report["settings"]["default_density"] is None
+    assert [model["density"] for model in report["models"]] == [None]
+    assert "density" not in result.output
+
+
 def test_alpha_by_hand_runs_no_pre_pass(pair, merge, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("the pre-pass ran")
