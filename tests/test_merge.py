@@ -20,6 +20,7 @@ from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.fisher.loading import Placement
 from mergekit_fim.models.layout import _layer_prefix
 
@@ -215,6 +216,9 @@ def test_fim_ta_has_no_density(pair, merge):
     out, result = merge.ok(config_for(pair, "fim_ta"))
     report = reference.report(out)
     assert report["settings"]["default_density"] is None
+    shared = [name for name, parameter in PARAMETERS.items() if parameter.scope is not Scope.MODEL]
+    kept = set(report["settings"]) - {"default_density", "dtype", "out_dtype"}
+    assert kept == set(shared) - {"fisher_cache"}  # how it was come by, not what it is
     assert [model["density"] for model in report["models"]] == [None]
     assert "density" not in result.output
 
