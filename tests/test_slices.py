@@ -80,6 +80,16 @@ def test_layers_merged_into_another_layer_are_measured_as_such(pair, merge):
     assert "merge layers of different numbers" in result.output
 
 
+def test_the_base_may_stand_anywhere_among_the_sources(pair, merge):
+    config = config_of(pair, ((0, 3), (2, 5)))
+    first, _ = merge.ok(config, out="first")
+    config["slices"][0]["sources"].reverse()
+    last, _ = merge.ok(config, out="last")
+    rows = [reference.report(out)["models"][0]["layers"] for out in (first, last)]
+    assert rows[0] == rows[1]
+    assert (first / "model.safetensors").read_bytes() == (last / "model.safetensors").read_bytes()
+
+
 def test_a_deep_model_does_not_mix_up_layers_1_and_12(merge, tmp_path):
     base = tiny.build(tiny.config("llama", num_hidden_layers=13))
     paths = [tiny.save(base, tmp_path / "base"), tiny.save(tiny.tuned(base, 1), tmp_path / "long")]
