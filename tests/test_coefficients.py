@@ -43,6 +43,23 @@ def test_alpha_mean_is_met_exactly(mean, sharpness):
     assert all(0 <= a <= 1 for a in alphas)
 
 
+@pytest.mark.parametrize("sharpness", [1.0, -3.0])
+def test_alpha_mean_is_met_in_any_range(sharpness):
+    alphas = merge_coefficients(SCORES, Mapping(sharpness, -0.5, 2.5, 1.75))
+    assert math.fsum(alphas) / len(alphas) == pytest.approx(1.75, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [Mapping(alpha_min=-1e20, alpha_mean=0.5), Mapping(alpha_max=2.0, alpha_mean=5e-324)],
+    ids=["next to alpha_max", "next to alpha_min"],
+)
+def test_a_mean_that_rounds_to_an_end_of_the_range(mapping):
+    alphas = merge_coefficients(SCORES, mapping)
+    span = mapping.alpha_max - mapping.alpha_min
+    assert math.fsum(alphas) / len(alphas) == pytest.approx(mapping.alpha_mean, abs=1e-12 * span)
+
+
 def test_layers_without_a_score_get_alpha_max_and_do_not_move_the_others():
     alphas = merge_coefficients([*SCORES, 0.0, 0.0], Mapping(alpha_max=0.8, alpha_mean=0.4))
     assert alphas[-2:] == [0.8, 0.8]
@@ -58,6 +75,10 @@ def test_a_common_factor_and_the_order_of_the_layers_do_not_matter():
     assert merge_coefficients([SCORES[i] for i in order], Mapping()) == pytest.approx([alphas[i] for i in order])
 
 
+def test_a_range_of_one_number():
+    assert merge_coefficients(SCORES, Mapping(alpha_min=0.5, alpha_max=0.5)) == [0.5] * len(SCORES)
+
+
 def test_a_single_layer_is_in_the_middle():
     assert merge_coefficients([3.0], Mapping()) == [0.5]
 
@@ -67,7 +88,11 @@ def test_a_single_layer_is_in_the_middle():
     [
         ({"alpha_min": 0.6, "alpha_max": 0.5}, r"alpha_min \(0.6\) must not exceed alpha_max \(0.5\)"),
         ({"alpha_mean": 0.9, "alpha_max": 0.5}, "alpha_mean"),
+        ({"alpha_mean": 0.5, "alpha_max": 0.5}, "alpha_mean"),
+        ({"alpha_mean": 0.1, "alpha_min": 0.2}, "alpha_mean"),
+        ({"alpha_mean": 0.2, "alpha_min": 0.2}, "alpha_mean"),
         ({"sharpness": math.inf}, "finite"),
+        ({"alpha_min": -1e308, "alpha_max": 1e308}, "too far apart"),
     ],
 )
 def test_bad_mappings(mapping, words):
@@ -79,5 +104,9 @@ def test_scores():
     assert importance_scores([2.0, 3.0], [5.0, 0.0]) == [10.0, 0.0]
     with pytest.raises(ValueError, match="task-vector norm of layer 1"):
         importance_scores([1.0, 1.0], [1.0, math.nan])
+    with pytest.raises(ValueError, match=r"Fisher information of layer 0 .* got inf"):
+        importance_scores([math.inf, 1.0], [1.0, 1.0])
+    with pytest.raises(ValueError, match=r"Fisher information of layer 1 .* got -1"):
+        importance_scores([1.0, -1.0], [1.0, 1.0])
     with pytest.raises(ValueError, match="2 Fisher values for 1"):
         importance_scores([1.0, 1.0], [1.0])
