@@ -11,7 +11,12 @@ import torch
 import transformers
 import yaml
 from conftest import config_for, ends_in_one_line
+from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
+
+from mergekit_fim.errors import FimError
+from mergekit_fim.models.inputs import open_model
+from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
 
 
 def change_config(path: Path, **changes):
@@ -82,6 +87,27 @@ def test_activations_that_overflow(merge, tmp_path, monkeypatch):
     config |= {"base_model": str(tmp_path / "wild"), "models": [{"model": str(tmp_path / "tuned")}]}
     target, result = merge(config | {"dtype": "float32"}, out="overflow")
     ends_in_one_line(result, str(tmp_path / "wild"), "decoder layer 0", "float32", "isn't finite", absent=target)
+
+
+@pytest.mark.parametrize("which", ["base", "long"])
+def test_embeddings_of_two_sizes_that_are_not_finite(which, pair, merge, tmp_path):
+    """They have no task vector that would show it."""
+    paths = {"base": tmp_path / "base", "long": tmp_path / "long"}
+    shutil.copytree(pair.base, paths["base"])
+    remake(paths["long"], vocab_size=101)
+    change_tensor(paths[which], "model.embed_tokens.weight", poison(float("nan")))
+    config = config_for(pair, base_model=str(paths["base"]), models=[{"model": str(paths["long"])}])
+    target, result = merge(config, "--unsafe-truncate-embeddings")
+    ends_in_one_line(result, f"{paths[which]}: tensor model.embed_tokens", "outside the layers", "NaN", absent=target)
+
+
+def test_layers_of_two_shapes(pair, tmp_path):
+    """The headers show it first, but for layers that differ within each model, paired by slices."""
+    remake(tmp_path / "narrow", intermediate_size=40)
+    base, narrow = (open_model(str(path), None, MergeOptions()) for path in (pair.base, tmp_path / "narrow"))
+    pairs = [LayerPair(i, i) for i in range(5)]
+    with pytest.raises(FimError, match=r"expected the shape \[48, 32\] of .* found \[40, 32\]; the models must share"):
+        TaskVectorSweep(base, {narrow: pairs}, None).norms(quiet=True)
 
 
 def test_an_encoder_decoder(merge, tmp_path):

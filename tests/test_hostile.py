@@ -258,6 +258,11 @@ MODELS = {
         lambda p: change_tensor(p, "model.norm.weight", poison(float("nan"))),
         ["model.norm.weight", "outside the layers", "NaN"],
     ),
+    "a task vector beyond float32": (
+        "long",
+        lambda p: change_tensor(p, UP, poison(1e30)),
+        [UP, "decoder layer 2", "overflows float32"],
+    ),
 }
 
 
@@ -496,7 +501,7 @@ MODELS |= {
     "NaN in the config": ("both", nan_in_the_config, ["decoder layer 0", "isn't finite"]),
     "infinity in the base": ("base", lambda p: change_tensor(p, UP, poison(-math.inf)), [UP, "decoder layer 2"]),
 }
-LATE |= {"NaN in the config", "infinity in the base"}
+LATE |= {"NaN in the config", "infinity in the base", "a task vector beyond float32"}
 
 
 def measured(of: str, change: Callable[[dict], object] | None = None):

@@ -1,10 +1,12 @@
 """Whole merges by the stock command, every tensor against a from-scratch NumPy computation."""
 
 import contextlib
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,13 +18,18 @@ import yaml
 from conftest import config_for
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
+from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from mergekit_fim import prepass
 from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.fisher.loading import Placement
+from mergekit_fim.models.inputs import InputModel, open_model
 from mergekit_fim.models.layout import _layer_prefix
+from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
 
 
 def expect(base: Path, models: list[Path], method: str, alphas: list[list[float]], densities=None, weights=None):
@@ -203,8 +210,6 @@ def test_the_dtype_of_the_config_is_that_of_measurement_and_result(merge, tmp_pa
     assert {t.dtype for t in transformers.AutoModelForCausalLM.from_pretrained(out).parameters()} == {torch.bfloat16}
     wide, _ = merge.ok(config | {"dtype": "float32", "out_dtype": "float16"}, out="wide")
     assert json.loads((wide / "config.json").read_text())["dtype"] == "float16"
-    from safetensors.torch import load_file
-
     assert {t.dtype for t in load_file(wide / "model.safetensors").values()} == {torch.float16}
     assert [reference.report(path)["fisher"]["dtype"] for path in (out, wide)] == ["bfloat16", "float32"]
     own, float32 = (reference.report(path)["fisher"]["layers"][0]["fisher"] for path in (out, wide))
@@ -365,6 +370,39 @@ def test_a_model_that_cannot_be_run_layer_by_layer_has_all_its_task_vectors_meas
         assert found["alpha"] == pytest.approx(expected["alpha"], rel=1e-5)
 
 
+def opened(path):
+    return open_model(str(path), None, MergeOptions())
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_task_vectors_are_of_the_weights_as_the_merge_reads_them(dtype, pair):
+    base, long = opened(pair.base), opened(pair.long)
+    pairs = [LayerPair(i, i) for i in range(5)]
+    found = TaskVectorSweep(base, {long: pairs}, dtype).norms(quiet=True)[long]
+    theta0, theta1 = (load_file(path / "model.safetensors") for path in (pair.base, pair.long))
+    norms = dict.fromkeys([*range(5), None], 0.0)
+    for name in theta0:
+        a, b = (t[name].to(getattr(torch, dtype or "float32")).double() for t in (theta0, theta1))
+        norms[reference.layer_of(name)] += float((b - a).square().sum())
+    assert found.layers == pytest.approx({p: norms[p.base_layer] for p in pairs}, rel=1e-6)
+    assert found.other == pytest.approx(norms[None], rel=1e-6)
+
+
+def test_task_vectors_are_read_once_in_the_order_of_the_layers(pair, monkeypatch):
+    """Which is that of the measurement beside it."""
+    read = []
+    original = InputModel.load
+    monkeypatch.setattr(
+        InputModel, "load", lambda self, *args: read.append((self, args[0].name)) or original(self, *args)
+    )
+    base, *models = map(opened, (pair.base, pair.long, pair.third))
+    pairs = [LayerPair(i, i) for i in range(5)]
+    TaskVectorSweep(base, dict.fromkeys(models, pairs), None).norms(quiet=True)
+    assert len(read) == len(set(read)) == 3 * len(base.headers)
+    layers = [reference.layer_of(name) for _, name in read if reference.layer_of(name) is not None]
+    assert layers == sorted(layers)
+
+
 @pytest.mark.parametrize("options", [{"max_shard_size": "20KB"}, "bin"])
 def test_sharded_and_pickled_checkpoints(options, pair, merge, tmp_path):
     long = tmp_path / "long"
@@ -378,6 +416,31 @@ def test_sharded_and_pickled_checkpoints(options, pair, merge, tmp_path):
     plain, _ = merge.ok(config_for(pair))
     out, _ = merge.ok(config_for(pair, models=[{"model": str(long)}]), out="other")
     assert (plain / "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+
+
+def test_no_checkpoint_is_held_after_the_measurement(pair, merge, tmp_path, monkeypatch):
+    """A pickled one is in memory as long as mergekit's loader of it."""
+    paths = [tmp_path / "base", tmp_path / "long"]
+    for path, stored in zip(paths, (pair.base, pair.long), strict=True):
+        model = transformers.AutoModelForCausalLM.from_pretrained(stored)
+        model.config.save_pretrained(path)
+        torch.save(model.state_dict(), path / "pytorch_model.bin")
+    held = []
+
+    def watched(original, *args, **options):
+        held.append([loader.current_shard for loader in LoaderCache().loaders.values()])
+        return original(*args, **options)
+
+    monkeypatch.setattr(prepass, "merge_coefficients", functools.partial(watched, prepass.merge_coefficients))
+    merge.ok(config_for(pair, base_model=str(paths[0]), models=[{"model": str(paths[1])}]))
+    assert held == [[None, None]]
+
+
+def test_the_default_density_follows_the_size_of_the_base():
+    for parameters, density in ((2_999_999_999, 0.2), (3_000_000_000, 0.4)):
+        shapes = [(3,), (parameters - 3, 1)]
+        base = SimpleNamespace(headers={str(shape): SimpleNamespace(shape=shape) for shape in shapes})
+        assert prepass.default_density(base) == density
 
 
 def test_layer_prefixes():
