@@ -9,15 +9,20 @@ from pathlib import Path
 import pytest
 import reference
 import tiny
+import torch
 from click.testing import CliRunner
 from conftest import Merge, config_for, unwrapped
+from mergekit.options import MergeOptions
+from test_errors import unwrapped
 
 import mergekit_fim.measured
 from mergekit_fim.cli import main
+from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.files import PART
 from mergekit_fim.measurements import store as cache
 from mergekit_fim.measurements.file import write_measurement
 from mergekit_fim.measurements.store import read_measurement
+from mergekit_fim.models.inputs import open_model
 
 
 @pytest.fixture
@@ -106,6 +111,25 @@ def test_switched_off(pair, merge, cache_folder, measured):
         assert result.exit_code == 0, result.output
     assert len(measured) == 6
     assert files(cache_folder) == []
+    # What was kept before is not used either.
+    merge.ok(config_for(pair), out="kept")
+    merge.ok(config_for(pair, parameters={"fisher_cache": False}), out="anew")
+    assert len(measured) == 8
+
+
+def test_a_base_is_opened_once_and_its_dtype_chosen_once(pair, monkeypatch):
+    """Opening may merge an adapter, and a choice that is timed may turn out otherwise the second time."""
+    opened = []
+    choices = iter([torch.float32, torch.float64])
+    monkeypatch.setattr("mergekit_fim.fisher.loading.running_dtype", lambda dtype, device: next(choices))
+
+    def open_base():
+        opened.append(open_model(str(pair.base), None, MergeOptions()))
+        return opened[-1]
+
+    found = mergekit_fim.measured.measured(open_base, FisherSettings(1, 4), None, MergeOptions(quiet=True))
+    assert len(opened) == 1
+    assert found.measurement.fisher.dtype == "float32"
 
 
 def damage(kind: str, file: Path) -> None:

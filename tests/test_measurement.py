@@ -296,6 +296,7 @@ def test_a_merge_uses_a_measurement(pair, merge, tmp_path, request):
     assert "3 × 64 random tokens (seed 0, labels: sampled" in unwrapped(result)
     assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
     report = reference.report(out)
+    assert report["fisher"]["model"]["id"] == str(tmp_path / "elsewhere")
     assert report["settings"]["fisher"] == str(file)
     assert report["settings"]["fisher_samples"] == 3
     assert report["fisher"]["layers"] == reference.report(plain)["fisher"]["layers"]
@@ -314,6 +315,11 @@ def test_a_measurement_that_contradicts_the_config(name, pair, merge, tmp_path, 
     target, result = merge(config_for(pair, parameters={"fisher": str(file), f"fisher_{name}": value}))
     has = getattr(fisher.settings, name)
     ends_in_one_line(result, str(file), f"with {name} {has}", f"fisher_{name} to {value}", absent=target)
+    ends_in_one_line(result, str(file), f"with {name} {has}", f"fisher_{name} to {value}", absent=target)
+    # Of several, always the same one is named.
+    parameters = {"fisher_samples": 7, "fisher_seq_len": 7, "fisher_seed": 7, "fisher_labels": "sampled"}
+    target, result = merge(config_for(pair, parameters={"fisher": str(file), **parameters}), out="several")
+    ends_in_one_line(result, str(file), "with labels inputs", absent=target)
 
 
 def test_a_measurement_of_another_model(pair, merge, tmp_path, no_measurement):
