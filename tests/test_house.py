@@ -153,3 +153,14 @@ def test_a_mergekit_without_the_private_part_is_refused(pair, monkeypatch):
     monkeypatch.delattr(merge, "_model_out_config")
     with pytest.raises(mergekit_fim.FimError, match=r"supports mergekit>=0\.1\.5,<0\.2"):
         mergekit_fim.resolve(config_for(pair))
+
+
+def test_a_planner_of_other_attributes_is_refused(pair, merge, monkeypatch):
+    from conftest import config_for
+    from test_errors import ends_in_one_line
+
+    from mergekit_fim import hook
+
+    monkeypatch.setattr(hook, "_PLANNER_ATTRIBUTES", (*hook._PLANNER_ATTRIBUTES, "new_config"))
+    target, result = merge(config_for(pair))
+    ends_in_one_line(result, target, "mergekit>=0.1.5,<0.2", "attributes new_config;", "install a supported mergekit")
