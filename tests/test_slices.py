@@ -185,6 +185,20 @@ def test_a_first_slice_of_the_base_alone(pair, merge):
     ends_in_one_line(result, "the first and the last must have the same number of sources", absent=target)
 
 
+def test_first_and_last_slices_of_the_base_alone(pair, merge):
+    config = config_of(pair, (0, 1), (1, 4), (4, 5))
+    for i in (0, 2):
+        del config["slices"][i]["sources"][1]
+    out, result = merge.ok(config)
+    alphas = reference.layer_coefficients(pair.base, pair.long)[2]
+    used = {(layer, layer): alphas[layer] if layer in (1, 2, 3) else 0.0 for layer in range(5)}
+    assert_layers(out, pair, list(used), used, 0.0)
+    note = "the first and the last slice have no fine-tuned model: embeddings and head stay the base's"
+    assert note in reference.report(out)["warnings"]
+    _, result = merge.ok(config_of(pair, (0, 1), (1, 5)), out="both")
+    assert "have no fine-tuned model" not in result.output
+
+
 def test_slices_of_an_architecture_that_mergekit_infers(merge, tmp_path):
     """mergekit doesn't know its layer-count key; the merged model's config must have the right one all the same."""
     shape = {"vocab_size": tiny.VOCAB, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128, "rotary_dim": 4}
