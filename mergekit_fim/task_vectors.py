@@ -102,9 +102,7 @@ def _layer_work(
     users = [(m, pair) for m, pairs in models.items() for pair in pairs if pair.base_layer == layer.index]
     for model, pair in users:
         source = model.layout.layers[pair.source_layer]
-        if [t.name.removeprefix(source.prefix) for t in source.tensors] != [
-            t.name.removeprefix(layer.prefix) for t in layer.tensors
-        ]:
+        if not _own_tensors(model, source) <= _own_tensors(base, layer):
             raise FimError(
                 f"{model}: decoder layer {source.index} has other tensors than the base's layer {layer.index} "
                 "that the slices pair it with; pair layers of the same kind"
@@ -113,6 +111,11 @@ def _layer_work(
         (tensor, [(m, pair, m.layout.layers[pair.source_layer].tensors[k]) for m, pair in users])
         for k, tensor in enumerate(layer.tensors)
     ]
+
+
+def _own_tensors(model: InputModel, layer: DecoderLayer) -> set[str]:
+    """What a layer holds of all that mergekit's definition has for layers of every kind, by names within the layer."""
+    return {t.name.removeprefix(layer.prefix) for t in layer.tensors if t.name not in model.absent}
 
 
 def _distance(

@@ -6,6 +6,7 @@ import reference
 import tiny
 import transformers
 from conftest import config_for, ends_in_one_line
+from test_errors import ends_in_one_line
 
 
 def slices(pair, *ranges, models=None):
@@ -197,6 +198,17 @@ def test_first_and_last_slices_of_the_base_alone(pair, merge):
     assert note in reference.report(out)["warnings"]
     _, result = merge.ok(config_of(pair, (0, 1), (1, 5)), out="both")
     assert "have no fine-tuned model" not in result.output
+
+
+def test_layers_of_two_kinds_are_not_merged(merge, tmp_path):
+    kinds = {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]}
+    base = tiny.build(tiny.config("lfm2", **kinds))
+    paths = [tiny.save(base, tmp_path / "base"), tiny.save(tiny.tuned(base, 1), tmp_path / "long")]
+    sources = [{"model": str(p), "layer_range": r} for p, r in zip(paths, ([0, 1], [1, 2]), strict=True)]
+    config = {"merge_method": "fim_ta", "base_model": str(paths[0]), "slices": [{"sources": sources}]}
+    target, result = merge(config | {"dtype": "float32"})
+    words = "decoder layer 1 has other tensors than the base's layer 0"
+    ends_in_one_line(result, str(paths[1]), words, "pair layers of the same kind", absent=target)
 
 
 def test_slices_of_an_architecture_that_mergekit_infers(merge, tmp_path):
