@@ -102,7 +102,9 @@ def _layer_work(
     users = [(m, pair) for m, pairs in models.items() for pair in pairs if pair.base_layer == layer.index]
     for model, pair in users:
         source = model.layout.layers[pair.source_layer]
-        if not _own_tensors(model, source) <= _own_tensors(base, layer):
+        names = [[t.name.removeprefix(x.prefix) for t in x.tensors] for x in (source, layer)]
+        # mergekit's definition may have the same for layers of every kind: what counts is also what they hold of it.
+        if names[0] != names[1] or not _held(model, source) <= _held(base, layer):
             raise FimError(
                 f"{model}: decoder layer {source.index} has other tensors than the base's layer {layer.index} "
                 "that the slices pair it with; pair layers of the same kind"
@@ -113,8 +115,7 @@ def _layer_work(
     ]
 
 
-def _own_tensors(model: InputModel, layer: DecoderLayer) -> set[str]:
-    """What a layer holds of all that mergekit's definition has for layers of every kind, by names within the layer."""
+def _held(model: InputModel, layer: DecoderLayer) -> set[str]:
     return {t.name.removeprefix(layer.prefix) for t in layer.tensors if t.name not in model.absent}
 
 

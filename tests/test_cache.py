@@ -13,7 +13,6 @@ import torch
 from click.testing import CliRunner
 from conftest import Merge, config_for, unwrapped
 from mergekit.options import MergeOptions
-from test_errors import unwrapped
 
 import mergekit_fim.measured
 from mergekit_fim.cli import main

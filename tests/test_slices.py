@@ -6,7 +6,6 @@ import reference
 import tiny
 import transformers
 from conftest import config_for, ends_in_one_line
-from test_errors import ends_in_one_line
 
 
 def slices(pair, *ranges, models=None):
