@@ -7,6 +7,8 @@ import tiny
 import transformers
 from conftest import config_for, ends_in_one_line
 
+import mergekit_fim
+
 
 def slices(pair, *ranges, models=None):
     """One output slice per range of the base, or per (base range, model range)."""
@@ -88,6 +90,45 @@ def test_the_base_may_stand_anywhere_among_the_sources(pair, merge):
     rows = [reference.report(out)["models"][0]["layers"] for out in (first, last)]
     assert rows[0] == rows[1]
     assert (first / "model.safetensors").read_bytes() == (last / "model.safetensors").read_bytes()
+
+
+def test_models_of_different_slices_keep_apart(pair):
+    """Each has its own pairs of layers, and its own settings: what is set for one is not looked for in the other."""
+    first = slices(pair, ((0, 3), (1, 4)))[0]
+    second = slices(pair, (3, 4), models=[pair.third])[0]
+    by_hand = [{"filter": "mlp", "value": [0.9, 0.1]}]
+    second["sources"][1]["parameters"] = {"weight": 0.5, "alpha": by_hand}
+    config = config_of(pair, (0, 3))
+    config["slices"] = [first, second]
+    found = mergekit_fim.resolve(config).pre_pass
+    long, third = found.coefficients[0].models
+    assert [(x.base_layer, x.source_layer) for x in long.pairs] == [(0, 1), (1, 2), (2, 3), (3, 3), (4, 4)]
+    assert [(x.base_layer, x.source_layer) for x in third.pairs] == [(i, i) for i in range(5)]
+    assert long.used_alphas == long.alphas
+    changed = [i for i in range(5) if third.used_alphas[i] != third.alphas[i]]
+    assert changed == [3]  # the one layer of its slice, at the end of the gradient as in mergekit
+    mlp = [name for name in reference.load(pair.base) if name.startswith("model.layers.3.")]
+    share = sum("mlp" in name for name in mlp) / len(mlp)
+    assert third.used_alphas[3] == pytest.approx(0.1 * share + third.alphas[3] * (1 - share))
+    assert [model.weight for model in found.models] == [1.0, 0.5]
+
+
+def test_a_gradient_by_hand_for_some_of_the_tensors(pair):
+    config = config_for(pair, "fim_ta", parameters={"alpha": [{"filter": "mlp", "value": [0.1, 0.9]}]})
+    (model,) = mergekit_fim.resolve(config).pre_pass.coefficients[0].models
+    names = [name for name in reference.load(pair.base) if name.startswith("model.layers.0.")]
+    share = sum("mlp" in name for name in names) / len(names)
+    expected = [share * (0.1 + 0.2 * i) + (1 - share) * alpha for i, alpha in enumerate(model.alphas)]
+    assert model.used_alphas == pytest.approx(expected)
+
+
+def test_models_of_other_bases_keep_apart(pair):
+    config = config_of(pair, (0, 3))
+    other = {"sources": [{"model": str(m), "layer_range": [3, 5]} for m in (pair.third, pair.long)]}
+    config["slices"] = [*slices(pair, (0, 3)), other | {"base_model": str(pair.third)}]
+    found = mergekit_fim.resolve(config).pre_pass
+    assert [str(c.base) for c in found.coefficients] == [str(pair.base), str(pair.third)]
+    assert [[str(m.model) for m in c.models] for c in found.coefficients] == [[str(pair.long)]] * 2
 
 
 def test_a_deep_model_does_not_mix_up_layers_1_and_12(merge, tmp_path):
