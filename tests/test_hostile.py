@@ -821,9 +821,10 @@ def test_tensors_that_nobody_knows_are_named(pair, tmp_path, merge):
     assert f"{long} holds tensors that no model with its config.json has" in warning
     assert "model.layers.2.self_attn.q_proj.bias and 1 more" in warning
     assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    one = Path(shutil.copytree(pair.long, tmp_path / "one"))
     extra.popitem()
-    safetensors.torch.save_file(tensors | extra, long / "model.safetensors", metadata={"format": "pt"})
-    out, _ = merge.ok(config_for(pair, models=[{"model": str(long)}]), out="one")
+    safetensors.torch.save_file(tensors | extra, one / "model.safetensors", metadata={"format": "pt"})
+    out, _ = merge.ok(config_for(pair, models=[{"model": str(one)}]), out="out-one")
     assert reference.report(out)["warnings"][0].endswith(next(iter(extra)))
 
 

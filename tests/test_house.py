@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import re
 import subprocess
 import sys
@@ -160,3 +161,13 @@ def test_a_planner_of_other_attributes_is_refused(pair, merge, monkeypatch):
     monkeypatch.setattr(hook, "_PLANNER_ATTRIBUTES", (*hook._PLANNER_ATTRIBUTES, "new_config"))
     target, result = merge(config_for(pair))
     ends_in_one_line(result, "mergekit>=0.1.5,<0.2", "new_config;", "install a supported mergekit", absent=target)
+
+
+def test_the_planner_is_hooked_once():
+    from mergekit.plan import MergePlanner
+
+    from mergekit_fim import hook
+
+    before = MergePlanner.normalize_config, MergePlanner.plan_to_disk
+    importlib.reload(hook)
+    assert (MergePlanner.normalize_config, MergePlanner.plan_to_disk) == before

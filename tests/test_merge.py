@@ -226,6 +226,10 @@ def test_fim_ta_has_no_density(pair, merge):
     assert kept == set(shared) - {"fisher_cache"}  # how it was come by, not what it is
     assert [model["density"] for model in report["models"]] == [None]
     assert "density" not in result.output
+    out, _ = merge.ok(config_for(pair, "fim_ta", parameters={"density": 0.5}), out="set")
+    report = reference.report(out)
+    assert [model["density"] for model in report["models"]] == [None]
+    assert report["warnings"] == ["density has no effect in fim_ta, which keeps every entry of the task vectors"]
 
 
 def test_alpha_by_hand_runs_no_pre_pass(pair, merge, monkeypatch):

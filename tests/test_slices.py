@@ -124,11 +124,11 @@ def test_a_gradient_by_hand_for_some_of_the_tensors(pair):
 
 def test_models_of_other_bases_keep_apart(pair):
     config = config_of(pair, (0, 3))
-    other = {"sources": [{"model": str(m), "layer_range": [3, 5]} for m in (pair.third, pair.long)]}
+    other = {"sources": [{"model": str(m), "layer_range": [3, 5]} for m in (pair.third, pair.base)]}
     config["slices"] = [*slices(pair, (0, 3)), other | {"base_model": str(pair.third)}]
     found = mergekit_fim.resolve(config).pre_pass
     assert [str(c.base) for c in found.coefficients] == [str(pair.base), str(pair.third)]
-    assert [[str(m.model) for m in c.models] for c in found.coefficients] == [[str(pair.long)]] * 2
+    assert [[str(m.model) for m in c.models] for c in found.coefficients] == [[str(pair.long)], [str(pair.base)]]
 
 
 def test_a_deep_model_does_not_mix_up_layers_1_and_12(merge, tmp_path):
