@@ -63,12 +63,15 @@ class TaskVectorSweep:
     def __next__(self) -> None:
         if not self._work:
             raise StopIteration
-        for base_tensor, users in self._work.pop(0):
+        sums: list[tuple[InputModel, LayerPair, float]] = []
+        for base_tensor, users in self._work[0]:
             reference = self._base.load(base_tensor, self._dtype) if users else None
             for model, pair, tensor in users:
                 where = f"decoder layer {pair.source_layer}"
-                distance = _distance(self._base, reference, model, tensor, self._dtype, where)
-                self._sums[model][pair] += distance or 0.0
+                sums.append((model, pair, _distance(self._base, reference, model, tensor, self._dtype, where) or 0.0))
+        for model, pair, distance in sums:  # all or none: where memory ran out, the step is taken again
+            self._sums[model][pair] += distance
+        del self._work[0]
 
     def norms(self, *, quiet: bool) -> dict[InputModel, TaskVectorNorms]:
         """The squared norms per model, after measuring whatever is left, with a progress bar unless `quiet`.

@@ -15,7 +15,8 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.models.inputs import open_model
+from mergekit_fim.fisher.weights import StreamedWeights
+from mergekit_fim.models.inputs import InputModel, open_model
 from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
 
 
@@ -99,6 +100,39 @@ def test_embeddings_of_two_sizes_that_are_not_finite(which, pair, merge, tmp_pat
     config = config_for(pair, base_model=str(paths["base"]), models=[{"model": str(paths["long"])}])
     target, result = merge(config, "--unsafe-truncate-embeddings")
     ends_in_one_line(result, f"{paths[which]}: tensor model.embed_tokens", "outside the layers", "NaN", absent=target)
+
+
+def test_memory_that_runs_out_in_a_step_costs_no_part_of_it(pair, monkeypatch):
+    """The measurement beside it halves its batch and goes on: the step is taken again, whole."""
+    base, long = (open_model(str(path), None, MergeOptions()) for path in (pair.base, pair.long))
+    pairs = {long: [LayerPair(i, i) for i in range(5)]}
+    expected = TaskVectorSweep(base, pairs, None).norms(quiet=True)[long].layers
+    sweep, original, calls = TaskVectorSweep(base, pairs, None), InputModel.load, []
+
+    def load(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 9:
+            raise MemoryError
+        return original(self, *arguments)
+
+    monkeypatch.setattr(InputModel, "load", load)
+    with pytest.raises(MemoryError):
+        next(sweep)
+    assert sweep.norms(quiet=True)[long].layers == expected
+    taken = iter([MemoryError(), None])
+
+    class Beside:
+        def __next__(self):
+            if isinstance(error := next(taken), MemoryError):
+                raise error
+
+    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
+    weights = StreamedWeights(model.state_dict(), model, torch.device("cpu"), Beside())
+    with pytest.raises(MemoryError), weights.layer(model[0]):
+        pass
+    with weights.layer(model[0]):
+        pass
+    assert list(taken) == []
 
 
 def test_layers_of_two_shapes(pair, tmp_path):

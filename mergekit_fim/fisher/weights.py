@@ -71,8 +71,8 @@ class StreamedWeights:
     def layer(self, module: nn.Module) -> Iterator[None]:
         """Load the weights of a decoder layer, and let them go at the end."""
         if module not in self._loaded:
-            self._loaded.add(module)
             next(self._beside, None)
+            self._loaded.add(module)
         loaded = []
         try:
             for prefix, part in module.named_modules(prefix=self._names[module]):

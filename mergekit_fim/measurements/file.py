@@ -4,9 +4,9 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.errors import FimError, brief, misfit
@@ -51,31 +51,31 @@ def _checksum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-_Count = Annotated[StrictInt, Field(ge=1)]
+_Count = Annotated[int, Field(ge=1)]
 
 
 class _Settings(BaseModel):
-    samples: StrictInt
-    seq_len: StrictInt
-    seed: StrictInt
-    labels: StrictStr
-    dtype: StrictStr
+    samples: int
+    seq_len: int
+    seed: int
+    labels: str
+    dtype: str
 
 
 class _Layer(BaseModel):
-    index: StrictInt
+    index: int
     parameters: _Count
-    squared_norms: list[Annotated[StrictFloat, Field(ge=0, allow_inf_nan=False)]]
+    squared_norms: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
 
 
 class _File(BaseModel):
-    version: Literal[1]
+    version: Annotated[int, Field(ge=VERSION, le=VERSION)]
     model: ModelIdentity
     settings: _Settings
     layers: list[_Layer]
-    warnings: list[StrictStr]
-    versions: dict[str, StrictStr]
-    checksum: StrictStr
+    warnings: list[str]
+    versions: dict[str, str]
+    checksum: str
 
 
 def from_json(content: Any, where: str) -> Measurement:
@@ -94,17 +94,20 @@ def from_json(content: Any, where: str) -> Measurement:
             "upgrade mergekit-fim"
         )
     try:
-        file = _File.model_validate(content)
+        # As JSON, where no type is taken for another, and no number for an infinite one.
+        file = _File.model_validate_json(json.dumps(content, allow_nan=False), strict=True)
         settings = FisherSettings(**file.settings.model_dump(exclude={"dtype"}))
     except ValidationError as error:
         raise FimError(f"{where}: {misfit(error, content)}; {_AGAIN}") from None
+    except ValueError as error:
+        raise FimError(f"{where}: expected finite numbers, found others ({error}); {_AGAIN}") from None
     except FimError as error:
         raise FimError(f"{where}: `settings`: {error}; {_AGAIN}") from None
-    expected = [(index, settings.samples) for index in range(file.model.num_layers)]
     shapes = [(layer.index, len(layer.squared_norms)) for layer in file.layers]
-    if shapes != expected:
+    count, expected = file.model.num_layers, [(index, settings.samples) for index in range(len(shapes))]
+    if not shapes or len(shapes) != count or shapes != expected:
         raise FimError(
-            f"{where}: `layers`: expected {len(expected)} decoder layers in order, with {settings.samples} squared "
+            f"{where}: `layers`: expected {count} decoder layers in order, with {settings.samples} squared "
             f"norms each, found {brief(', '.join(f'layer {index} with {count}' for index, count in shapes))}; {_AGAIN}"
         )
     if file.checksum != _checksum(content):

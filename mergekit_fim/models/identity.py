@@ -120,7 +120,10 @@ def _pickled(path: str, headers: Mapping[str, TensorHeader]) -> Iterator[tuple[s
 
 
 def _config_digest(path: str) -> str:
-    with open(path, encoding="utf-8") as file:  # which transformers has read before
-        config = json.load(file)
+    try:
+        with open(path, encoding="utf-8") as file:
+            config = json.load(file)
+    except (OSError, ValueError) as error:
+        raise FimError(f"{path}: can't be read ({error}); download or save the model again") from error
     material = {key: value for key, value in config.items() if key not in IMMATERIAL | _OF_GENERATION}
     return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()[:16]

@@ -54,10 +54,6 @@ def export(plan: MergePlan, options: MergeOptions) -> Export:
     each model's coefficient of every tensor: λ · weight · α, divided by the weights' sum where the merge normalises,
     gate protection included.
 
-    Args:
-        plan: of a merge by `fim_ties` or `fim_ta`.
-        options: the merge's options.
-
     Raises:
         FimError: stock mergekit can't plan the exported config.
     """

@@ -101,11 +101,7 @@ def _check(config: MergeConfiguration, options: MergeOptions) -> None:
 
 
 def plan_merge(config: MergeConfiguration, options: MergeOptions) -> MergePlan:
-    """Plan a merge of any method; for `fim_ties` and `fim_ta` that runs the Fisher pre-pass.
-
-    Args:
-        config: the merge config, left as it is.
-        options: as for the merge.
+    """Plan a merge of any method, its config left as it is; for `fim_ties` and `fim_ta` that runs the Fisher pre-pass.
 
     Raises:
         FimError: the merge would fail before its first tensor.
