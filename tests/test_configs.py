@@ -3,7 +3,6 @@
 docs/promises.md has the table of which test covers what; what test_merge, test_slices and test_output cover isn't here.
 """
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -19,8 +18,6 @@ from click.testing import CliRunner
 from conftest import config_for
 from mergekit.scripts.multimerge import main as mergekit_multi
 from safetensors.torch import load_file
-
-from mergekit_fim.fisher.loading import Placement
 
 LAYERS = 5
 
@@ -277,17 +274,12 @@ OPTIONS = {
 
 @pytest.mark.parametrize("case", OPTIONS)
 @pytest.mark.parametrize("method", ["fim_ties", "fim_ta"])
-def test_options(case, method, pair, merge, monkeypatch):
+def test_options(case, method, pair, merge, request):
     models = [{"model": str(pair.long)}, {"model": str(pair.third), "parameters": {"weight": [0.2, 0.9]}}]
     config = config_for(pair, method, models=models)
     plain, _ = merge.ok(config)
-    if "--multi-gpu" in case:  # mergekit's executor, over two stand-ins
-        monkeypatch.setattr("mergekit.multigpu_executor.get_torch_accelerator_type", lambda: "cpu")
-        monkeypatch.setattr("mergekit.multigpu_executor.get_torch_accelerator_count", lambda: 2)
-        where = Placement(torch.device("cpu"), False, True)
-        monkeypatch.setattr("mergekit_fim.fisher.loading.placement", lambda options: where)
-        monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-        monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    if "--multi-gpu" in case:
+        request.getfixturevalue("two_accelerators")
     out, _ = merge.ok(config, *OPTIONS[case], out="options")
     found, expected = load(out), load(plain)
     assert found.keys() == expected.keys()

@@ -1,6 +1,5 @@
 """Whole merges by the stock command, every tensor against a from-scratch NumPy computation."""
 
-import contextlib
 import functools
 import json
 import subprocess
@@ -26,7 +25,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from mergekit_fim import prepass
 from mergekit_fim.config.parameters import PARAMETERS, Scope
-from mergekit_fim.fisher.loading import Placement
 from mergekit_fim.models.inputs import InputModel, open_model
 from mergekit_fim.models.layout import _layer_prefix
 from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
@@ -477,15 +475,10 @@ for module in sys.argv[1:]:
     assert done.stdout.splitlines() == [f"{module} True" for module in modules]
 
 
-def test_multi_gpu_in_worker_threads(pair, merge, monkeypatch):
+def test_multi_gpu_in_worker_threads(pair, merge, request):
     """mergekit's multi-GPU executor over two stand-in devices: same bytes, report included."""
     plain, _ = merge.ok(config_for(pair))
-    monkeypatch.setattr("mergekit.multigpu_executor.get_torch_accelerator_type", lambda: "cpu")
-    monkeypatch.setattr("mergekit.multigpu_executor.get_torch_accelerator_count", lambda: 2)
-    cpu = Placement(torch.device("cpu"), spread=False, streamed=True)
-    monkeypatch.setattr("mergekit_fim.fisher.loading.placement", lambda options: cpu)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    request.getfixturevalue("two_accelerators")
     out, _ = merge.ok(config_for(pair), "--multi-gpu", out="multi")
     found, expected = reference.load(out), reference.load(plain)
     assert found.keys() == expected.keys()
