@@ -1,0 +1,110 @@
+"""What passes between the stages of an evaluation: problems, completions, grades and answers. Records alone."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+# How a completion ended: by a token that ends a turn, or at the limit of tokens.
+STOP, LENGTH = "stop", "length"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A question with its expected answer.
+
+    Attributes:
+        source: where it comes from, as the user named it.
+        index: its number in the source, from 0.
+        question: what the model is asked.
+        answer: what is expected, as the source has it.
+        system: what the model is told before the question, if anything.
+    """
+
+    source: str
+    index: int
+    question: str
+    answer: str
+    system: str | None = None
+
+
+@dataclass(frozen=True)
+class Grade:
+    """What became of an answer.
+
+    Attributes:
+        correct: whether it is; None where the problem's own expected answer can't be graded against.
+        found: what was taken for the answer; None where nothing could be.
+        note: why it couldn't be graded, if so.
+    """
+
+    correct: bool | None
+    found: str | None = None
+    note: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ProblemSet:
+    """The problems of one source, and who grades their answers.
+
+    Attributes:
+        source: as the user named it.
+        problems: in the source's order.
+        grade: (problem, final answer) -> grade. The final answer is the text without its thinking.
+        description: what a record of the source needs beside its name to repeat it, such as versions and checksums.
+        ungradable: the problems whose expected answer can't be graded against, by index, and why.
+        warnings: what a user should know of the source.
+    """
+
+    source: str
+    problems: tuple[Problem, ...]
+    grade: Callable[[Problem, str], Grade]
+    description: dict[str, str | int]
+    ungradable: dict[int, str]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model wrote after a prompt.
+
+    Attributes:
+        text: its text, without the tokens that ended it; text of special tokens such as <think> included.
+        tokens: how many tokens it wrote, by its own tokenizer, one that ended it included.
+        ended: `STOP` or `LENGTH`.
+    """
+
+    text: str
+    tokens: int
+    ended: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A graded completion: a row of `answers/RUN.jsonl`, whose fields are these, in this order.
+
+    Attributes:
+        source: of the problem.
+        index: of the problem in its source.
+        sample: which of several answers to the same problem, from 0.
+        prompt: what the model was given: the text after its chat template; for a server, the messages as JSON.
+        text: what it wrote.
+        tokens: how many tokens that took.
+        ended: `STOP` or `LENGTH`.
+        unclosed: whether it began to think and didn't end it.
+        correct: whether it is right; None where the problem can't be graded.
+        found: what was taken for the answer.
+        note: why it couldn't be graded, if so.
+        seconds: its share of the time that generating took.
+    """
+
+    source: str
+    index: int
+    sample: int
+    prompt: str
+    text: str
+    tokens: int
+    ended: str
+    unclosed: bool
+    correct: bool | None
+    found: str | None
+    note: str | None
+    seconds: float
