@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 # mergekit's module -> ours that is imported right after it, and does its work on being imported. (Not by a call from
 # here: where ours is imported first, and in turn imports mergekit's, it isn't complete at that moment.)
-_TARGETS = {"mergekit.merge_methods.registry": "mergekit_fim.merging.methods", "mergekit.plan": "mergekit_fim.hook"}
+_TARGETS = {
+    "mergekit.merge_methods.registry": "mergekit_fim.merging.methods",
+    "mergekit.plan": "mergekit_fim.hook",
+    "mergekit.merge": "mergekit_fim.merging.run_merge",
+}
 _warned = False
 
 # The Python API, and where each name comes from when it is first asked for: records of numbers need no torch.

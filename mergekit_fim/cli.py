@@ -5,6 +5,7 @@ come from mergekit.
 """
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,7 +15,7 @@ import click
 import mergekit_fim
 from mergekit_fim.config.parameters import FLOAT_DTYPES, LABELS, PARAMETERS, FisherSettings
 from mergekit_fim.errors import FimError, echo, reason, wrapped
-from mergekit_fim.files import check_writable, write_json, write_text
+from mergekit_fim.files import REPORT_NAME, check_writable, write_json, write_text
 
 _PATH = click.Path(readable=False)  # for completion; what it must be is checked where it is read
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -319,12 +320,17 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
 def plot(report: str, output: str) -> None:
     """Draw REPORT, a merge's fim_report.json or a measurement: per decoder layer, the Fisher information on a
     logarithmic axis with its standard error, the norm of each task vector, and each model's merge coefficient.
+    A figure of a fim_report.json that is written beside it is shown in the merged model's card, where there is one.
     """
+    from mergekit_fim.card import write_section
     from mergekit_fim.tools.plot import check_figure, read_report, write_figure
 
     check_writable(output, report)
     check_figure(output)
     write_figure(read_report(report), report, output)
+    (folder, name), (other, figure) = (os.path.split(os.path.abspath(path)) for path in (report, output))
+    if name == REPORT_NAME and other == folder:
+        write_section(folder, figure=figure)
     click.echo(output)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from mergekit_fim.errors import FimError
 
 REPORT_FORMAT = "mergekit-fim/report"  # of a merge's report
+REPORT_NAME = "fim_report.json"
 
 PART = ".mergekit-fim-part"  # how the names of what is unfinished end
 

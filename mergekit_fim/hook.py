@@ -6,6 +6,9 @@ All that this package uses of mergekit beyond its public names:
   the first, everything in the config is modules -> slices -> sources, with the options, the architecture and the
   output's config at hand, and no output folder made yet: the pre-pass runs there. To the tasks of the second is added
   the one that keeps the report beside the merged model. Guard: `_PLANNER_ATTRIBUTES`.
+- `mergekit.merge.run_merge` is wrapped, in `merging.run_merge`, and acts for the two methods only: mergekit writes the
+  model's card when its tasks have run, and our section comes after it. Whoever took the function from there before this
+  package was imported gets the card without it.
 - `mergekit.merge._model_out_config`, in `tools.plan`, which plans a merge as `run_merge` does. Guard: there.
 """
 

@@ -12,11 +12,11 @@ from mergekit.io.tasks import FinalizeModel
 from pydantic import BaseModel
 
 from mergekit_fim.errors import echo, width, wrapped
-from mergekit_fim.files import REPORT_FORMAT, write_text
+from mergekit_fim.files import REPORT_FORMAT, REPORT_NAME, write_text
 from mergekit_fim.measurements.file import layers_as_json
 from mergekit_fim.measurements.record import versions
 from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_known
-from mergekit_fim.merging.output_folder import REPORT_NAME, ReplaceModel
+from mergekit_fim.merging.output_folder import ReplaceModel
 from mergekit_fim.result import BaseCoefficients, ModelCoefficients, PrePass
 
 LOG = logging.getLogger("mergekit_fim")

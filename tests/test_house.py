@@ -15,7 +15,7 @@ PACKAGE = ROOT / "mergekit_fim"
 FLOORS = [
     {"errors"},
     {"files", "norms", "coefficients", "config.parameters"},
-    {"config", "measurements"},
+    {"config", "measurements", "card"},
     {"models"},
     {"fisher", "merging", "task_vectors"},
     {"measured", "result"},
@@ -139,8 +139,8 @@ def private_parts() -> set[str]:
 def test_the_private_parts_of_mergekit_are_those_that_the_hook_lists():
     page = ast.get_docstring(modules()["hook"]) or ""
     listed = set(re.findall(r"`(?:mergekit\.merge|MergePlanner)?\.(\w+)`", page))
-    assert listed == {"normalize_config", "plan_to_disk", "_model_out_config"}
-    assert private_parts() == {"tools.plan: _model_out_config"}
+    assert listed == {"normalize_config", "plan_to_disk", "run_merge", "_model_out_config"}
+    assert private_parts() == {"merging.run_merge: run_merge", "tools.plan: _model_out_config"}
     source = (PACKAGE / "hook.py").read_text(encoding="utf-8")
     assert set(re.findall(r"planner\.(\w+) = \1$", source, re.M)) == {"normalize_config", "plan_to_disk"}
 

@@ -148,9 +148,10 @@ def test_a_planner_of_another_shape_is_a_clear_error(monkeypatch, pair, merge):
 
 
 def test_mergekits_modules_look_as_they_would_without_us():
+    import mergekit.merge as merge
     import mergekit.merge_methods.registry as registry
     import mergekit.plan as plan
 
-    for module in (registry, plan):
+    for module in (merge, registry, plan):
         assert type(module.__spec__.loader).__module__ == "_frozen_importlib_external"
         assert module.__loader__ is module.__spec__.loader

@@ -13,9 +13,7 @@ from mergekit.io.tasks import FinalizeModel
 from mergekit.io.tensor_writer import TensorWriter
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.files import part_path
-
-REPORT_NAME = "fim_report.json"
+from mergekit_fim.files import REPORT_NAME, part_path
 
 # Weights and the index of their files, under the names that a whole model has, and under those that mergekit gives the
 # files of one that isn't complete.

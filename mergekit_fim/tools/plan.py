@@ -18,6 +18,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from transformers import PretrainedConfig
 
+from mergekit_fim.card import write_section
 from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.config.settings import check_config
 from mergekit_fim.errors import FimError, check_own_code, reason
@@ -182,3 +183,5 @@ def _write_card(config: MergeConfiguration, text: str, folder: str) -> None:
         return
     with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
         file.write(card)
+    if config.merge_method in METHODS:
+        write_section(folder)

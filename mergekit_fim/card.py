@@ -1,0 +1,140 @@
+"""The section of ours in a merged model's card: made of `fim_report.json`, at the end of the README.md of mergekit."""
+
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+from urllib.parse import quote
+
+from mergekit_fim.config.parameters import PARAMETERS, Scope
+from mergekit_fim.errors import reason
+from mergekit_fim.files import REPORT_NAME, read_json, write_text
+
+LOG = logging.getLogger("mergekit_fim")
+
+_BEGIN, _END, _MEASURED = "<!-- mergekit-fim -->", "<!-- /mergekit-fim -->", "### Measured"
+_SECTION = re.compile(rf"^{_BEGIN}\n(?P<body>.*?)^{_END}\n?", re.M | re.S)
+_ALT = "Per decoder layer: Fisher information, norm of the task vector, and merge coefficient"
+
+
+def write_section(folder: str, *, figure: str | None = None, measured: str | None = None) -> None:
+    """Append our section to the card of a merged model, or replace the one that stands there.
+
+    Whatever fails is a warning, since what the card is of is finished. A folder without a card is left as it is.
+
+    Args:
+        folder: of the merged model, with its README.md. Without a `fim_report.json` (a merge by a method of mergekit's)
+            the section is what was measured alone.
+        figure: the name of a figure in the folder, for a card that has the section; by default the one in it stays.
+        measured: Markdown of what a sweep measured of the model, such as its row of the front with the table's head;
+            by default what is in the card already stays.
+    """
+    path, report = os.path.join(folder, "README.md"), os.path.join(folder, REPORT_NAME)
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        old = _SECTION.search(text)
+        if old is None and figure is not None:
+            return
+        target, kept = _kept(old["body"] if old else "")
+        section = render_section(
+            read_json(report, report) if os.path.exists(report) else None,
+            figure=target if figure is None else quote(figure),
+            measured=kept if measured is None else measured,
+        )
+        new = text[: old.start()] + section + text[old.end() :] if old else f"{text.rstrip()}\n\n{section}"
+        write_text(path, new)
+    except Exception as error:
+        LOG.warning("the merged model is whole, but its card has no section of mergekit-fim's (%s)", reason(error))
+
+
+def _kept(body: str) -> tuple[str | None, str | None]:
+    """The figure's address and what was measured, of a section that stands in a card."""
+    own, _, measured = body.partition(f"\n{_MEASURED}\n\n")
+    figure = re.search(r"^!\[.*\]\((.*)\)$", own, re.M)
+    return figure[1] if figure else None, measured.rstrip("\n") or None
+
+
+def render_section(report: Mapping[str, Any] | None, *, figure: str | None = None, measured: str | None = None) -> str:
+    """The section as Markdown, between the comments that it is found by.
+
+    Args:
+        report: a merge's, as `report.as_json` makes it; None for a merge by a method of mergekit's.
+        figure: the address of a figure.
+        measured: lines of Markdown to stand under a heading of their own.
+    """
+    blocks = [_BEGIN] if report is None else [_BEGIN, *_report_blocks(report, figure)]
+    blocks += [] if measured is None else [_MEASURED, measured.strip("\n")]
+    return "\n\n".join([*blocks, _END]) + "\n"
+
+
+def _report_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[str]:
+    versions, settings = report["versions"], report["settings"]
+    bases = {report["base_model"]: report["fisher"], **report["fisher_of_other_bases"]}
+    measured = any(bases.values())
+    yield "## Merge coefficients"
+    yield (
+        f"Merged by `{report['method']}` of mergekit-fim {versions['mergekit-fim']}, after FIM-Merging "
+        "([arXiv 2603.21705](https://arxiv.org/abs/2603.21705)): each decoder layer has a merge coefficient α of its "
+        "own, which follows from its score F · ‖δ‖², the base's Fisher information on random tokens times the squared "
+        "norm of the task vector δ." + ("" if measured else " Here every α was set by hand.")
+    )
+    if figure is not None:
+        yield f"![{_ALT}]({figure})"
+    for model in report["models"]:
+        if model["layers"]:
+            fisher = bases[model["base_model"]]
+            yield f"### {_text(model['model'])} into {_text(model['base_model'])}"
+            yield (
+                f"Fisher information of the base in {fisher['dtype']}, on {settings['fisher_samples']} × "
+                f"{settings['fisher_seq_len']} random tokens; `outside`: embeddings, final norm and output head."
+            )
+            yield _table(("layer", "Fisher", "±", "‖δ‖", "score", "α"), _layers(model, fisher), "--:")
+    yield "### Settings"
+    names = ("model", "base_model", "weight", "density", "alpha")
+    yield _table(names, ([_value(model[name]) for name in names] for model in report["models"]))
+    unused = set() if measured else {name for name, p in PARAMETERS.items() if p.scope is Scope.MERGE}
+    used = {name: value for name, value in settings.items() if value is not None and name not in unused}
+    yield _table(("setting", "value"), ((f"`{name}`", _value(value)) for name, value in used.items()))
+    if report["warnings"]:
+        yield "### Warnings"
+        yield "\n".join(f"- {_text(warning)}" for warning in report["warnings"])
+    yield "### How to repeat it"
+    yield "With the configuration above, which lies beside this card:"
+    yield "```sh\nmergekit-fim merge mergekit_config.yml merged   # or: mergekit-yaml mergekit_config.yml merged\n```"
+    yield f"Made with {', '.join(f'{name} {version}' for name, version in versions.items())}."
+
+
+def _layers(model: Mapping[str, Any], fisher: Mapping[str, Any]) -> Iterator[list[str]]:
+    measured = {layer["index"]: layer for layer in fisher["layers"]}
+    for layer in model["layers"]:
+        index = layer.get("base_index", layer["index"])
+        yield [
+            f"{index}" if index == layer["index"] else f"{index} (from {layer['index']})",
+            f"{measured[index]['fisher']:.3e}",
+            "" if measured[index]["fisher_stderr"] is None else f"{measured[index]['fisher_stderr']:.1e}",
+            f"{math.sqrt(layer['task_vector_sq_norm']):.3g}",
+            f"{layer['score']:.2e}",
+            f"{layer['alpha']:.3f}",
+        ]
+    yield ["outside", "", "", "", "", f"{model['alpha_other']:.3f}"]
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]], align: str = "---") -> str:
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, [align] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _value(value: Any) -> str:
+    return "" if value is None else _text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _text(text: str) -> str:
+    """Text on one line, none of it taken for Markdown or HTML: names may have any characters."""
+    return re.sub(r"([\\`*_{}\[\]<>|#!~$&])", r"\\\1", " ".join(text.split()))
