@@ -143,7 +143,7 @@ def why_ungradable(expected: str) -> str | None:
     try:
         return grader().ask("why_ungradable", seconds=GRADING_SECONDS, expected=expected)
     except EndedError:
-        return f"it couldn't be read within {GRADING_SECONDS} seconds and {MEMORY >> 30} GB"
+        return f"the expected answer couldn't be read within {GRADING_SECONDS} seconds and {MEMORY >> 30} GB"
 
 
 def grade(do: str, **request: Any) -> Grade:
@@ -151,7 +151,9 @@ def grade(do: str, **request: Any) -> Grade:
     try:
         return Grade(**grader().ask(do, seconds=GRADING_SECONDS, **request))
     except EndedError:
-        return Grade(False, note=f"it couldn't be graded within {GRADING_SECONDS} seconds and {MEMORY >> 30} GB")
+        return Grade(
+            False, note=f"the answer couldn't be graded within {GRADING_SECONDS} seconds and {MEMORY >> 30} GB"
+        )
 
 
 _seconds: float = GRADING_SECONDS  # what the request in hand may take of grading
@@ -277,7 +279,7 @@ def _serve_problem(index: int, **source: Any) -> dict[str, Any]:
     expected = entry["answer"]
     why = None
     if expected is not None and not _serve_score(str(expected), index, **source)["correct"]:
-        why = "it isn't right for the task's own scorer"
+        why = "the expected answer isn't right for the task's own scorer"
     elif _serve_score(_NO_ANSWER, index, **source)["correct"]:
         why = "the task's own scorer takes anything for right"
     return {"question": str(entry["question"]), "answer": None if expected is None else str(expected), "why": why}

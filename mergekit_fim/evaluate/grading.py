@@ -149,20 +149,20 @@ def _gold(expected: str) -> tuple[tuple[Any, ...], str | None]:
     """
     text = _same(expected.rpartition("####")[2].strip())
     number = _plain_number(text)
-    why = next((f"it has {what}" for pattern, what in _MISREAD if pattern.search(text)), None)
+    why = next((f"the expected answer has {what}" for pattern, what in _MISREAD if pattern.search(text)), None)
     if not text:
-        why = "it is empty"
+        why = "the expected answer is empty"
     elif number is not None:
         text, why = number, None
     elif why is None and not _MARKED.search(text):
         bare = _COMMANDS.sub(" ", text)
         word = _WORD.search(re.sub(r"\b(?:and|or)\b", " ", bare)) or re.fullmatch(r"[^\W\d_]{2,}\.?", bare.strip())
-        text, why = f"${text}$", "it has words; mathematics is written as $...$" if word else None
+        text, why = f"${text}$", "the expected answer has words; mathematics is written as $...$" if word else None
     parsed = () if why else tuple(_parse(text))
     if why is None and (not parsed or isinstance(parsed[0], str)):
-        why = "math-verify finds no number or expression in it"
+        why = "math-verify finds no number or expression in the expected answer"
     elif why is None and _is_undefined(parsed[0]):
-        why = "its value isn't defined"
+        why = "the expected answer's value isn't defined"
     return parsed, why
 
 

@@ -72,7 +72,7 @@ def _problem_set(
 ) -> ProblemSet:
     def unless_ungradable(problem: Problem, answer: str) -> Grade:
         why = ungradable.get(problem.index)
-        return grade(problem, answer) if why is None else Grade(None, note=f"the expected answer: {why}")
+        return grade(problem, answer) if why is None else Grade(None, note=why)
 
     again = sum(count - 1 for count in collections.Counter(problem.question for problem in problems).values())
     warnings = []
@@ -85,7 +85,7 @@ def _problem_set(
         index, why = next(iter(ungradable.items()))
         warnings.append(
             f"{source}: answers to {len(ungradable)} of {len(problems)} problems can't be graded, the first being "
-            f"problem {index} (of its expected answer: {why})"
+            f"problem {index}: {why}"
         )
     return ProblemSet(source, tuple(problems), unless_ungradable, description, ungradable, tuple(warnings))
 
