@@ -209,7 +209,9 @@ def test_no_code_in_our_own_formats():
             where = f"{path.name}:{getattr(node, 'lineno', 0)}"
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {name.split(".")[0] for name in names} & banned, where
+            # The process that grades answers is this Python with a function of ours; it is never given a text to run.
+            allowed = {"subprocess"} if path == PACKAGE / "evaluate" / "grader.py" else set()
+            assert not {name.split(".")[0] for name in names} & (banned - allowed), where
             if not isinstance(node, ast.Call):
                 continue
             called = getattr(node.func, "attr", None) or getattr(node.func, "id", None)

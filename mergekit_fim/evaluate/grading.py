@@ -1,0 +1,209 @@
+"""An answer and what was expected -> a grade. `grader` runs this, but for `final_answer`, in a process of its own."""
+
+import functools
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any
+
+from mergekit_fim.errors import reason
+from mergekit_fim.evaluate.records import Grade
+
+# Only so many characters at the end of an answer are looked at: math-verify's patterns take time that grows faster
+# than the text, and answers in the form that reasoning-gym's tasks ask for have up to 4,100 characters.
+LOOKED_AT = 10_000
+NOTHING = "no number or expression found"
+
+_OPEN, _CLOSE = "<think>", "</think>"
+_TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
+_BOXED = re.compile(r"\\boxed\s*\{")
+_TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
+
+# A plain number: a currency before it, thousands apart, a fraction or percent are all read.
+_NUMBER = re.compile(
+    r"(?P<sign>[+-]?)\s*(?:\\?[$€£¥₹])?\s*(?P<digits>\d{1,3}(?:[, ]\d{3})+(?:\.\d+)?|\d+(?:\.\d*)?|\.\d+)"
+    r"(?P<exponent>[eE][+-]?\d{1,3})?(?P<rest>\s*/\s*0*[1-9]\d*|\s*\\?%)?"
+)
+# A number with what it counts: words of two letters or more, or metres; nothing follows that may be mathematics.
+_UNIT = re.compile(r"\s+(?=[^\W\d_]{2}|m(?:\^[23]|[²³]|/s))[^\d$\\=+*^<>]*(?:\^[23])?\.?")
+# What math-verify would misread without a word.
+_MISREAD = (
+    (re.compile(r"\d\s+\d+\s*/\s*\d+"), "a mixed number; write it as one fraction, or with \\frac"),
+    (re.compile(r"\\(?:overline|dot)\b"), "a repeating decimal; write it as a fraction"),
+)
+_MARKED = re.compile(r"\\boxed\b|\$[^$]+\$|\\\(|\\\[")
+_COMMANDS = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname|begin|end)\s*\{[^{}]*\}|\\[A-Za-z]+")
+_WORD = re.compile(r"[^\W\d_]{3,}|pi")
+
+
+def final_answer(prompt: str, text: str) -> tuple[str | None, bool]:
+    """What a model answered, without its thinking, and whether it began to think and didn't end it.
+
+    The answer is what follows the last `</think>`; the whole text where it doesn't think. Thinking begins with
+    `<think>`, which some templates already write at the end of the prompt.
+
+    Returns:
+        The answer, or None where thinking didn't end; and whether it didn't.
+    """
+    _, closed, answer = text.rpartition(_CLOSE)
+    begun = _OPEN in answer or (not closed and prompt.rstrip().endswith(_OPEN))
+    return (None, True) if begun else (answer, False)
+
+
+def why_ungradable(expected: str) -> str | None:
+    """Why answers can't be graded against this one by math-verify; None where they can."""
+    number = _plain_number(expected)
+    if number is not None and len(number) <= 100:  # so long as sources are, most have nothing else
+        return None
+    return _gold(expected)[1]
+
+
+def grade_math(expected: str, answer: str) -> Grade:
+    """Grade by math-verify: numbers, LaTeX, sets, intervals and the like that are equal.
+
+    The answer is looked for in the last `LOOKED_AT` characters, of which in the last `<answer>...</answer>` if there
+    is one. math-verify takes the last `\\boxed{...}`, else what stands after "answer", else the last number or LaTeX
+    between dollars. The minus sign − is read as -.
+
+    Args:
+        expected: the problem's own answer. See `_gold` for how it is read.
+        answer: without thinking.
+    """
+    gold, why = _gold(expected)
+    if why is not None:
+        return Grade(None, note=why)
+    parsed = _parse(_tagged(answer))
+    if len(parsed) == 1 and isinstance(parsed[0], str):  # \boxed{3.}: found, and not understood as LaTeX
+        parsed = _parse(parsed[0])
+    if not parsed or isinstance(parsed[0], str):
+        return Grade(False, note=NOTHING)
+    from math_verify import verify
+
+    return Grade(bool(verify(list(gold), parsed, timeout_seconds=None)), _written(parsed))
+
+
+def grade_by_scorer(score: Callable[[str], float], expected: str | None, answer: str) -> Grade:
+    """Grade by a task's own scorer, which must give it 1; a part of that isn't right.
+
+    The scorer gets the content of the last `<answer>...</answer>`; without one that of the last `\\boxed{...}`; without
+    either the whole answer; without blanks at its ends. Where that isn't right and the expected answer is a number, it
+    gets the number that math-verify finds in the same text.
+
+    Args:
+        score: of an answer, from 0 to 1.
+        expected: the problem's own answer; None where it has none.
+        answer: without thinking.
+    """
+    found = _tagged(answer)
+    if found == _end(answer):
+        boxed = last_boxed(found)
+        found = found if boxed is None else _TEXT.sub(r"\1", boxed)
+    candidates = [found.strip()]
+    if expected is not None and _plain_number(expected) is not None:
+        parsed = _parse(candidates[0])
+        if parsed and not isinstance(parsed[0], str):
+            candidates.append(_written(parsed))
+    note = None
+    for candidate in candidates:
+        try:
+            if candidate and score(candidate) > 1 - 1e-9:
+                return Grade(True, candidate)
+        except Exception as error:  # anything at all, by 106 scorers that others wrote
+            note = f"the task's own scorer failed: {reason(error)}"
+    return Grade(False, candidates[-1] or None, note if candidates[-1] else "the answer is empty")
+
+
+def last_boxed(text: str) -> str | None:
+    """The content of the last `\\boxed{...}` whose braces are closed."""
+    for start in reversed([match.end() for match in _BOXED.finditer(text)]):
+        depth = 1
+        for at in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[at], 0) if text[at - 1] != "\\" else 0
+            if depth == 0:
+                return text[start:at]
+    return None
+
+
+def _end(answer: str) -> str:
+    """What is looked at of an answer: from the beginning of a line, if there is one, as half a formula is another."""
+    if len(answer) <= LOOKED_AT:
+        return answer
+    end = answer[-LOOKED_AT:]
+    return end.partition("\n")[2] or end
+
+
+def _tagged(answer: str) -> str:
+    end = _end(answer)
+    tagged = _TAGGED.findall(end)
+    return tagged[-1] if tagged else end
+
+
+@functools.lru_cache(maxsize=10_000)
+def _gold(expected: str) -> tuple[tuple[Any, ...], str | None]:
+    """An expected answer as math-verify's, and why there is none, if so.
+
+    Of GSM8K's solutions, what follows the last `####`. A number is read as one, alone or before words (`17 years old`).
+    What has a `\\boxed{...}`, or mathematics between `$...$`, `\\(...\\)` or `\\[...\\]`, is searched like an answer.
+    Anything else is read as LaTeX, whole, as MATH's are; words there that aren't in `\\text{...}` would be read as
+    products of letters, and so aren't read at all.
+    """
+    text = _same(expected.rpartition("####")[2].strip())
+    number = _plain_number(text)
+    why = next((f"the expected answer has {what}" for pattern, what in _MISREAD if pattern.search(text)), None)
+    if not text:
+        why = "the expected answer is empty"
+    elif number is not None:
+        text, why = number, None
+    elif why is None and not _MARKED.search(text):
+        bare = _COMMANDS.sub(" ", text)
+        word = _WORD.search(re.sub(r"\b(?:and|or)\b", " ", bare)) or re.fullmatch(r"[^\W\d_]{2,}\.?", bare.strip())
+        text, why = f"${text}$", "the expected answer has words; mathematics is written as $...$" if word else None
+    parsed = () if why else tuple(_parse(text))
+    if why is None and (not parsed or isinstance(parsed[0], str)):
+        why = "math-verify finds no number or expression in the expected answer"
+    elif why is None and _is_undefined(parsed[0]):
+        why = "the expected answer's value isn't defined"
+    return parsed, why
+
+
+def _is_undefined(value: Any) -> bool:
+    from sympy import nan, zoo
+
+    return bool(getattr(value, "has", lambda *_: False)(nan, zoo))
+
+
+def _same(text: str) -> str:
+    """With the hyphen for the minus sign, and without LaTeX's thin spaces between digits: math-verify reads neither."""
+    return re.sub(r"(?<=[\d,])\s*\\[,!]\s*(?=\d)", "", text.replace("−", "-"))
+
+
+def _plain_number(text: str) -> str | None:
+    """A number in digits alone; None where `text` isn't one, nor one with what it counts."""
+    text = _same(text.rpartition("####")[2].strip())
+    match = _NUMBER.match(text)
+    if match is None or not (match.end() == len(text) or _UNIT.fullmatch(text, match.end())):
+        return None
+    digits = match["digits"].replace(",", "").replace(" ", "").rstrip(".")
+    if match["exponent"]:
+        digits = format(Decimal(digits + match["exponent"]), "f")
+    percent = "%" if re.fullmatch(r"\s*\\?%|\s+(?:percent|pct)\.?", text[match.end("digits") :]) else ""
+    fraction = "".join((match["rest"] or "").split()) if not percent else ""
+    return f"{match['sign'].strip('+')}{digits}{fraction}{percent}"
+
+
+def _parse(text: str) -> list[Any]:
+    """By math-verify: the value that it finds and its text; the text alone where it isn't understood; or nothing.
+
+    Its own time limit needs signals, which only a main thread has: `grader` has another.
+    """
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    targets = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
+    return parse(_same(text), targets, parsing_timeout=None)
+
+
+def _written(parsed: list[Any]) -> str:
+    """What math-verify found, as text: a number as such, as the text of `**7**` would be `7**`."""
+    from sympy import Rational
+
+    return str(parsed[0]) if isinstance(parsed[0], Rational) else str(parsed[-1])
