@@ -144,9 +144,18 @@ def _values(runs: Sequence[Run]) -> list[str]:
 def _label(panel: "Axes", run: Run, text: str, colour: str, size: float = 8, weight: str = "normal") -> "Annotation":
     at = (run["tokens_mean"], run["accuracy"]["value"])
     return panel.annotate(
-        text, at, (0, 0), textcoords="offset points", color=colour, fontsize=size, fontweight=weight, ha="center",
-        va="center", zorder=4,
-    )  # fmt: skip
+        text,
+        at,
+        (0, 0),
+        textcoords="offset points",
+        parse_math=False,  # a name may have a $ in it
+        color=colour,
+        fontsize=size,
+        fontweight=weight,
+        ha="center",
+        va="center",
+        zorder=4,
+    )
 
 
 def _part_labels(figure: "Figure", panel: "Axes", labels: Sequence["Annotation"], runs: Sequence[Run]) -> None:

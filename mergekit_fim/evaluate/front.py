@@ -126,7 +126,8 @@ class Area:
         runs: how many these are, without the base and the long model.
         area: the mean height. A hull over noisy points is biased upwards, as it takes the luckiest: 5 runs that all lie
             on the chord gain about 0.036, 0.028, 0.012 and 0.006 on 60, 100, 500 and 1,319 problems, 10 runs 0.049,
-            0.039, 0.017 and 0.010, and the interval doesn't take that off. So compare methods of equally many runs.
+            0.039, 0.017 and 0.010. So compare methods of equally many runs. The interval, which takes a part of that
+            off, covers the true area in 80 to 95 of 100 sweeps.
         gain: `area` above the chord's mean, with the same bias.
         held_out: the gain without that bias: the front is found on one half of the problems, and the mixes that lie
             on it are held against the chord of the other half. The mean of many halvings; a little too low, as a front
@@ -193,8 +194,9 @@ def summarize(
     hull of their points, which never falls. Its area is its mean over t from the base's to the long model's mean
     tokens. It compares methods of equally many runs; whether any run is above the chord, `Area.held_out` says.
 
-    Every interval but Wilson's is the percentile interval of one bootstrap over problems, in which all runs are
-    resampled together.
+    Every interval but Wilson's is of one bootstrap over problems, in which all runs are resampled together: the
+    percentile interval, but for an area that turned round its value (the basic interval). A resample is biased as the
+    sweep is, so an area's percentile interval is biased twice: in 50 to 90 of 100 sweeps it covers the true area.
 
     Args:
         outcomes: of every run.
@@ -258,7 +260,7 @@ def summarize(
         chord = (accuracy[:, b] + accuracy[:, e]) / 2
         heights = {method: _area(accuracy, tokens, accuracy, b, e, part) for method, part in parts.items()}
         areas = [
-            Area(m, len(parts[m]), estimate(h), float(h[0] - chord[0]), _held_out(draws, b, e, parts[m]))
+            Area(m, len(parts[m]), _turned(estimate(h)), float(h[0] - chord[0]), _held_out(draws, b, e, parts[m]))
             for m, h in heights.items()
         ]
         differences = [AreaDifference(x, y, estimate(heights[x] - heights[y])) for x, y in combinations(methods, 2)]
@@ -369,6 +371,14 @@ def _estimate(values: FloatArray, problems: int) -> Estimate:
     tail = 50 * (1 - LEVEL)
     low, high = np.percentile(values[1:], [tail, 100 - tail])
     return Estimate(float(values[0]), float(low), float(high))
+
+
+def _turned(estimate: Estimate) -> Estimate:
+    """The basic bootstrap's interval from the percentile one."""
+    value, low, high = estimate.value, estimate.low, estimate.high
+    if low is None or high is None:
+        return estimate
+    return Estimate(value, min(value, 2 * value - high), max(value, 2 * value - low))
 
 
 def _chord(accuracy: FloatArray, tokens: FloatArray, base: int, long: int) -> FloatArray:

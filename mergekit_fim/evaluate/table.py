@@ -113,7 +113,7 @@ def _runs_in_short(summary: Summary) -> list[list[str]]:
 
 def _areas(summary: Summary) -> list[list[str]]:
     digits = _digits(summary) + 1  # they are means over many points
-    grid = [["area under the front", "runs", "area", "above the chord", "on held-out problems"]]
+    grid = [["area under the front", "runs", "area", "gain", "held out"]]
     for area in summary.areas:
         values = [_interval(area.area, digits), f"{_rounded(area.gain, digits):+.{digits}f}"]
         grid.append([area.method or "all runs", str(area.runs), *values, _interval(area.held_out, digits, "+")])
@@ -123,14 +123,20 @@ def _areas(summary: Summary) -> list[list[str]]:
 
 
 def _notes(summary: Summary) -> list[str]:
-    base, long = summary[summary.base], summary[summary.long]
     notes = ["In brackets: 95 % interval. * is on the Pareto set: no other run is as accurate with as few tokens."]
+    if summary.areas:
+        notes.append(
+            f"The area is the mean height of a method's front from {summary.base}'s to {summary.long}'s tokens; the "
+            "gain is what it has above the chord, luck included; held out, the front is found on one half of the "
+            "problems and scored on the other."
+        )
     truncated = [run.run for run in summary.runs if run.truncated >= _MANY_TRUNCATED]
     if truncated:
         notes.append(
             f"{100 * _MANY_TRUNCATED:.0f} % or more were cut off at the limit of tokens in {', '.join(truncated)}: "
             "these answers are longer than they count, and might have become right."
         )
+    base, long = summary[summary.base], summary[summary.long]
     if summary.no_chord:
         notes.append(f"{summary.no_chord}.")
     elif long.accuracy.value < base.accuracy.value:
