@@ -118,6 +118,14 @@ def test_a_run_shorter_than_the_base_is_held_against_the_base():
     assert found.areas[0].area.value == pytest.approx((5 * (at_base + 0.75) / 2 + 15 * 0.75) / 20)
 
 
+def test_ends_that_are_a_part_of_a_token_apart():
+    """And in the resample of the first problem alone they meet."""
+    made = [outcomes("base", [0, 0], [1, 1]), outcomes("long", [0, 1], [1, 2]), outcomes("ours x=1", [1, 1], [1, 2])]
+    (area, _) = summarize(made, "base", "long", resamples=50).areas
+    assert area.area.value == pytest.approx(0.5)
+    assert 0 <= area.area.low <= 0.5 <= area.area.high <= 1
+
+
 def test_a_longer_run_lifts_the_front_before_it():
     found = summarize([*SMALL[:2], outcomes("ours x=1", [1, 1, 1, 1], [50, 50, 50, 50])], "base", "long")
     # 0.5 at 10 tokens, 1 at 50, 0.75 at 30 on the line between them
@@ -206,10 +214,9 @@ def test_nothing_that_is_not_a_number_leaves(made, twice):
     assert content["runs"][0]["run"] == "base"
     texts = [render_table(found), render_table(found, markdown=True), recommendation(found).sentence]
     assert not re.search(r"\b(nan|inf|None)\b", "".join(texts))
-    for run in content["runs"]:
-        assert 0 <= run["accuracy"]["value"] <= 1
-        low, high = run["accuracy"]["low"], run["accuracy"]["high"]
-        assert low is None or 0 <= low <= high <= 1
+    for found in [run["accuracy"] for run in content["runs"]] + [area["area"] for area in content["areas"]]:
+        assert 0 <= found["value"] <= 1
+        assert found["low"] is None or 0 <= found["low"] <= found["high"] <= 1
 
 
 ARRAYS = ("correct", "tokens", "truncated", "unclosed", "empty")
@@ -547,11 +554,16 @@ def test_the_figure_shows_every_run_where_it_belongs(content):
     assert {line.get_marker() for line in (by_label["fim_ties"], by_label["task_arithmetic"])} == {"o", "s"}
 
 
-def test_no_label_stands_on_another_or_on_a_point(content):
+@pytest.mark.parametrize("crowded", [False, True])
+def test_no_label_stands_on_another_or_on_a_point(content, crowded):
+    if crowded:  # five runs of either method within a tenth of the axis
+        names = ["base", "long", *[f"{method} x=0.{i}" for method in ("a", "b") for i in range(1, 6)]]
+        right = [10, 18, 14, 15, 14, 15, 14, 14, 15, 14, 15, 14]
+        made = [alike(name, 20 - r, t, 20) for name, r, t in zip(names, right, [10, 100, *range(50, 60)], strict=True)]
+        content = as_json(summarize(made, *ENDS, resamples=20))
     figure = draw(content)
     (panel,) = figure.axes
-    texts = sorted(text.get_text() for text in panel.texts)
-    assert texts == sorted([*"12345", *"12345", "base", "long", "third"])
+    assert len(panel.texts) == len(content["runs"])
     boxes = [text.get_window_extent() for text in panel.texts]
     assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
     points = panel.transData.transform([(r["tokens_mean"], r["accuracy"]["value"]) for r in content["runs"]])

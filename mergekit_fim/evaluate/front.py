@@ -374,11 +374,11 @@ def _estimate(values: FloatArray, problems: int) -> Estimate:
 
 
 def _turned(estimate: Estimate) -> Estimate:
-    """The basic bootstrap's interval from the percentile one."""
+    """The basic bootstrap's interval from the percentile one, of what is a share."""
     value, low, high = estimate.value, estimate.low, estimate.high
     if low is None or high is None:
         return estimate
-    return Estimate(value, min(value, 2 * value - high), max(value, 2 * value - low))
+    return Estimate(value, max(0.0, min(value, 2 * value - high)), min(1.0, max(value, 2 * value - low)))
 
 
 def _chord(accuracy: FloatArray, tokens: FloatArray, base: int, long: int) -> FloatArray:
