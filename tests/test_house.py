@@ -22,6 +22,7 @@ FLOORS = [
     {"prepass", "report"},
     {"hook"},
     {"tools"},
+    {"evaluate"},
     {"api", "cli"},
     {"__main__"},
 ]

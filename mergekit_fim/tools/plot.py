@@ -17,7 +17,7 @@ FORMATS = ("png", "svg")
 
 # Okabe and Ito's colours, which colour-blind readers tell apart, from dark to light; a marker and a dash of its own for
 # readers in greyscale.
-_STYLES = [
+STYLES = [
     ("#0072B2", "o", "-"),
     ("#D55E00", "s", "--"),
     ("#009E73", "^", "-."),
@@ -25,7 +25,7 @@ _STYLES = [
     ("#56B4E9", "v", "-"),
     ("#E69F00", "P", "--"),
 ]
-_INK = "#333333"
+INK = "#333333"
 
 
 def read_report(path: str) -> Mapping[str, Any]:
@@ -79,14 +79,23 @@ def write_figure(report: Mapping[str, Any], where: str, path: str) -> None:
         FimError: `check_figure`, the report has nothing to draw or isn't one of ours, or the file can't be written.
     """
     check_figure(path)
-    import matplotlib
-
     try:
         figure = draw(report)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FimError(f"{where}: the report is damaged ({error!r}); merge or plan again") from error
     if figure is None:
         raise FimError(f"{where}: nothing to draw, as every alpha of this merge was set by hand; set fewer by hand")
+    save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: str) -> None:
+    """Write a figure into a PNG or SVG file, by the ending of its name; atomically, and the same bytes every time.
+
+    Raises:
+        FimError: it can't be written.
+    """
+    import matplotlib
+
     with matplotlib.rc_context({"svg.hashsalt": "mergekit-fim"}), written_whole(path) as part:
         metadata = {"Date": None} if _ending(path) == "svg" else {"Software": None}
         figure.savefig(part, format=_ending(path), dpi=150, metadata=metadata)
@@ -109,7 +118,7 @@ def draw(report: Mapping[str, Any]) -> "Figure | None":
     figure = Figure(figsize=(8.0, 1.0 + 2.3 * count), layout="constrained")
     panels: list[Axes] = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
     base = report["base_model"]
-    figure.suptitle(f"{report['method']} into {_short(base)}" if "method" in report else base, color=_INK, fontsize=11)
+    figure.suptitle(f"{report['method']} into {_short(base)}" if "method" in report else base, color=INK, fontsize=11)
     last = max(layer["index"] for layers in bases.values() for layer in layers)
     ticks: dict[float, str] = {layer: str(layer) for layer in range(0, last + 1, math.ceil((last + 1) / 15))}
     _draw_fisher(panels[0], bases)
@@ -121,10 +130,10 @@ def draw(report: Mapping[str, Any]) -> "Figure | None":
     for panel in panels:
         panel.grid(True, color="#DDDDDD", linewidth=0.6)
         panel.set_axisbelow(True)
-        panel.tick_params(colors=_INK, labelsize=9)
+        panel.tick_params(colors=INK, labelsize=9)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
-    panels[-1].set_xlabel("decoder layer", color=_INK)
+    panels[-1].set_xlabel("decoder layer", color=INK)
     panels[-1].set_xticks(list(ticks), list(ticks.values()))
     return figure
 
@@ -139,7 +148,7 @@ def _draw_fisher(panel: "Axes", bases: Mapping[str, Sequence[Mapping[str, Any]]]
             [layer["index"] for layer in drawn],
             fisher,
             yerr=[down, errors],
-            color=_INK,
+            color=INK,
             marker=marker,
             linestyle=dash,
             markersize=4,
@@ -151,7 +160,7 @@ def _draw_fisher(panel: "Axes", bases: Mapping[str, Sequence[Mapping[str, Any]]]
     panel.set_yscale("log")
     if not any(layer["fisher"] > 0 for layers in bases.values() for layer in layers):
         panel.set_ylim(0.1, 1)  # nothing to draw
-    panel.set_ylabel("Fisher information F\n± standard error", color=_INK)
+    panel.set_ylabel("Fisher information F\n± standard error", color=INK)
     if len(bases) > 1:
         panel.legend(fontsize=8, frameon=False)
 
@@ -160,7 +169,7 @@ def _draw_norms(panel: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
     norms = [[math.sqrt(layer["task_vector_sq_norm"]) for layer in model["layers"]] for model in models]
     _draw_lines(panel, models, norms)
     panel.set_ylim(0, 1.15 * max(map(max, norms)) or 1.0)
-    panel.set_ylabel("task-vector norm ‖δ‖", color=_INK)
+    panel.set_ylabel("task-vector norm ‖δ‖", color=INK)
     panel.legend(fontsize=8, frameon=False)
 
 
@@ -172,7 +181,7 @@ def _draw_alphas(panel: "Axes", models: Sequence[Mapping[str, Any]], outside: fl
         panel.plot([outside], [model["alpha_other"]], color=colour, marker=marker, markersize=5, fillstyle="none")
     low, high = min(0.0, *map(min, alphas)), max(1.0, *map(max, alphas))
     panel.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
-    panel.set_ylabel("merge coefficient α", color=_INK)
+    panel.set_ylabel("merge coefficient α", color=INK)
 
 
 def _draw_lines(panel: "Axes", models: Sequence[Mapping[str, Any]], values: Sequence[Sequence[float]]) -> None:
@@ -183,7 +192,7 @@ def _draw_lines(panel: "Axes", models: Sequence[Mapping[str, Any]], values: Sequ
 
 
 def _styles(count: int) -> list[tuple[str, str, str]]:
-    return [_STYLES[i % len(_STYLES)] for i in range(count)]
+    return [STYLES[i % len(STYLES)] for i in range(count)]
 
 
 def _short(name: str) -> str:

@@ -1,0 +1,200 @@
+"""A sweep's summary -> its tables, and the run to keep with the sentence that says why."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mergekit_fim.errors import wrapped
+from mergekit_fim.evaluate.front import Estimate, Paired, RunSummary, Summary
+
+# A run that is cut off more often than this is longer than it looks, and perhaps better.
+_MANY_TRUNCATED = 0.05
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Which run to keep, and the sentence that says why."""
+
+    run: str
+    sentence: str
+
+
+def recommendation(summary: Summary) -> Recommendation:
+    """The shortest run whose accuracy isn't below the long model's beyond the interval of their difference."""
+    digits = _digits(summary)
+    long = summary[summary.long]
+
+    def may_be_as_accurate(run: RunSummary) -> bool:
+        high = run.against_long.difference.high if run.against_long else None
+        return high is None or high >= 0
+
+    found = min(filter(may_be_as_accurate, summary.runs), key=lambda run: (run.tokens_mean, -run.accuracy.value))
+    problems = "1 problem" if summary.problems == 1 else f"{summary.problems:,} problems"
+    if found.against_long is None:
+        return Recommendation(
+            long.run,
+            f"{long.run} itself is the run to keep, {_interval(long.accuracy, digits)} at {_tokens(long.tokens_mean)} "
+            f"tokens on {problems}: no merge was both shorter and as accurate within its interval.",
+        )
+    ratio = "" if found.length_ratio is None else f" ({found.length_ratio:.2f} of the length)"
+    difference = _interval(found.against_long.difference, digits, "+")
+    more = f": these problems don't show that {long.run} is more accurate" if found.run == summary.base else ""
+    return Recommendation(
+        found.run,
+        f"{found.run} is the shortest run whose accuracy isn't below {long.run}'s beyond the interval: "
+        f"{_interval(found.accuracy, digits)} at {_tokens(found.tokens_mean)} tokens instead of "
+        f"{_tokens(long.tokens_mean)}{ratio}; difference {difference} on {problems}{more}.",
+    )
+
+
+def render_table(summary: Summary, *, markdown: bool = False) -> str:
+    """The runs, the areas of the fronts, and what to bear in mind: in Markdown, or shorter for a terminal."""
+    grids = [_runs_in_full(summary) if markdown else _runs_in_short(summary)]
+    if summary.areas:
+        grids.append(_areas(summary))
+    texts = ["\n".join(_markdown(grid) if markdown else _plain(grid)) for grid in grids]
+    for note in _notes(summary):
+        texts.append(note if markdown else "\n".join(wrapped(note)))
+    return "\n\n".join(texts)
+
+
+def _runs_in_full(summary: Summary) -> list[list[str]]:
+    digits = _digits(summary)
+    grid = [
+        [
+            "run", "Pareto", "accuracy", "tokens, mean (median)", "of the right answers", f"of {summary.long}'s length",
+            "truncated", "unclosed", "empty", "above the chord", f"against {summary.base}", f"against {summary.long}",
+            "McNemar's p", "tokens/s",
+        ]
+    ]  # fmt: skip
+    for run in summary.runs:
+        p = run.against_long and run.against_long.mcnemar
+        grid.append(
+            [
+                run.run,
+                "*" if run.pareto else "",
+                _interval(run.accuracy, digits),
+                f"{_tokens(run.tokens_mean)} ({_tokens(run.tokens_median)})",
+                f"{_tokens(run.correct_tokens_mean)} ({_tokens(run.correct_tokens_median)})"
+                if run.correct_tokens_mean is not None
+                else "",
+                "" if run.length_ratio is None else f"{run.length_ratio:.2f}",
+                *(f"{100 * rate:.1f} %" for rate in (run.truncated, run.unclosed, run.empty)),
+                _interval(run.above_chord, digits, "+"),
+                _interval(_difference(run.against_base), digits, "+"),
+                _interval(_difference(run.against_long), digits, "+"),
+                "" if p is None else f"{p:.2g}",
+                _tokens(run.tokens_per_second),
+            ]
+        )
+    return grid
+
+
+def _runs_in_short(summary: Summary) -> list[list[str]]:
+    digits = _digits(summary)
+    grid = [["", "accuracy", "tokens", "cut", "above the chord", f"against {summary.long}"]]
+    method = None
+    for run in summary.runs:
+        if run.method not in (None, method):
+            grid.append([f"  {run.method}"])
+        method = run.method
+        name = run.run if method is None else "  " + (run.run.removeprefix(method).strip() or run.run)
+        grid.append(
+            [
+                ("* " if run.pareto else "  ") + name,
+                _interval(run.accuracy, digits),
+                _tokens(run.tokens_mean),
+                f"{100 * run.truncated:.0f}%",
+                _interval(run.above_chord, digits, "+"),
+                _interval(_difference(run.against_long), digits, "+"),
+            ]
+        )
+    return grid
+
+
+def _areas(summary: Summary) -> list[list[str]]:
+    digits = _digits(summary) + 1  # they are means over many points
+    grid = [["area under the front", "runs", "area", "gain", "held out"]]
+    for area in summary.areas:
+        values = [_interval(area.area, digits), f"{_rounded(area.gain, digits):+.{digits}f}"]
+        grid.append([area.method or "all runs", str(area.runs), *values, _interval(area.held_out, digits, "+")])
+    for found in summary.differences:
+        grid.append([f"{found.first} minus {found.second}", "", _interval(found.difference, digits, "+")])
+    return grid
+
+
+def _notes(summary: Summary) -> list[str]:
+    notes = ["In brackets: 95 % interval. * is on the Pareto set: no other run is as accurate with as few tokens."]
+    if summary.areas:
+        notes.append(
+            f"The area is the mean height of a method's front from {summary.base}'s to {summary.long}'s tokens; the "
+            "gain is what it has above the chord, luck included; held out, the front is found on one half of the "
+            "problems and scored on the other."
+        )
+    truncated = [run.run for run in summary.runs if run.truncated >= _MANY_TRUNCATED]
+    if truncated:
+        notes.append(
+            f"{100 * _MANY_TRUNCATED:.0f} % or more were cut off at the limit of tokens in {', '.join(truncated)}: "
+            "these answers are longer than they count, and might have become right."
+        )
+    base, long = summary[summary.base], summary[summary.long]
+    if summary.no_chord:
+        notes.append(f"{summary.no_chord}.")
+    elif long.accuracy.value < base.accuracy.value:
+        notes.append(
+            f"{long.run} is less accurate than {base.run}: the chord falls, and a run above it may still be worse than "
+            f"{base.run}."
+        )
+    counts = {area.runs for area in summary.areas if area.method is not None}
+    if len(counts) > 1:
+        notes.append("The methods have different numbers of runs; the area of more runs is larger by chance alone.")
+    return notes
+
+
+def _markdown(grid: Sequence[Sequence[str]]) -> list[str]:
+    width = len(grid[0])
+    rows = [
+        [*(cell.replace("|", "\\|").replace("*", "\\*") for cell in row), *[""] * (width - len(row))] for row in grid
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return [lines[0], f"|{' --- |' * width}", *lines[1:]]
+
+
+def _plain(grid: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in grid if i < len(row)) for i in range(len(grid[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        )
+        for row in grid
+    ]
+    return [line.rstrip() for line in lines]
+
+
+def _digits(summary: Summary) -> int:
+    """Decimals of an accuracy: not more than its steps have."""
+    return 2 if summary.problems < 1000 else 3
+
+
+def _difference(paired: Paired | None) -> Estimate | None:
+    return None if paired is None else paired.difference
+
+
+def _interval(estimate: Estimate | None, digits: int, sign: str = "") -> str:
+    if estimate is None:
+        return ""
+    value = f"{_rounded(estimate.value, digits):{sign}.{digits}f}"
+    if estimate.low is None or estimate.high is None:
+        return value
+    low, high = (f"{_rounded(end, digits):.{digits}f}" for end in (estimate.low, estimate.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _rounded(value: float, digits: int) -> float:
+    return round(value, digits) + 0.0  # never -0.00
+
+
+def _tokens(count: float | None) -> str:
+    if count is None:
+        return ""
+    return f"{count:.1f}" if count < 100 else f"{count:,.0f}"
