@@ -32,6 +32,9 @@ _BUSY = (408, 425, 429)
 # Seconds in which a connection must come about, and a list of models be there, however long an answer may take.
 _REACHED, _LISTED = 10.0, 60.0
 
+# No token is as long as this, so that a model that writes one can't have written it.
+_PROBE = "2b7e151628aed2a6abf7158809cf4f3c"
+
 _KEPT = "the answers so far are kept, and the same command goes on"
 
 
@@ -157,13 +160,20 @@ def complete(
         order in which they finish.
 
     Raises:
-        FimError: the server can't be reached, refuses a request, is too slow, or answers something else. What it has
-            been asked by then is waited for, and yielded before.
+        FimError: the server can't be reached, refuses a request, is too slow, answers something else, or gives what
+            a model was asked for what it wrote. What it has been asked by then is waited for, and yielded before.
     """
     if parallel < 1:
         raise FimError(f"expected at least one request at a time, found {parallel}; raise it")
-    waiting, pending, failure = iter(requests), set[Future[tuple[Hashable, Completion, str]]](), None
+    waiting, failure = iter(requests), None
+    pending: set[Future[tuple[Hashable, Completion, str]]] = set()
+    first = next(waiting, None)
+    if first is None:
+        return
+    waiting = itertools.chain([first], waiting)
     with _Connection(server.url, server.credentials, parallel) as connection:
+        if first.messages is not None:
+            connection.submit(_check(connection.client, server)).result()
         while True:
             # Answers that the caller hasn't come to yet don't keep the server idle, but must not pile up either.
             free = min(parallel - sum(not future.done() for future in pending), 2 * parallel - len(pending))
@@ -180,6 +190,24 @@ def complete(
                 failure = failure or error
     if failure is not None:
         raise failure
+
+
+async def _check(client: "httpx.AsyncClient", server: Server) -> None:
+    """See that a server tells what a model wrote from what it was asked.
+
+    `transformers serve` 5.23 doesn't, where a model's type is Qwen's and its chat template isn't, as of DeepSeek-R1's
+    distillations: the prompt is in the content of all that it doesn't take for thoughts, whose end it so hides.
+
+    Raises:
+        FimError: it doesn't, or the request fails.
+    """
+    probe = Request(None, messages=({"role": "user", "content": _PROBE},))
+    _, completion, _ = await _complete(client, server, probe, 1, 0.0)
+    if _PROBE in completion.text:
+        raise FimError(
+            f"{server.url}: expected what the model wrote, found what it was asked with it, which `transformers "
+            "serve` mixes up for some chat templates; serve the model by another server, or pass --template"
+        )
 
 
 async def _complete(
@@ -239,7 +267,7 @@ def _whole(message: _Message, ended: str) -> str:
 
 
 async def _send(client: "httpx.AsyncClient", server: Server, path: str, body: Any = None) -> "httpx.Response":
-    """Send a request, again where the connection breaks, and one with a body also where the server is busy.
+    """Send a request: with a body, again where the server is busy or the connection breaks; without, once.
 
     Raises:
         FimError: there is no answer in time, none at all, or none to any try but that the server is busy or failed, or
@@ -249,8 +277,7 @@ async def _send(client: "httpx.AsyncClient", server: Server, path: str, body: An
 
     pauses, timeout, kept, again = _WAITS, server.timeout, f": {_KEPT}", "start the server again"
     if body is None:
-        # A server may drop a connection at any time after an answer, so that the next request finds it broken.
-        pauses, timeout, kept, again = (0.0,), min(_LISTED, server.timeout), "", "start the server, or check the URL"
+        pauses, timeout, kept, again = (), min(_LISTED, server.timeout), "", "start the server, or check the URL"
     # Not by httpx: its JSON can't have halves of characters.
     content = None if body is None else json.dumps(body)
     for pause in (*pauses, None):
@@ -279,7 +306,8 @@ async def _send(client: "httpx.AsyncClient", server: Server, path: str, body: An
             raise FimError(f"{server.url}: expected the URL of a server, found none ({error}); correct it") from None
         if pause is not None:
             await asyncio.sleep(pause)
-    raise FimError(f"{server.url}: expected an answer, found {found} at {len(pauses) + 1} tries; {again}{kept}")
+    tries = f" at {len(pauses) + 1} tries" if pauses else ""
+    raise FimError(f"{server.url}: expected an answer, found {found}{tries}; {again}{kept}")
 
 
 class _Connection:
@@ -301,7 +329,8 @@ class _Connection:
                 auth=credentials,
                 headers={} if credentials else _authorization(),
                 timeout=httpx.Timeout(None, connect=_REACHED),
-                limits=httpx.Limits(max_connections=parallel),
+                # An answer takes longer than a connection, which a server may drop at any time after an answer.
+                limits=httpx.Limits(max_connections=parallel, max_keepalive_connections=0),
                 trust_env=not _is_here(url),  # no proxy leads back to this machine
             )
         except (ImportError, ValueError, OSError) as error:  # a proxy that isn't one, certificates that aren't there
