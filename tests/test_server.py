@@ -237,6 +237,10 @@ def test_answers_do_not_pile_up(stub):
             chat(None, "length", 8, reasoning_content="two and"),
             Completion("<think>two and", 8, LENGTH),
         ),
+        "at the limit, after its thoughts": (
+            chat("4", "length", 8, reasoning_content="hm"),
+            Completion("<think>hm</think>4", 8, LENGTH),
+        ),
         "with nothing after its thoughts": (
             chat("", "stop", 8, reasoning_content="two"),
             Completion("<think>two</think>", 8, STOP),
@@ -256,14 +260,18 @@ def test_how_an_answer_ended_and_what_was_thought(content, expected, stub):
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_busy_server_is_asked_again(status, stub):
+    """By another connection each time, as a server may drop one that it has answered."""
+    ports = set()
+
     def answer(handler, path, body):
+        ports.add(handler.client_address[1])
         if len(served.seen) < 4:
             return say(handler, {"error": "busy"}, status)
         return good(handler, path, body)
 
     served = stub(answer)
     assert ask(served.server(), asked("hello"))[0][1].text == "hello"
-    assert len(served.seen) == 4
+    assert len(served.seen) == len(ports) == 4
 
 
 def test_a_broken_connection_is_made_again(stub):
@@ -299,7 +307,7 @@ def test_a_proxy_for_other_machines(monkeypatch, stub):
     monkeypatch.setenv("HTTP_PROXY", stub(models=["m"]).url.removesuffix("/v1"))
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("no_proxy", raising=False)
-    with refused("http://server.invalid/v1", "it answered 404"):  # of the stand-in, which knows no whole URLs
+    with refused("http://server.invalid/v1", "status 404"):  # of the stand-in, which knows no whole URLs
         connect("http://server.invalid", None)
 
 
@@ -324,10 +332,10 @@ def test_which_model(stub):
     with refused(none.url, "none listed", "pass the model's name"):
         connect(none.url, None)
     silent = stub(models=None)
-    with refused(silent.url, "it answered 404", "pass the model's name"):
+    with refused(silent.url, "status 404", "pass the model's name"):
         connect(silent.url.removesuffix("/v1"), None)
     # Where nothing is listed, the endpoints are where most servers have them.
-    assert connect(silent.url.removesuffix("/v1"), "m") == Server(silent.url, "m", 600.0)
+    assert connect(silent.url, "m") == connect(silent.url.removesuffix("/v1"), "m") == Server(silent.url, "m", 600.0)
 
 
 def test_a_password_is_used_and_not_shown(stub):
@@ -358,7 +366,9 @@ def test_a_password_is_used_and_not_shown(stub):
     ],
 )
 def test_no_url(url):
-    with refused("--server: expected a URL such as http://localhost:8000/v1", "correct it", secret="me:"):
+    with refused(
+        "--server: expected a URL such as http://localhost:8000/v1", "correct it", secret="secret", user="me:"
+    ):
         connect(url, None)
 
 
@@ -374,10 +384,17 @@ def test_nobody_there(stub):
         connect(served.url, "m")
 
 
-def test_a_key_that_no_request_can_have(monkeypatch, stub):
-    monkeypatch.setenv("OPENAI_API_KEY", "sécret")
+@pytest.mark.parametrize("key", ["sécret", "sk\ncret"])
+def test_a_key_that_no_request_can_have(key, monkeypatch, stub):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
     with refused("OPENAI_API_KEY: expected printable ASCII", secret="cret"):
         connect(stub().url, None)
+
+
+def test_a_proxy_that_is_none(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "nonsense://127.0.0.1:9")
+    with refused("http://server.invalid: the environment's proxy", "nonsense", "unset"):
+        connect("http://server.invalid", None)
 
 
 def test_without_httpx(monkeypatch):
@@ -677,7 +694,7 @@ def test_transformers_serve(served, tmp_path):
             assert completion.ended == (STOP if ended and len(ids) < limit else LENGTH)
             endings.add(completion.ended)
     assert endings == {STOP, LENGTH}
-    with refused(f"{served}/v1: expected a list", "it answered 500", "pass the model's name"):
+    with refused(f"{served}/v1: expected a list", "status 500", "pass the model's name"):
         connect(served, None)  # what it would list is the Hub's cache, which there isn't
     with refused("status 500 (Internal Server Error) at 4 tries", *KEPT):
         ask(connect(served, str(tmp_path / "nothing")), asked())

@@ -127,20 +127,19 @@ def connect(url: str, model: str | None, *, timeout: float = 600.0) -> Server:
     base, credentials = _address(url)
     bases = [base] if re.search(r"/v\d+[a-z0-9]*$", base) else [f"{base}/v1", base]
     with _Connection(base, credentials, 1) as connection:
-        answers = []
+        statuses = []
         for place in bases:
             server = Server(place, model or "", timeout, credentials)
             response = connection.submit(_send(connection.client, server, "/models")).result()
             if response.status_code == 200 and (names := _listed(response)) is not None:
                 return Server(place, model or _only(names, place), timeout, credentials)
-            answers.append((place, response.status_code))
-    place, status = next((answer for answer in answers if answer[1] not in (404, 405)), answers[0])
+            statuses.append(response.status_code)
     if model is None:
         raise FimError(
-            f"{place}: expected a list of the server's models, found none (it answered {status} to "
-            f"{place}/models); pass the model's name, or check the URL"
+            f"{bases[0]}: expected a list of the server's models, found none (status {statuses[0]}); pass the model's "
+            "name, or check the URL"
         )
-    return Server(place, model, timeout, credentials)
+    return Server(bases[0], model, timeout, credentials)
 
 
 def complete(
@@ -326,8 +325,8 @@ class _Connection:
             ) from None
         try:
             self.client = httpx.AsyncClient(
-                auth=credentials,
-                headers={} if credentials else _authorization(),
+                auth=credentials,  # in place of a key
+                headers=_authorization(),
                 timeout=httpx.Timeout(None, connect=_REACHED),
                 # An answer takes longer than a connection, which a server may drop at any time after an answer.
                 limits=httpx.Limits(max_connections=parallel, max_keepalive_connections=0),
@@ -381,7 +380,8 @@ def _address(url: str) -> tuple[str, tuple[str, str] | None]:
     except ValueError:
         good = False
     if not good or parts.query or parts.fragment:
-        shown = url.rsplit("@", 1)[-1]  # whatever else is wrong, a password stands before this
+        # Whatever is wrong, a password stands before the one, and a key behind the other.
+        shown = re.sub(r"\?.*", "?...", url.rsplit("@", 1)[-1], flags=re.DOTALL)
         raise FimError(f"--server: expected a URL such as http://localhost:8000/v1, found {brief(shown)!r}; correct it")
     credentials = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
     return f"{parts.scheme}://{parts.netloc.rsplit('@', 1)[-1]}{parts.path.rstrip('/')}", credentials
