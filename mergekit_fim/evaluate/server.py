@@ -252,7 +252,7 @@ def _completion(response: "httpx.Response", server: Server, max_tokens: int, *, 
     if tokens > max_tokens + 1 or (text and not tokens):  # one more: a server may not count the one that ends a turn
         raise FimError(
             f"{server.url}: expected an answer of at most {max_tokens} tokens, and their number, found {len(text)} "
-            f"characters of {tokens} tokens; {advice}"
+            f"characters of {brief(tokens)} tokens; {advice}"
         )
     return Completion(text, tokens, ended)
 
