@@ -94,13 +94,13 @@ def _report_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[st
                 f"Fisher information of the base in {fisher['dtype']}, on {settings['fisher_samples']} × "
                 f"{settings['fisher_seq_len']} random tokens; `outside`: embeddings, final norm and output head."
             )
-            yield _table(("layer", "Fisher", "±", "‖δ‖", "score", "α"), _layers(model, fisher), "--:")
+            yield markdown_table(("layer", "Fisher", "±", "‖δ‖", "score", "α"), _layers(model, fisher), "--:")
     yield "### Settings"
     names = ("model", "base_model", "weight", "density", "alpha")
-    yield _table(names, ([_value(model[name]) for name in names] for model in report["models"]))
+    yield markdown_table(names, ([_value(model[name]) for name in names] for model in report["models"]))
     unused = set() if measured else {name for name, p in PARAMETERS.items() if p.scope is Scope.MERGE}
     used = {name: value for name, value in settings.items() if value is not None and name not in unused}
-    yield _table(("setting", "value"), ((f"`{name}`", _value(value)) for name, value in used.items()))
+    yield markdown_table(("setting", "value"), ((f"`{name}`", _value(value)) for name, value in used.items()))
     if report["warnings"]:
         yield "### Warnings"
         yield "\n".join(f"- {_text(warning)}" for warning in report["warnings"])
@@ -125,7 +125,8 @@ def _layers(model: Mapping[str, Any], fisher: Mapping[str, Any]) -> Iterator[lis
     yield ["outside", "", "", "", "", f"{model['alpha_other']:.3f}"]
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]], align: str = "---") -> str:
+def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]], align: str = "---") -> str:
+    """A table in Markdown, of cells in which nothing needs escaping any more."""
     lines = [list(head), *map(list, rows)]
     lines.insert(1, [align] * len(lines[0]))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,5 +1,7 @@
 """What users see: the one exception, and text on a terminal, how wide, how wrapped, in which characters."""
 
+import contextlib
+import importlib.util
 import re
 import shutil
 import sys
@@ -45,6 +47,23 @@ def check_own_code(error: Exception) -> None:
             f"{named[1] if named else 'a model'}: expected a model that transformers can load, found one with code of "
             "its own, which isn't run unasked; look at that code, and if you trust it pass --trust-remote-code"
         ) from error
+
+
+def require(module: str, extra: str) -> None:
+    """See that a library that not everybody needs is there, without importing it.
+
+    Args:
+        module: what is imported of it.
+        extra: of this package, which installs it.
+
+    Raises:
+        FimError: it isn't there.
+    """
+    package = module.partition(".")[0].replace("_", "-")
+    with contextlib.suppress(ModuleNotFoundError):  # the package of a module in it
+        if importlib.util.find_spec(module) is not None:
+            return
+    raise FimError(f"{package} isn't installed, and is needed for this; run: pip install 'mergekit-fim[{extra}]'")
 
 
 def width() -> int:

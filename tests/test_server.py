@@ -1,7 +1,6 @@
 """Servers: stand-ins for everything that one can do wrong, and `transformers serve`."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import socket
@@ -24,8 +23,6 @@ from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate import server as module
 from mergekit_fim.evaluate.records import LENGTH, STOP, Completion
 from mergekit_fim.evaluate.server import Request, Server, complete, connect
-
-pytest.importorskip("httpx", reason="needs httpx: pip install 'mergekit-fim[sweep]'")
 
 KEPT = ["http://127.0.0.1:", "the answers so far are kept, and the same command goes on"]
 
@@ -596,11 +593,6 @@ def test_none_at_a_time(stub):
 
 # A real one
 
-SERVING = ("fastapi", "uvicorn", "openai", "jinja2")
-LACKING = [name for name in SERVING if importlib.util.find_spec(name) is None]
-NEEDS_SERVING = pytest.mark.skipif(
-    bool(LACKING), reason=f"needs transformers[serving], of which {', '.join(LACKING)} isn't installed"
-)
 WORDS = [chr(code) for code in range(32, 127)] + ["\n", "<think>", "</think>", "<end>"]
 END = len(WORDS) - 1
 TEMPLATE = (
@@ -667,7 +659,6 @@ def served(tmp_path_factory) -> Iterator[str]:
             process.wait(60)
 
 
-@NEEDS_SERVING
 def test_transformers_serve(served, tmp_path):
     """Its text and count of tokens are those of transformers' own loop; the token that ends a turn is counted."""
     folder = talking_model(tmp_path / "model", "llama")
@@ -700,7 +691,6 @@ def test_transformers_serve(served, tmp_path):
         ask(connect(served, str(tmp_path / "nothing")), asked())
 
 
-@NEEDS_SERVING
 def test_transformers_serve_gives_back_the_question(served, tmp_path):
     """It takes the prompt for the answer where a model's type is Qwen's, and its template isn't; not of a prompt."""
     server = connect(served, str(talking_model(tmp_path / "model", "qwen2")))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mergekit_fim.errors import FimError
+from mergekit_fim.errors import require
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.integer[Any]]
@@ -297,10 +297,9 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def _binomtest() -> Callable[..., Any]:
-    try:
-        from scipy.stats import binomtest
-    except ImportError:
-        raise FimError("a sweep needs scipy, which isn't installed; run: pip install 'mergekit-fim[sweep]'") from None
+    require("scipy.stats", "sweep")
+    from scipy.stats import binomtest
+
     return binomtest
 
 

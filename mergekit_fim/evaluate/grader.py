@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import faulthandler
 import functools
-import importlib.util
 import json
 import os
 import signal
@@ -32,7 +31,7 @@ MEMORY = 4 << 30  # bytes of address space, where the system knows such a limit
 
 # What no scorer needs and code in an answer might, as Python's audit events have them.
 _REFUSED = ("os.", "shutil.", "subprocess.", "socket.", "ctypes.", "pty.", "signal.", "urllib.", "http.", "sqlite3.")
-_IMPORTING = ("os.listdir", "os.scandir", "os.fspath")
+_IMPORTING = ("os.listdir", "os.scandir")
 
 
 class EndedError(Exception):
@@ -124,18 +123,6 @@ def grader() -> Grader:
     made = Grader()
     atexit.register(made.close)
     return made
-
-
-def require(module: str, package: str) -> None:
-    """See that a library of the optional extra is there, without importing it.
-
-    Raises:
-        FimError: it isn't.
-    """
-    if importlib.util.find_spec(module) is None:
-        raise FimError(
-            f"{package} isn't installed, and is needed for these problems; pip install 'mergekit-fim[sweep]'"
-        )
 
 
 def why_ungradable(expected: str) -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from typing import Any, BinaryIO
 
-from mergekit_fim.errors import FimError, brief, reason, shown
+from mergekit_fim.errors import FimError, brief, reason, require, shown
 from mergekit_fim.evaluate import grader
 from mergekit_fim.evaluate.records import Grade, Problem, ProblemSet
 
@@ -48,7 +48,7 @@ def open_problems(
         raise FimError(f"{source}: expected a number of problems of 0 (all) or more, found {n}")
     if source.startswith("reasoning-gym:"):
         return _procedural(source, n, seed, system)
-    grader.require("math_verify", "math-verify")
+    require("math_verify", "sweep")
     if source.startswith("hf:"):
         problems, description = _of_dataset(source, n, seed, system, question_field, answer_field)
     else:
@@ -206,8 +206,8 @@ def _not_finite(constant: str) -> None:
 
 
 def _procedural(source: str, n: int, seed: int, system: str | None) -> ProblemSet:
-    grader.require("reasoning_gym", "reasoning-gym")
-    grader.require("math_verify", "math-verify")
+    require("reasoning_gym", "sweep")
+    require("math_verify", "sweep")
     task, _, text = source.removeprefix("reasoning-gym:").partition(":")
     if not n:
         raise FimError(f"{source}: expected a number of problems, found 0 (all), and a procedural source has no end")
@@ -256,7 +256,7 @@ def _procedural(source: str, n: int, seed: int, system: str | None) -> ProblemSe
 def _of_dataset(
     source: str, n: int, seed: int, system: str | None, question_field: str | None, answer_field: str | None
 ) -> tuple[list[Problem], dict[str, str | int]]:
-    grader.require("datasets", "datasets")
+    require("datasets", "sweep")
     import datasets
 
     name, *parts = source.removeprefix("hf:").split(":")

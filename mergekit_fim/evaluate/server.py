@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, Field, ValidationError
 
-from mergekit_fim.errors import FimError, brief, misfit, reason
+from mergekit_fim.errors import FimError, brief, misfit, reason, require
 from mergekit_fim.evaluate.records import LENGTH, STOP, Completion
 
 if TYPE_CHECKING:
@@ -317,12 +317,9 @@ class _Connection:
     """
 
     def __init__(self, url: str, credentials: tuple[str, str] | None, parallel: int) -> None:
-        try:
-            import httpx
-        except ImportError:
-            raise FimError(
-                "asking a server needs httpx, which isn't installed; run: pip install 'mergekit-fim[sweep]'"
-            ) from None
+        require("httpx", "sweep")
+        import httpx
+
         try:
             self.client = httpx.AsyncClient(
                 auth=credentials,  # in place of a key

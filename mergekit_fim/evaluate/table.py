@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mergekit_fim.card import markdown_table
 from mergekit_fim.errors import wrapped
 from mergekit_fim.evaluate.front import Estimate, Paired, RunSummary, Summary
 
@@ -51,7 +52,7 @@ def render_table(summary: Summary, *, markdown: bool = False) -> str:
     grids = [_runs_in_full(summary) if markdown else _runs_in_short(summary)]
     if summary.areas:
         grids.append(_areas(summary))
-    texts = ["\n".join(_markdown(grid) if markdown else _plain(grid)) for grid in grids]
+    texts = [_markdown(grid) if markdown else "\n".join(_plain(grid)) for grid in grids]
     for note in _notes(summary):
         texts.append(note if markdown else "\n".join(wrapped(note)))
     return "\n\n".join(texts)
@@ -150,13 +151,9 @@ def _notes(summary: Summary) -> list[str]:
     return notes
 
 
-def _markdown(grid: Sequence[Sequence[str]]) -> list[str]:
-    width = len(grid[0])
-    rows = [
-        [*(cell.replace("|", "\\|").replace("*", "\\*") for cell in row), *[""] * (width - len(row))] for row in grid
-    ]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return [lines[0], f"|{' --- |' * width}", *lines[1:]]
+def _markdown(grid: Sequence[Sequence[str]]) -> str:
+    rows = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in row] for row in grid]
+    return markdown_table(rows[0], (row + [""] * (len(rows[0]) - len(row)) for row in rows[1:]))
 
 
 def _plain(grid: Sequence[Sequence[str]]) -> list[str]:

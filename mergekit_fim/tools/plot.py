@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mergekit_fim.errors import FimError
+from mergekit_fim.errors import FimError, require
 from mergekit_fim.files import REPORT_FORMAT, read_json, written_whole
 from mergekit_fim.measurements.file import FORMAT, from_json
 
@@ -55,12 +55,7 @@ def check_figure(path: str) -> None:
     """
     if _ending(path) not in FORMATS:
         raise FimError(f"{path}: expected a file name that ends in {' or '.join('.' + f for f in FORMATS)}; change it")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise FimError(
-            "drawing needs matplotlib, which isn't installed; run: pip install 'mergekit-fim[plot]'"
-        ) from None
+    require("matplotlib", "plot")
 
 
 def _ending(path: str) -> str:
