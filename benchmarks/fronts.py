@@ -83,6 +83,16 @@ def main() -> None:
                 luck, held, above, covers, differs, width = np.mean(found, axis=0)
                 shown = f"| {luck:.3f} | {held:+.4f} | {above:.2f} | {covers:.2f} | {differs:.3f} | {width:.3f} |"
                 print(f"| {'0.05' if gain else '0'} | {problems:,} | {runs} {shown}", flush=True)
+    print(
+        "\n| problems | a run that is 0.1 worse than the long model isn't below it beyond the interval |\n| --- | --- |"
+    )
+    for problems in PROBLEMS:
+        rng, passed = np.random.default_rng(0), []
+        for seed in range(sweeps):
+            outcomes = sweep(rng, problems, 2, 0.0)[:4]  # base, long, and a third and two thirds of the way: 0.1 worse
+            summary = summarize(outcomes, "base", "long", seed=seed, resamples=RESAMPLES)
+            passed.append(summary.runs[3].against_long.difference.high >= 0)
+        print(f"| {problems:,} | {np.mean(passed):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ BoolArray = npt.NDArray[np.bool_]
 
 LEVEL = 0.95  # of every interval
 RESAMPLES = 2000
-# Ways to halve the problems of each resample. With one, the held-out gain's interval is so wide that a real gain is
-# found half as often as with eight; with more hardly oftener.
+# Ways to halve the problems of each resample. The more, the narrower the held-out gain's interval, and the longer
+# it takes.
 _HALVINGS = 8
 # Counts of a block of resamples: 32 MB, however many problems there are.
 _BLOCK = 1 << 22
@@ -125,9 +125,9 @@ class Area:
         method: whose runs the front is of, beside the base and the long model; None for all runs.
         runs: how many these are, without the base and the long model.
         area: the mean height. A hull over noisy points is biased upwards, as it takes the luckiest: 5 runs that all lie
-            on the chord gain about 0.036, 0.028, 0.012 and 0.006 on 60, 100, 500 and 1,319 problems, 10 runs 0.049,
-            0.039, 0.017 and 0.010. So compare methods of equally many runs. The interval, which takes a part of that
-            off, covers the true area in 80 to 95 of 100 sweeps.
+            on the chord gain about 0.037, 0.029, 0.014 and 0.008 on 60, 100, 500 and 1,319 problems, 10 runs 0.051,
+            0.040, 0.020 and 0.012 (`benchmarks/fronts.py`). So compare methods of equally many runs. The interval,
+            which takes a part of that off, covers the true area in 80 to 98 of 100 sweeps.
         gain: `area` above the chord's mean, with the same bias.
         held_out: the gain without that bias: the front is found on one half of the problems, and the mixes that lie
             on it are held against the chord of the other half. The mean of many halvings; a little too low, as a front
@@ -196,7 +196,7 @@ def summarize(
 
     Every interval but Wilson's is of one bootstrap over problems, in which all runs are resampled together: the
     percentile interval, but for an area that turned round its value (the basic interval). A resample is biased as the
-    sweep is, so an area's percentile interval is biased twice: in 50 to 90 of 100 sweeps it covers the true area.
+    sweep is, so an area's percentile interval is biased twice, and covers the true area less often.
 
     Args:
         outcomes: of every run.
