@@ -5,8 +5,10 @@ written. The coefficients go back into the config as mergekit's own filtered per
 resolves with the names of the source layers: slices that drop, repeat or shift layers come out right.
 """
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +42,24 @@ from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSwee
 # Below this many base parameters `density` is the paper's value for 1.5B, from there on its value for 7B. Where between
 # the two the change lies is this project's choice.
 _LARGE_MODEL = 3_000_000_000
+
+# What merges of the same models share within `measured_once`: by models, layers, dtype and settings, what was measured.
+_SHARED: ContextVar[dict[Any, tuple[Measured, dict[ModelReference, TaskVectorNorms]]] | None] = ContextVar(
+    "shared", default=None
+)
+
+
+@contextlib.contextmanager
+def measured_once() -> Iterator[None]:
+    """While this lasts, merges of the same models take measurement and task vectors from the first of them.
+
+    The models are not to change meanwhile.
+    """
+    token = _SHARED.set({})
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
 
 
 def check(config: MergeConfiguration, architecture: ModelArchitecture, options: MergeOptions) -> Settings:
@@ -99,18 +119,7 @@ def run(
         check_measurable(base, settings.fisher)
     coefficients = []
     for base in bases:
-        sweep = _sweep(base, to_measure, inputs, config.dtype)
-        found = measured(
-            lambda base=base: base,  # type: ignore[misc]
-            settings.fisher,
-            config.dtype,
-            options,
-            saved=saved,
-            cache=settings.cache,
-            beside=sweep,
-        )
-        norms = sweep.norms(quiet=options.quiet)
-        LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
+        found, norms = _measured(base, to_measure, inputs, config.dtype, settings, saved, options)
         coefficients.append(_coefficients(base, found, norms, to_measure, settings))
     warnings += [warning for c in coefficients for warning in c.measurement.fisher.warnings]
     warnings += _without_information(coefficients)
@@ -192,18 +201,33 @@ def _is_set_by_hand(source: SourceSlice, model: InputModel) -> bool:
     return all(evaluate_setting(name, by_hand, validate=float) is not None for name in names)
 
 
-def _sweep(
+def _measured(
     base: InputModel,
     sources: Sequence[SourceSlice],
     inputs: Mapping[ModelReference, InputModel],
     dtype: str | None,
-) -> TaskVectorSweep:
+    settings: Settings,
+    saved: Measured | None,
+    options: MergeOptions,
+) -> tuple[Measured, dict[InputModel, TaskVectorNorms]]:
+    """A base's measurement, and the task vectors of the models that are merged into it."""
     own = [s for s in sources if s.base == base.reference]
     pairs = {
         inputs[model]: _population([s for s in own if s.source.model == model], len(base.layout.layers))
         for model in _distinct(s.source.model for s in own)
     }
-    return TaskVectorSweep(base, pairs, dtype)
+    shared = _SHARED.get()
+    key = (base.reference, dtype, settings.fisher, settings.saved, *((m.reference, *p) for m, p in pairs.items()))
+    if shared is None or key not in shared:
+        sweep = TaskVectorSweep(base, pairs, dtype)
+        found = measured(lambda: base, settings.fisher, dtype, options, saved=saved, cache=settings.cache, beside=sweep)
+        norms = sweep.norms(quiet=options.quiet)
+        LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
+        if shared is None:
+            return found, norms
+        shared[key] = found, {model.reference: its for model, its in norms.items()}
+    found, kept = shared[key]
+    return found, {model: kept[model.reference] for model in pairs}
 
 
 def _population(sources: Sequence[SourceSlice], num_layers: int) -> list[LayerPair]:
