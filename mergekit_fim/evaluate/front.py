@@ -226,7 +226,7 @@ def summarize(
         return _estimate(values, problems)
 
     gains = accuracy - _chord(accuracy, tokens, b, e)
-    pareto = _pareto(accuracy[0], tokens[0])
+    pareto = pareto_set(accuracy[0], tokens[0])
     runs = []
     for i, o in enumerate(outcomes):
         right = o.tokens[o.correct]
@@ -389,7 +389,8 @@ def _chord(accuracy: FloatArray, tokens: FloatArray, base: int, long: int) -> Fl
     return (1 - share) * accuracy[..., [base]] + share * accuracy[..., [long]]
 
 
-def _pareto(accuracy: FloatArray, tokens: FloatArray) -> BoolArray:
+def pareto_set(accuracy: FloatArray, tokens: FloatArray) -> BoolArray:
+    """Which of the runs no other is at least as accurate as with at most as many tokens, and better in one [run]."""
     better = (accuracy[None] > accuracy[:, None]) | (tokens[None] < tokens[:, None])
     beaten = (accuracy[None] >= accuracy[:, None]) & (tokens[None] <= tokens[:, None]) & better
     return np.logical_not(beaten.any(axis=1))

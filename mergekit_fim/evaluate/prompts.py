@@ -1,0 +1,110 @@
+"""A problem -> what a model is given: by its own chat template, or by one in a file."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit_fim.errors import FimError, reason
+from mergekit_fim.evaluate.records import Problem
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """How questions become prompts.
+
+    Attributes:
+        kind: "chat" for a model's own, "file" for the user's.
+        text: in Jinja.
+        prompt: a problem's prompt.
+    """
+
+    kind: str
+    text: str
+    prompt: Callable[[Problem], str]
+
+    @property
+    def record(self) -> dict[str, str]:
+        """What tells it from others."""
+        return {"kind": self.kind, "sha256": hashlib.sha256(self.text.encode("utf-8", "replace")).hexdigest()}
+
+
+def messages(problem: Problem) -> tuple[dict[str, str], ...]:
+    """A problem as a conversation: what the model is told first, if anything, and the question."""
+    system = ({"role": "system", "content": problem.system},) if problem.system else ()
+    return (*system, {"role": "user", "content": problem.question})
+
+
+def chat_template(name: str, tokenizer: Any) -> Template:
+    """A model's own, up to where its answer begins.
+
+    Args:
+        name: the model's, for messages.
+        tokenizer: transformers'.
+
+    Raises:
+        FimError: it has none; its `prompt`, where that fails.
+    """
+    try:
+        text = tokenizer.get_chat_template()
+    except Exception:  # ValueErrors, of none and of several without a default
+        raise FimError(
+            f"{name}: expected a model with a chat template, found none; pass one with --template, a file in Jinja "
+            "that is given `question` and `system`"
+        ) from None
+
+    def prompt(problem: Problem) -> str:
+        made = tokenizer.apply_chat_template(list(messages(problem)), tokenize=False, add_generation_prompt=True)
+        return str(made)
+
+    return Template("chat", text, _guarded(prompt, f"{name}: its chat template"))
+
+
+def file_template(path: str) -> Template:
+    """The user's, of a file: Jinja that is given `question` and `system`, the latter None where there is none.
+
+    Raises:
+        FimError: it can't be read, or isn't Jinja; its `prompt`, where that fails.
+    """
+    from jinja2 import StrictUndefined, TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except OSError as error:
+        raise FimError(f"{path}: can't be read ({error.strerror or error}); check the name") from error
+    except UnicodeDecodeError as error:
+        raise FimError(f"{path}: expected a template in UTF-8, found other bytes; save the file as UTF-8") from error
+    # As transformers renders chat templates: a template is code, and one from elsewhere is not to read files.
+    environment = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    try:
+        template = environment.from_string(text)
+    except TemplateError as error:
+        raise FimError(f"{path}: expected a template in Jinja, found something else ({reason(error)})") from error
+    if not {"question"} <= _variables(environment, text):
+        raise FimError(f"{path}: expected a template with {{{{ question }}}} in it, found none; add it")
+
+    def prompt(problem: Problem) -> str:
+        return template.render(question=problem.question, system=problem.system)
+
+    return Template("file", text, _guarded(prompt, path))
+
+
+def _variables(environment: Any, text: str) -> set[str]:
+    from jinja2 import meta
+
+    return meta.find_undeclared_variables(environment.parse(text))
+
+
+def _guarded(prompt: Callable[[Problem], str], where: str) -> Callable[[Problem], str]:
+    def guarded(problem: Problem) -> str:
+        try:
+            return prompt(problem)
+        except Exception as error:  # whatever a template does
+            raise FimError(
+                f"{where} fails on problem {problem.index} of {problem.source} ({reason(error)}); change the template, "
+                "or what it is given"
+            ) from error
+
+    return guarded
