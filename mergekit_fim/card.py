@@ -89,7 +89,7 @@ def _report_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[st
     for model in report["models"]:
         if model["layers"]:
             fisher = bases[model["base_model"]]
-            yield f"### {_text(model['model'])} into {_text(model['base_model'])}"
+            yield f"### {escaped(model['model'])} into {escaped(model['base_model'])}"
             yield (
                 f"Fisher information of the base in {fisher['dtype']}, on {settings['fisher_samples']} × "
                 f"{settings['fisher_seq_len']} random tokens; `outside`: embeddings, final norm and output head."
@@ -103,7 +103,7 @@ def _report_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[st
     yield markdown_table(("setting", "value"), ((f"`{name}`", _value(value)) for name, value in used.items()))
     if report["warnings"]:
         yield "### Warnings"
-        yield "\n".join(f"- {_text(warning)}" for warning in report["warnings"])
+        yield "\n".join(f"- {escaped(warning)}" for warning in report["warnings"])
     yield "### How to repeat it"
     yield "With the configuration above, which lies beside this card:"
     yield "```sh\nmergekit-fim merge mergekit_config.yml merged   # or: mergekit-yaml mergekit_config.yml merged\n```"
@@ -133,9 +133,9 @@ def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]], align: st
 
 
 def _value(value: Any) -> str:
-    return "" if value is None else _text(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return "" if value is None else escaped(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
-def _text(text: str) -> str:
-    """Text on one line, none of it taken for Markdown or HTML: names may have any characters."""
+def escaped(text: str) -> str:
+    """Text on one line of which nothing is taken for Markdown or HTML: names may have any characters."""
     return re.sub(r"([\\`*_{}\[\]<>|#!~$&])", r"\\\1", " ".join(text.split()))

@@ -314,6 +314,84 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     merge_whole(config, text, out_path, options)
 
 
+@main.command(cls=_MergekitCommand, short_help="Accuracy against length: which merge to keep.")
+@click.argument("config_file", type=_PATH)
+@click.argument("out", type=_PATH)
+@click.option(
+    "--problems",
+    multiple=True,
+    required=True,
+    metavar="SOURCE",
+    help="A JSONL file of `question` and `answer`, reasoning-gym:TASK[:JSON], or hf:DATASET[:CONFIG][:SPLIT]; again "
+    "for several.",
+)
+@click.option(
+    "--set",
+    "varied",
+    multiple=True,
+    metavar="NAME=V1,V2,...",
+    help="A parameter's values; again for several, of which every combination is merged.  [default: "
+    "alpha_mean=0.2,0.35,0.5,0.65,0.8]",
+)
+@click.option(
+    "--compare",
+    multiple=True,
+    metavar="METHOD",
+    help="The same merges by another method, such as task_arithmetic, too; again for several.",
+)
+@click.option("--also", multiple=True, metavar="MODEL", help="A further model as it is; again for several.")
+@click.option("--n", default=100, show_default=True, help="Problems of each source; 0 for all.")
+@click.option("--seed", default=0, show_default=True, help="Of problems, sampling and bootstrap.")
+@click.option("--system", help="What the models are told before the question.")
+@click.option("--question-field", metavar="NAME", help="The question's field in files and data sets.")
+@click.option("--answer-field", metavar="NAME", help="The answer's field in files and data sets.")
+@click.option(
+    "--template",
+    type=_PATH,
+    metavar="FILE",
+    help="A prompt in Jinja, given `question` and `system`, in place of the models' chat templates.",
+)
+@click.option("--max-tokens", default=1024, show_default=True, help="Tokens that an answer may have.")
+@click.option("--temperature", default=0.0, show_default=True, help="0 for greedy decoding.")
+@click.option("--samples", default=1, show_default=True, help="Answers to each problem.")
+@click.option("--batch", type=int, help="Answers, or requests to a server, at a time.  [default: as many as will do]")
+@click.option(
+    "--server",
+    "servers",
+    multiple=True,
+    metavar="[RUN=]URL",
+    help="A server in OpenAI's protocol that answers for a run, or for one more; again for several.",
+)
+@click.option("--server-model", metavar="NAME", help="The model's name there.  [default: the only one]")
+@click.option(
+    "--keep",
+    type=click.Choice(("none", "front", "all")),
+    default="none",
+    show_default=True,
+    help="Which merges to keep in OUT/models: those that no other run is better than, or all.",
+)
+@_no_cache
+def sweep(config_file: str, out: str, no_cache: bool, options: Any, **wanted: Any) -> None:
+    """Let the base, the fine-tuned models and merges of CONFIG_FILE answer problems, and write to the folder OUT what
+    they answered, accuracy against length, and which merge to keep.
+
+    Stopped at any moment, the same command goes on where it was; with other values of --set, --compare or --also it
+    adds to what is there. The measurement and the task vectors are made once. docs/sweep.md says how to read a front,
+    and how many problems tell two methods apart.
+    """
+    from mergekit_fim.evaluate.findings import render
+    from mergekit_fim.evaluate.folder import SweepFolder
+    from mergekit_fim.evaluate.sweep import Wanted
+    from mergekit_fim.evaluate.sweep import sweep as run_sweep
+
+    config, _ = _config(config_file, no_cache)
+    try:
+        findings = run_sweep(config, out, Wanted(**wanted), options)
+    except KeyboardInterrupt:
+        raise FimError("stopped; the answers so far are kept, and the same command goes on") from None
+    echo(render(SweepFolder(out), findings))
+
+
 @main.command(short_help="Draw a report or a measurement.")
 @click.argument("report", type=_PATH)
 @click.option("-o", "--output", required=True, type=click.Path(), help="The .png or .svg file to write.")

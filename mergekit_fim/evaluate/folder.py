@@ -194,7 +194,7 @@ def _answer(line: bytes, where: str) -> Answer:
         content = json.loads(line)
         if not isinstance(content, dict):
             raise ValueError
-        return _ANSWER.validate_python(content, strict=True)
+        return _ANSWER.validate_json(line, strict=True)  # as JSON, where no type is taken for another
     except ValidationError as error:
         raise FimError(f"{where}: not an answer: {misfit(error, content)}; {remedy}") from None
     except (ValueError, RecursionError):

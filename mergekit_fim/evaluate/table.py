@@ -1,6 +1,6 @@
 """A sweep's summary -> its tables, and the run to keep with the sentence that says why."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from mergekit_fim.card import markdown_table
@@ -56,6 +56,12 @@ def render_table(summary: Summary, *, markdown: bool = False) -> str:
     for note in _notes(summary):
         texts.append(note if markdown else "\n".join(wrapped(note)))
     return "\n\n".join(texts)
+
+
+def markdown_rows(summary: Summary, runs: Collection[str]) -> str:
+    """The rows of these runs alone, in Markdown."""
+    head, *rows = _runs_in_full(summary)
+    return _markdown([head, *(row for row in rows if row[0] in runs)])
 
 
 def _runs_in_full(summary: Summary) -> list[list[str]]:

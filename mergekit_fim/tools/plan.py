@@ -145,7 +145,7 @@ def merge_whole(config: MergeConfiguration, text: str | None, out_path: str, opt
     """Merge by mergekit's `run_merge`, any method, and write the model to a folder: it is there whole or not at all.
 
     Args:
-        config: the merge config.
+        config: the merge config, left as it is.
         text: its YAML, which is kept beside the model; by default what mergekit makes of `config`.
         out_path: the folder; a model that is there already is replaced at the end.
         options: mergekit's. With a verbosity above 0, errors that aren't ours come as they are.
@@ -158,7 +158,10 @@ def merge_whole(config: MergeConfiguration, text: str | None, out_path: str, opt
     text = text or config.to_yaml()
     try:
         with model_written_whole(out_path) as folder:
-            mergekit_merge.run_merge(config, folder, options.model_copy(update={"write_model_card": False}))
+            # mergekit normalises a config in place
+            mergekit_merge.run_merge(
+                config.model_copy(deep=True), folder, options.model_copy(update={"write_model_card": False})
+            )
             if options.write_model_card and os.path.isdir(folder):
                 _write_card(config, text, folder)
     except FimError:
