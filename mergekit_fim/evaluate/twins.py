@@ -71,13 +71,14 @@ def twin(
     assert isinstance(strength, (int, float))
     if method in METHODS or its == "t":
         made = with_settings(made, {its: strength})
-    elif in_all:
-        its = "lambda"
-        factor = (made.parameters or {}).get(its, 1.0)
-        made = with_settings(made, {"normalize": True, its: _times(factor, strength)})
     else:
-        made = with_settings(made, dict.fromkeys({"normalize", "normalize_weights"} & names, False))
-        _weigh(made, strength, with_base=spec.contract.base is BasePolicy.IGNORED)
+        if in_all:
+            its = "lambda"
+            factor = (made.parameters or {}).get(its, 1.0)
+            made = with_settings(made, {"normalize": True, its: _times(factor, strength)})
+        else:
+            made = with_settings(made, dict.fromkeys({"normalize", "normalize_weights"} & names, False))
+        _weigh(made, 1.0 if in_all else strength, with_base=spec.contract.base is BasePolicy.IGNORED)
     if trims and method not in METHODS and not any("density" in (block.parameters or {}) for block in blocks(made)):
         made.parameters = {**(made.parameters or {}), "density": default_density()}
     return {its: strength, **shared}, made
