@@ -25,8 +25,10 @@ from click.testing import CliRunner, Result
 from filelock import FileLock
 from mergekit.io.tasks import LoaderCache
 from mergekit.scripts.run_yaml import main as mergekit_yaml
+from stub import Stub, stubs
 from warm import Outcome, Warm
 
+from mergekit_fim.evaluate import server
 from mergekit_fim.fisher.loading import Placement
 from mergekit_fim.merging.trim import find_threshold, runs, trim_run
 
@@ -237,6 +239,15 @@ def warm(tmp_path_factory) -> Iterator[Warm]:
     process = Warm(tmp_path_factory.mktemp("warm"), HF_HUB_OFFLINE="1")
     yield process
     process.close()
+
+
+@pytest.fixture
+def stub(monkeypatch) -> Iterator[Callable[..., Stub]]:
+    """Starts stand-ins for servers, which aren't waited for when they fail."""
+    monkeypatch.setattr(server, "_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with stubs() as start:
+        yield start
 
 
 def trim(delta: torch.Tensor, density: float) -> torch.Tensor:
