@@ -644,32 +644,42 @@ def contents(sweep: Sweep) -> dict[str, Any]:
 
 
 def test_killed_at_any_moment(warm: Warm, talkers, tmp_path):
-    """20 moments, spread over all calls, those that touch files, and those for files of ours."""
-    sweep = Sweep(talkers, tmp_path)
-    problems = tmp_path / "four.jsonl"
-    problems.write_text("".join(talkers.problems.read_text().splitlines(keepends=True)[:4]))
+    """20 moments, spread over all calls, those that touch files, and those by which answers are kept."""
+    problems = tmp_path / "three.jsonl"
+    problems.write_text("".join(talkers.problems.read_text().splitlines(keepends=True)[:3]))
     options = ("--problems", str(problems), "--set", "alpha_mean=0.5", "--keep", "all", "--batch", "2")
-    arguments = ["mergekit-fim", *sweep.arguments(*options)]
-    environment = {"MERGEKIT_FIM_CACHE": str(tmp_path / "cache")}
+    sweeps = [Sweep(talkers, tmp_path / str(i)) for i in range(2)]
+    for sweep in sweeps:
+        sweep.folder.mkdir()
 
-    def run(**job: Any) -> Outcome:
-        return warm.run(*arguments, environment=environment, **job)
+    def run(*faults: tuple[str, int, int] | None, count: bool = False) -> list[Outcome]:
+        """One in each folder, at the same time."""
+        jobs = []
+        for sweep, fault in zip(sweeps, faults, strict=False):
+            cache = {"MERGEKIT_FIM_CACHE": str(sweep.folder / "cache")}
+            arguments = ["mergekit-fim", *sweep.arguments(*options)]
+            jobs.append({"arguments": arguments, "environment": cache, "fault": fault, "count": count})
+        return warm.together(*jobs)
 
-    done = run(count=True)
+    (done,) = run(None, count=True)
     assert done.status == 0, done.stderr
-    expected = contents(sweep)
-    parts = {"all": 6, "file": 6, "own": 8}
+    expected = contents(sweeps[0])
+    assert not any(name.endswith(PART) for name in expected["files"])
+    parts = {"all": 6, "file": 6, "answers": 8}
     moments = [(kind, 1 + done.calls[kind] * (2 * i + 1) // (2 * n)) for kind, n in parts.items() for i in range(n)]
     begun = 0
-    for kind, at in moments:
-        shutil.rmtree(sweep.out)
-        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-        stopped = run(fault=(kind, at, signal.SIGKILL))
-        assert stopped.status == -signal.SIGKILL, (kind, at, stopped.stderr)
-        with contextlib.suppress(OSError):
-            begun += 0 < len((sweep.out / "answers" / "base.jsonl").read_bytes().splitlines()) < 4
-        again = run()
-        assert again.status == 0, (kind, at, again.stderr)
-        assert contents(sweep) == expected, (kind, at)
-        assert not any(name.endswith(PART) for name in expected["files"])
+    for i in range(0, len(moments), 2):
+        for sweep in sweeps:
+            for name in ("out", "cache"):
+                shutil.rmtree(sweep.folder / name, ignore_errors=True)
+        now = moments[i : i + 2]
+        stopped = run(*((kind, at, signal.SIGKILL) for kind, at in now))
+        assert [outcome.status for outcome in stopped] == [-signal.SIGKILL] * 2, (now, stopped)
+        for sweep in sweeps:
+            with contextlib.suppress(OSError):
+                rows = [path.read_bytes().count(b"\n") for path in (sweep.out / "answers").glob("*.jsonl")]
+                begun += any(0 < count < 3 for count in rows)
+        for sweep, outcome in zip(sweeps, run(None, None), strict=True):
+            assert outcome.status == 0, (now, outcome.stderr)
+            assert contents(sweep) == expected, now
     assert begun  # or no moment was between two answers

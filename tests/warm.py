@@ -20,7 +20,8 @@ from typing import Any
 
 # Calls that make, fill, name or remove files; and the modules from which our own files are written.
 FILES = {"fsync", "replace", "rename", "mkdir", "remove", "unlink", "serialize_file", "open", "write"}
-WRITERS = ("mergekit_fim/files.py", "mergekit_fim/report.py", "evaluate/folder.py", "json/__init__.py")
+WRITERS = ("mergekit_fim/files.py", "mergekit_fim/report.py", "json/__init__.py")
+ANSWERS = "evaluate/folder.py"  # from which answers are written
 TIMEOUT = 180
 
 
@@ -76,12 +77,14 @@ def _main(folder: Path) -> None:
     import transformers
 
     import mergekit_fim.cli
+    import mergekit_fim.evaluate.sweep
     import mergekit_fim.tools.export
     import mergekit_fim.tools.plan
 
     # What transformers prepares on first use, half a second of each fork's otherwise.
     importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")
-    importlib.import_module("transformers.models.llama.modeling_llama")
+    for name in ("transformers.models.llama.modeling_llama", "matplotlib.backends.backend_agg", "scipy.stats"):
+        importlib.import_module(name)
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     commands = {"mergekit-yaml": mergekit.scripts.run_yaml.main, "mergekit-fim": mergekit_fim.cli.main}
@@ -156,7 +159,7 @@ def _child(
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
         if code is not None:
             exec(compile(code, "<code>", "exec"), {})
-        calls = {"all": 0, "file": 0, "own": 0}
+        calls = {"all": 0, "file": 0, "own": 0, "answers": 0}
         if count or fault:
             sys.setprofile(_profiler(calls, fault))
         try:
@@ -190,6 +193,8 @@ def _profiler(calls: dict[str, int], fault: tuple[str, int, int] | None) -> Any:
             now.append("file")
             if frame.f_code.co_filename.endswith(WRITERS):
                 now.append("own")
+            if frame.f_code.co_filename.endswith(ANSWERS):
+                now.append("answers")
         for name in now:
             calls[name] += 1
         if kind in now and calls[kind] == at:
