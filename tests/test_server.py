@@ -231,14 +231,14 @@ def test_connecting(stub):
 
 def test_which_model(stub):
     two = stub(models=["first", "second"])
-    with refused(two.url, "found first, second;", "pass the model's name"):
+    with refused(two.url, "found first, second;", "pass --server-model"):
         connect(two.url, None)
     assert connect(two.url, "second").model == "second"
     none = stub(models=[])
-    with refused(none.url, "none listed", "pass the model's name"):
+    with refused(none.url, "none listed", "pass --server-model"):
         connect(none.url, None)
     silent = stub(models=None)
-    with refused(silent.url, "status 404", "pass the model's name"):
+    with refused(silent.url, "status 404", "pass --server-model"):
         connect(silent.url.removesuffix("/v1"), None)
     # Where nothing is listed, the endpoints are where most servers have them.
     assert connect(silent.url, "m") == connect(silent.url.removesuffix("/v1"), "m") == Server(silent.url, "m", 600.0)
@@ -594,7 +594,7 @@ def test_transformers_serve(served, tmp_path):
             assert completion.ended == (STOP if ended and len(ids) < limit else LENGTH)
             endings.add(completion.ended)
     assert endings == {STOP, LENGTH}
-    with refused(f"{served}/v1: expected a list", "status 500", "pass the model's name"):
+    with refused(f"{served}/v1: expected a list", "status 500", "pass --server-model"):
         connect(served, None)  # what it would list is the Hub's cache, which there isn't
     with refused("status 500 (Internal Server Error) at 4 tries", *KEPT):
         ask(connect(served, str(tmp_path / "nothing")), asked())

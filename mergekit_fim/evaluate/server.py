@@ -136,8 +136,8 @@ def connect(url: str, model: str | None, *, timeout: float = 600.0) -> Server:
             statuses.append(response.status_code)
     if model is None:
         raise FimError(
-            f"{bases[0]}: expected a list of the server's models, found none (status {statuses[0]}); pass the model's "
-            "name, or check the URL"
+            f"{bases[0]}: expected a list of the server's models, found none (status {statuses[0]}); pass "
+            "--server-model, or check the URL"
         )
     return Server(bases[0], model, timeout, credentials)
 
@@ -404,7 +404,7 @@ def _listed(response: "httpx.Response") -> list[str] | None:
 def _only(names: list[str], url: str) -> str:
     if len(names) != 1:
         found = ", ".join(brief(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
-        raise FimError(f"{url}: expected a server of one model, found {found or 'none listed'}; pass the model's name")
+        raise FimError(f"{url}: expected a server of one model, found {found or 'none listed'}; pass --server-model")
     return names[0]
 
 
