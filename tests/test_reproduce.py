@@ -284,17 +284,17 @@ def test_sixteen_answers(size, converted):
 
 
 def test_the_vote(stand_ins, tmp_path, monkeypatch, capsys):
-    """Two of three problems: in one the right answer is the commonest, in the other not, though it is there."""
+    """The right answer is the commonest in two problems of four, there in a third, and in the last there is none."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "aime24-1.5b" / "answers").mkdir(parents=True)
-    found = {0: ["204", "204", "7", None], 1: ["7", "7", "33", "33"], 2: [None] * 4}
-    right = {0: "204", 1: "33", 2: "540"}
+    found = {0: ["204", "204", "7", None], 1: ["7", "7", "33", None], 2: [None] * 4, 3: ["1", "25", "25", "0"]}
+    right = {0: "204", 1: "33", 2: "540", 3: "25"}
     content = [
         {"index": index, "found": text, "correct": text == right[index]} for index in found for text in found[index]
     ]
     (tmp_path / "aime24-1.5b" / "answers" / "long.jsonl").write_text("".join(json.dumps(a) + "\n" for a in content))
     run_python(VOTE)
-    assert capsys.readouterr().out.split() == ["long", "1", "of", "3"]
+    assert capsys.readouterr().out.split() == ["long", "2", "of", "4"]
 
 
 def test_the_7b_pair(converted):
