@@ -260,10 +260,11 @@ def test_gone_on_with(whole, sweep):
     assert sweep.answers() == whole.answers()
     for path, kept in lines.items():
         assert path.read_bytes().splitlines(keepends=True)[: len(kept)] == kept
+    sweep.ok("--set", "sharpness=0", "--set", "alpha_mean=0.45", "--compare", "ties")
     sweep.ok("--set", "alpha_mean=0.45", "--compare", "ties")
     assert names(sweep.record()) == [
         *("base", "long", "fim_ta alpha_mean=0.3", "fim_ta alpha_mean=0.45", "fim_ta alpha_mean=0.6"),
-        *(*TWINS, "ties weight=0.45"),
+        *("fim_ta alpha_mean=0.45 sharpness=0.0", *TWINS, "ties weight=0.45"),
     ]
 
 
@@ -353,6 +354,24 @@ def test_a_config_of_mergekits_own_method(sweep):
     config = sweep.talkers.config(merge_method="slerp", parameters={"t": 0.9})
     sweep.ok("--set", "t=0.25", "--compare", "linear", "--n", "3", config=config)
     assert names(sweep.record()) == ["base", "long", "slerp t=0.25", "linear weight=0.25"]
+
+
+@pytest.mark.parametrize("tokenizer", [None, "long"])
+def test_thoughts_that_a_merge_has_no_tags_for(tokenizer, sweep, tmp_path, caplog):
+    """As Qwen2.5-Math has none, into which one merges a distillation of DeepSeek-R1's."""
+    base = tmp_path / "base"
+    shutil.copytree(sweep.talkers.base, base)
+    made = json.loads((base / "tokenizer.json").read_text())
+    text = json.dumps(made).replace('"<think>"', '"<box>"')
+    (base / "tokenizer.json").write_text(text)
+    for path in (base / "tokenizer_config.json", base / "special_tokens_map.json"):
+        if path.exists():
+            path.write_text(path.read_text().replace("<think>", "<box>"))
+    source = {"tokenizer": {"source": str(sweep.talkers.long)}} if tokenizer else {}
+    sweep.ok("--set", "alpha_mean=0.5", "--n", "1", config=sweep.talkers.config(base_model=str(base), **source))
+    warned = [record.getMessage() for record in caplog.records if "thoughts" in record.getMessage()]
+    assert len(warned) == (0 if tokenizer else 1)
+    assert all("long writes as <think> is <box>" in text and "tokenizer: {source: " in text for text in warned)
 
 
 def test_progress(sweep):

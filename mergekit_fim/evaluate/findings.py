@@ -77,11 +77,12 @@ def find(
 def _sorted(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Runs of one method together, by their strength: several commands may have added to them."""
     methods = list(dict.fromkeys(entry["method"] for entry in entries))
+    varied = list(dict.fromkeys(tuple(entry["settings"]) for entry in entries))
 
-    def place(entry: Mapping[str, Any]) -> tuple[int, float]:
-        strength = next(iter(entry["settings"].values()), 0)
-        number = isinstance(strength, (int, float)) and entry["method"] is not None
-        return methods.index(entry["method"]), float(strength) if number else 0.0
+    def place(entry: Mapping[str, Any]) -> tuple[int, int, float]:
+        strength = next(iter(entry["settings"].values()), None)
+        number = float(strength) if isinstance(strength, (int, float)) else 0.0
+        return methods.index(entry["method"]), varied.index(tuple(entry["settings"])), number
 
     return sorted(entries, key=place)
 

@@ -14,7 +14,7 @@ from mergekit_fim.evaluate.records import Grade
 LOOKED_AT = 10_000
 NOTHING = "no number or expression found"
 
-_OPEN, _CLOSE = "<think>", "</think>"
+OPEN, CLOSE = "<think>", "</think>"
 _TAGGED = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _BOXED = re.compile(r"\\boxed\s*\{")
 _TEXT = re.compile(r"\\text\s*\{([^{}]*)\}")
@@ -45,8 +45,8 @@ def final_answer(prompt: str, text: str) -> tuple[str | None, bool]:
     Returns:
         The answer, or None where thinking didn't end; and whether it didn't.
     """
-    _, closed, answer = text.rpartition(_CLOSE)
-    begun = _OPEN in answer or (not closed and prompt.rstrip().endswith(_OPEN))
+    _, closed, answer = text.rpartition(CLOSE)
+    begun = OPEN in answer or (not closed and prompt.rstrip().endswith(OPEN))
     return (None, True) if begun else (answer, False)
 
 

@@ -5,7 +5,6 @@ goes on where it was.
 """
 
 import contextlib
-import gc
 import io
 import logging
 import os
@@ -40,6 +39,7 @@ from mergekit_fim.evaluate.folder import (
 )
 from mergekit_fim.evaluate.front import pareto_set
 from mergekit_fim.evaluate.generation import load_model, load_tokenizer
+from mergekit_fim.evaluate.grading import CLOSE, OPEN
 from mergekit_fim.evaluate.problems import open_problems
 from mergekit_fim.evaluate.prompts import Template, chat_template, file_template
 from mergekit_fim.evaluate.records import Answer, ProblemSet
@@ -245,8 +245,32 @@ class _Sweep:
             if run.model is not None:
                 prompts(self.questions, self.questions.keys, self.template_of(run, self.tokenizer(run)))
         config = next((run.config for run in missing if run.config is not None), None)
-        if config is not None and config.merge_method in METHODS:
+        if config is None:
+            return
+        if config.merge_method in METHODS:
             plan_merge(config, self.options)
+        if config.tokenizer is None and config.tokenizer_source is None:
+            self.warn_of_tags(runs)
+
+    def warn_of_tags(self, runs: Sequence[Run]) -> None:
+        """Warn where a merge's tokenizer, the base's, has another name for what a fine-tuned model thinks between."""
+        own = self.tokenizer(next(run for run in runs if run.name == BASE))
+        tuned = fine_tuned(self.config)
+        for run in (run for run in runs if run.model in tuned):
+            vocabulary = self.tokenizer(run).get_vocab()
+            for tag in (OPEN, CLOSE):
+                number = vocabulary.get(tag)
+                if number is not None and own.get_vocab().get(tag) != number:
+                    LOG.warning(
+                        "merges have the base's tokenizer, in which the token that %s writes as %s is %s: their "
+                        "thoughts aren't told from their answers; `tokenizer: {source: %s}` in the config gives them "
+                        "that model's",
+                        run.name,
+                        tag,
+                        own.convert_ids_to_tokens(number) or "none",
+                        run.model,
+                    )
+                    break
 
     def is_done(self, run: str) -> bool:
         """Whether a run has all its answers."""
@@ -313,7 +337,6 @@ class _Sweep:
             yield from by_model(model, self.questions, keys, template, self.decoding)
         finally:
             del model
-            gc.collect()
             release_memory()
 
     def note(self, run: Run, of: Mapping[str, str], template: Template | None, how: Mapping[str, Any]) -> None:
@@ -380,8 +403,10 @@ class _Sweep:
         if not os.path.isfile(os.path.join(path, "config.json")):
             assert run.config is not None
             os.makedirs(os.path.dirname(path), exist_ok=True)
+            # A merge that isn't kept needs no card, for which mergekit asks the Hub about names.
+            card = self.options.write_model_card and self.wanted.keep != "none"
             with contextlib.redirect_stdout(io.StringIO()):  # the table of coefficients is in the merge's report
-                merge_whole(run.config, None, path, self.options)
+                merge_whole(run.config, None, path, self.options.model_copy(update={"write_model_card": card}))
         return path
 
     def drop_merges(self) -> None:
