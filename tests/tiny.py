@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VOCAB = 97
 _SHAPE = {
@@ -53,6 +54,20 @@ _KINDS = {
     "stablelm": ("StableLmConfig", {}),
     "starcoder2": ("Starcoder2Config", {}),
 }
+
+
+# As many as `VOCAB`; both special, as some reasoning models have their tags.
+CHARACTERS = [chr(code) for code in range(32, 127)] + ["<think>", "<end>"]
+
+
+def tokenizer(**options) -> PreTrainedTokenizerBase:
+    """One of single characters."""
+    words = {character: i for i, character in enumerate(CHARACTERS)}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "?"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    made.decoder = tokenizers.decoders.Fuse()
+    options = {"eos_token": "<end>", "additional_special_tokens": ["<think>"]} | options
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, **options)
 
 
 def config(kind: str = "llama", **changes) -> PretrainedConfig:
