@@ -143,11 +143,16 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="at once, on both sides")
     parser.add_argument("--problems", type=int, default=64, help="of the mixed task")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--threads", type=int, help="of the CPU; 1 where others are busy on it, which stalls many threads"
+    )
     parser.add_argument("--only", default="equal,mixed", help="some of equal,mixed")
     parser.add_argument("--json", type=Path, help="write the figures here too")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers.utils.logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
     shape, name = SHAPES[args.shape], f"random {args.shape}"
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), shape)
@@ -169,7 +174,7 @@ def main() -> None:
             flush=True,
         )
     if args.json:
-        args.json.write_text(json.dumps({"arguments": vars(args) | {"json": None}, "seconds": results}))
+        args.json.write_text(json.dumps({"arguments": vars(args) | {"json": str(args.json)}, "seconds": results}))
 
 
 if __name__ == "__main__":

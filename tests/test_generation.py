@@ -470,6 +470,11 @@ def test_logits_that_aren_t_numbers(temperature, llama):
         list(complete(model, PROMPTS, max_tokens=5, temperature=temperature))
 
 
+def test_text_that_is_no_text(llama):
+    with pytest.raises(FimError, match="p, problem 0: the tokenizer of llama can't read the prompt"):
+        complete(llama, [Prompt("p", 0, 0, "a\ud800", False)], max_tokens=5)
+
+
 def test_no_prompts(llama):
     assert list(complete(llama, [], max_tokens=5)) == []
 
