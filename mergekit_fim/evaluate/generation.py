@@ -208,7 +208,10 @@ def load_model(
     # What it sets, such as a repetition penalty, would go into every `generate` that doesn't say otherwise.
     model.generation_config = GenerationConfig()
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return LanguageModel(name, model, tokenizer, stop, context, *_probe(model, context))
+    try:
+        return LanguageModel(name, model, tokenizer, stop, context, *_probe(model, context))
+    except Exception as error:  # whatever its own code raises
+        raise FimError(f"{name}: transformers can't generate with this model ({reason(error)})") from error
 
 
 @contextlib.contextmanager
@@ -248,7 +251,6 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
     return ids[0] if said in text and ids and ids[0] in special else None
 
 
-@torch.inference_mode()
 def _probe(model: PreTrainedModel, context: int | None) -> tuple[bool, bool, float, float]:
     """The last four attributes of `LanguageModel`, found by trying: the model alone knows what its cache is.
 
@@ -342,7 +344,10 @@ def complete(
 
 def _row(model: LanguageModel, prompt: Prompt, max_tokens: int) -> _Row:
     where = f"{prompt.source}, problem {prompt.index}"
-    ids = model.tokenizer.encode(prompt.text, add_special_tokens=prompt.special, verbose=False)
+    try:
+        ids = model.tokenizer.encode(prompt.text, add_special_tokens=prompt.special, verbose=False)
+    except Exception as error:  # such as of text that isn't Unicode
+        raise FimError(f"{where}: the tokenizer of {model.name} can't read the prompt ({reason(error)})") from error
     if not ids:
         raise FimError(f"{where}: the prompt is empty; expected one token at least for {model.name} to go on from")
     known = _vocabulary(model.model)
@@ -363,25 +368,27 @@ def _completions(
     model: LanguageModel, waiting: list[_Row], most: int, choosing: Callable[[list[_Row]], "_Chooser"]
 ) -> Iterator[tuple[Prompt, Completion]]:
     """Generate until nothing waits: see `complete`."""
-    waiting.sort(key=lambda row: -row.length)
+    _put_back([], waiting)
     budget = _free_memory(model.model) / 2
     batch: _Batch | None = None
-    while waiting or batch:
-        if batch and len(fitting := _fitting(model, batch.rows, budget)) < len(batch.rows):
-            _put_back([row for row in batch.rows if row not in fitting], waiting)
-            batch = _kept(batch, fitting)
-        live = batch.rows if batch else []
+    live: list[_Row] = []  # the batch's rows that haven't ended
+    while waiting or live:
+        if len(fitting := _fitting(model, live, budget)) < len(live):
+            _put_back([row for row in live if row not in fitting], waiting)
+            live = fitting
         new = _taken(model, waiting, live, most, budget)
         rows = [*live, *new]
+        out_of_memory = False
         try:
+            if batch and len(live) < len(batch.rows):
+                batch = _kept(batch, live) if live else None
             if not new and batch:
                 batch = _advanced(model, batch, _PIECE, max(1, len(rows) // _QUORUM), choosing)
             elif model.joins:
-                fresh = _advanced(model, _started(model, new), 1, len(new), choosing)
-                batch = _joined(batch, fresh) if batch else fresh
+                batch = _joined(batch, _advanced(model, _started(model, new), 1, len(new), choosing))
             else:  # at half of the rows, what the others wrote is worth being read again
                 enough = (len(rows) + 1) // 2 if waiting else len(rows)
-                batch = _advanced(model, _started(model, new), max(row.limit for row in new), enough, choosing)
+                _advanced(model, _started(model, new), max(row.limit for row in new), enough, choosing)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -391,22 +398,22 @@ def _completions(
                     f"{model.name}: memory ran out at the {rows[0].length} tokens of {prompt.source}, problem "
                     f"{prompt.index}, alone; lower --max-tokens, or use a device with more memory; {_KEPT}"
                 ) from error
-            batch = None
-        if batch is None:  # not before its traceback, which holds what there is, is gone
-            budget = _needed(model, len(rows), max(row.length for row in rows)) / 2
+            out_of_memory, batch = True, None
+        if out_of_memory:  # the error, whose traceback held what there is, is gone
+            budget = _after(model, rows) / 2
+            gc.collect()
             _free(model.model.device)
         for row in rows:
             if row.ended:
                 yield row.prompt, _completion(model, row)
-        left = [row for row in rows if not row.ended]
-        if batch is None or not model.joins:
-            _put_back(left, waiting)
-            batch = None
-        elif len(left) < len(rows):
-            batch = _kept(batch, left) if left else None
+        live = [row for row in rows if not row.ended]
+        if batch is None:
+            _put_back(live, waiting)
+            live = []
 
 
 def _put_back(rows: list[_Row], waiting: list[_Row]) -> None:
+    """Let rows wait again, with what they wrote; the longest come first."""
     waiting.extend(rows)
     waiting.sort(key=lambda row: -row.length)
 
@@ -430,7 +437,6 @@ def _free_memory(model: PreTrainedModel) -> float:
 
 def _free(device: torch.device) -> None:
     """Give back what torch holds and doesn't use."""
-    gc.collect()
     if device.type != "cpu":
         torch.get_device_module(device).empty_cache()
 
@@ -515,8 +521,10 @@ def _kept(batch: _Batch, rows: list[_Row]) -> _Batch:
     return _Batch(rows, batch.ids[index, begin:], batch.mask[index, begin:], batch.cache)
 
 
-def _joined(first: _Batch, second: _Batch) -> _Batch:
+def _joined(first: _Batch | None, second: _Batch) -> _Batch:
     """Two batches as one, padded to the longer one's length."""
+    if first is None:
+        return second
     width = max(first.ids.shape[1], second.ids.shape[1])
     short = [width - batch.ids.shape[1] for batch in (first, second)]
 
@@ -576,5 +584,5 @@ class _Chooser(LogitsProcessor):
 
 def _uniform(seed: int, prompt: Prompt, step: int) -> float:
     """A number in [0, 1) for a step of an answer."""
-    key = repr((seed, prompt.source, prompt.index, prompt.sample, step)).encode("utf-8", "surrogatepass")
+    key = repr((seed, prompt.source, prompt.index, prompt.sample, step)).encode()
     return (int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") >> 11) / 2**53

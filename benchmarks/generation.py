@@ -1,0 +1,182 @@
+"""How fast completions are made, beside plain `generate` of transformers, by a model of random weights.
+
+    python benchmarks/generation.py                     # the shape of SmolLM2-135M: 1 GB of disk, about 10 minutes
+    python benchmarks/generation.py --shape small --rows 8
+    python benchmarks/generation.py --device cuda --dtype bfloat16 --rows 64 --problems 512
+
+Two tasks. In `equal`, one full batch of prompts and answers of one length: what it costs to look at the rows. In
+`mixed`, prompts of 40 to 120 tokens whose answers take 20 to 400, log-normal, as those of a short-answering and of a
+long-reasoning model do; the plain loop takes them in the given order, a batch after another, each until its last answer
+ends. Where an answer ends is laid down for each prompt, and brought about alike on both sides, which run by turns.
+"""
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from mergekit.options import MergeOptions
+
+from mergekit_fim.evaluate.generation import LanguageModel, Prompt, complete, load_model, load_tokenizer
+
+SHAPES = {
+    "tiny": {"vocab": 1000, "hidden": 64, "inter": 192, "layers": 4, "heads": 4, "kv": 2},
+    "small": {"vocab": 8192, "hidden": 256, "inter": 768, "layers": 12, "heads": 4, "kv": 2},
+    "135m": {"vocab": 49152, "hidden": 576, "inter": 1536, "layers": 30, "heads": 9, "kv": 3},
+}
+PAD, END = 0, 1  # of the vocabulary, that no prompt has; `complete` pads with 0 too
+EQUAL_PROMPT, EQUAL_ANSWER = 80, 128
+
+
+def make_model(folder: Path, shape: dict) -> None:
+    """Write a Llama model of random weights, and a tokenizer whose words are w0, w1, ..."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=shape["vocab"],
+        hidden_size=shape["hidden"],
+        intermediate_size=shape["inter"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["heads"],
+        num_key_value_heads=shape["kv"],
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    words = {f"w{i}": i for i in range(shape["vocab"]) if i != END} | {"</s>": END}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "w0"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(folder)
+
+
+class Task:
+    """Prompts, by whose first token one can tell which they are, and how many tokens the answers take.
+
+    It is the logits processor, too, that ends them there.
+    """
+
+    def __init__(self, lengths: list[tuple[int, int]], vocabulary: int, device: torch.device) -> None:
+        pick = random.Random(1)
+        ids = [[number + 2, *pick.choices(range(2, vocabulary), k=n - 1)] for number, (n, _) in enumerate(lengths)]
+        self.ids, self.answers = ids, [answer for _, answer in lengths]
+        self.prompts = [Prompt("b", i, 0, " ".join(f"w{t}" for t in row), False) for i, row in enumerate(ids)]
+        self._ends = torch.tensor([PAD, PAD, *(sum(pair) for pair in lengths)], device=device)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        begin = (input_ids != PAD).int().argmax(dim=1)
+        number = input_ids.gather(1, begin[:, None])[:, 0]
+        at_end = input_ids.shape[1] - begin + 1 == self._ends[number]
+        scores[:, END] = torch.where(at_end, torch.inf, -torch.inf)
+        return scores
+
+
+def plain(model: LanguageModel, task: Task, rows: int) -> list[int]:
+    """Fixed batches, each until all its answers have ended: how many tokens those take."""
+    counts = []
+    for at in range(0, len(task.ids), rows):
+        ids = task.ids[at : at + rows]
+        width = max(map(len, ids))
+        batch = torch.tensor([[PAD] * (width - len(row)) + row for row in ids], device=model.model.device)
+        done = model.model.generate(
+            batch,
+            attention_mask=(batch != PAD).long(),
+            max_new_tokens=max(task.answers),
+            do_sample=False,
+            eos_token_id=END,
+            pad_token_id=PAD,
+        )
+        counts += [row.index(END) + 1 for row in done[:, width:].tolist()]
+    return counts
+
+
+def ours(model: LanguageModel, task: Task, rows: int | None) -> list[int]:
+    found = complete(model, task.prompts, max_tokens=max(task.answers), batch=rows)
+    return [completion.tokens for _, completion in sorted(found, key=lambda pair: pair[0].index)]
+
+
+def ended_by(model: LanguageModel, task: Task) -> None:
+    """Let `task` end the answers in all that the model generates from now on."""
+    generate = type(model.model).generate
+
+    def ending(*arguments: object, logits_processor: list | None = None, **options: object) -> object:
+        processors = transformers.LogitsProcessorList([task, *(logits_processor or [])])
+        return generate(model.model, *arguments, logits_processor=processors, **options)
+
+    model.model.generate = ending
+
+
+def lengths(count: int) -> Iterator[tuple[int, int]]:
+    pick = random.Random(0)
+    for _ in range(count):
+        yield pick.randint(40, 120), min(400, max(20, round(pick.lognormvariate(4.4, 0.8))))
+
+
+def measure(model: LanguageModel, task: Task, args: argparse.Namespace) -> dict[str, list[float]]:
+    ended_by(model, task)
+    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
+    clock = time.process_time if args.busy else time.perf_counter
+    for _ in range(args.rounds):
+        for side, run in (("plain", plain), ("ours", ours)):
+            begin = clock()
+            counts = run(model, task, args.rows)
+            seconds[side].append(clock() - begin)
+            if counts != task.answers:
+                raise SystemExit(f"{side} gave answers of other lengths")
+            print(f"{side}: {seconds[side][-1]:.1f} s", file=sys.stderr)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rows", type=int, default=16, help="at once, on both sides")
+    parser.add_argument("--problems", type=int, default=64, help="of the mixed task")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--busy", action="store_true", help="one thread and its time on the CPU, for a machine that others use, too"
+    )
+    parser.add_argument("--only", default="equal,mixed", help="some of equal,mixed")
+    parser.add_argument("--json", type=Path, help="write the figures here too")
+    args = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    transformers.utils.logging.disable_progress_bar()
+    if args.busy:
+        torch.set_num_threads(1)
+    shape, name = SHAPES[args.shape], f"random {args.shape}"
+    with tempfile.TemporaryDirectory() as folder:
+        make_model(Path(folder), shape)
+        tokenizer = load_tokenizer(name, folder, None, False)
+        options = MergeOptions(device=args.device)
+        model = load_model(name, folder, tokenizer, options, getattr(torch, args.dtype))
+    tasks = {"equal": [(EQUAL_PROMPT, EQUAL_ANSWER)] * args.rows, "mixed": list(lengths(args.problems))}
+    results = {}
+    print("| task | answers | tokens | plain | ours | times plain's speed | tokens a second |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for which in args.only.split(","):
+        task = Task(tasks[which], shape["vocab"], model.model.device)
+        results[which] = measure(model, task, args)
+        before, after = (statistics.median(results[which][side]) for side in ("plain", "ours"))
+        tokens = sum(task.answers)
+        print(
+            f"| {which} | {len(task.ids)} | {tokens} | {before:.1f} s | {after:.1f} s | {before / after:.2f} | "
+            f"{tokens / after:.0f} |",
+            flush=True,
+        )
+    if args.json:
+        args.json.write_text(json.dumps({"arguments": vars(args) | {"json": str(args.json)}, "seconds": results}))
+
+
+if __name__ == "__main__":
+    main()
