@@ -541,13 +541,43 @@ def test_other_models_under_the_same_names(whole, talkers, tmp_path):
         ("sweep.json", '{"format": "mergekit-fim/sweep", "version": 2}', ["version 1", "found 2"]),
         ("sweep.json", '{"format": "mergekit-fim/sweep", "version": 1}', ["sweep.json", "a part of one"]),
         ("notes.txt", "mine", ["empty folder", "notes.txt"]),
+        ("answers", None, ["empty folder", "answers"]),
     ],
 )
 def test_folders_that_are_not_a_sweeps(name, content, words, sweep):
     sweep.out.mkdir()
-    (sweep.out / name).write_text(content)
+    (sweep.out / name).mkdir() if content is None else (sweep.out / name).write_text(content)
     ends_in_one_line(sweep(), *words)
-    assert (sweep.out / name).read_text() == content
+    assert content is None or (sweep.out / name).read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda record: record["runs"].clear(), ["base.jsonl", "isn't there", "remove the file"]),
+        (lambda record: record["runs"][0].pop("settings"), ["sweep.json", "runs[0]", "settings"]),
+        (lambda record: record["runs"][1].update(of="me"), ["sweep.json", "runs[1]"]),
+        (lambda record: record["runs"].append(3), ["sweep.json", "runs[6]", "found 3"]),
+    ],
+)
+def test_records_that_were_damaged(damage, words, whole, sweep):
+    shutil.copytree(whole.out, sweep.out)
+    record = sweep.record()
+    damage(record)
+    (sweep.out / "sweep.json").write_text(json.dumps(record))
+    ends_in_one_line(sweep("--compare", "task_arithmetic"), *words)
+
+
+def test_what_is_in_the_way(whole, sweep):
+    shutil.copytree(whole.out, sweep.out)
+    shutil.rmtree(sweep.out / "configs")
+    (sweep.out / "configs").write_text("")
+    ends_in_one_line(sweep("--compare", "task_arithmetic"), str(sweep.out / "configs"), "can't be written")
+    (sweep.out / "configs").unlink()
+    path = sweep.out / "answers" / "base.jsonl"
+    path.unlink()
+    path.mkdir()
+    ends_in_one_line(sweep("--compare", "task_arithmetic"), str(path), "Is a directory")
 
 
 def test_no_folder(sweep):

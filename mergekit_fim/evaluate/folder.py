@@ -72,7 +72,7 @@ def opened(path: str, identity: Mapping[str, Any]) -> Iterator[tuple[SweepFolder
         raise FimError("expected the name of a folder for the sweep, found an empty one; name one")
     if os.path.lexists(path) and not os.path.isdir(path):
         raise FimError(f"{path}: expected a folder for the sweep, found a file; name another")
-    with _writing(path):
+    with writing(path):
         names = os.listdir(path) if os.path.isdir(path) else []
         others = [name for name in names if name != ".lock" and not name.endswith(PART)]
         if others and "sweep.json" not in others:
@@ -94,13 +94,14 @@ def opened(path: str, identity: Mapping[str, Any]) -> Iterator[tuple[SweepFolder
 
 
 @contextlib.contextmanager
-def _writing(path: str) -> Iterator[None]:
+def writing(path: str) -> Iterator[None]:
+    """Whatever can't be written meanwhile, of `path` unless it says otherwise, in one line."""
     try:
         yield
     except OSError as error:
         raise FimError(
-            f"{path}: can't be written ({error.strerror or error}); free some space, or write elsewhere: the answers "
-            "so far are kept, and the same command goes on"
+            f"{error.filename or path}: can't be written ({error.strerror or error}); free some space, or write "
+            "elsewhere: the answers so far are kept, and the same command goes on"
         ) from error
 
 
@@ -134,7 +135,14 @@ def _earlier(folder: SweepFolder, identity: Mapping[str, Any]) -> list[dict[str,
             f"{folder.path}: this folder is of another sweep, whose {where} is {brief(old)}, here {brief(new)}; name "
             "another folder, or give the same command"
         )
-    return [run for run in found["runs"] if isinstance(run, dict) and isinstance(run.get("run"), str)]
+    for i, run in enumerate(found["runs"]):
+        kinds: dict[str, Any] = {"run": str, "method": (str, type(None)), "settings": dict, "of": dict}
+        if not isinstance(run, dict) or not all(k in run and isinstance(run[k], kind) for k, kind in kinds.items()):
+            raise FimError(
+                f"{folder.record}, runs[{i}]: expected a run with {', '.join(kinds)}, found {brief(run)}; remove it "
+                "and its answers"
+            )
+    return list(found["runs"])
 
 
 def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
@@ -170,7 +178,7 @@ def read_answers(path: str, keys: Sequence[Key]) -> dict[Key, Answer]:
         return {}
     expected = set(keys)
     found: dict[Key, Answer] = {}
-    with _writing(path), open(path, "rb+") as file:
+    with writing(path), open(path, "rb+") as file:
         kept = 0
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
@@ -207,7 +215,7 @@ def append_answer(file: Any, answer: Answer) -> None:
     Raises:
         FimError: it can't be written.
     """
-    with _writing(file.name):
+    with writing(file.name):
         file.write(_line(answer))
         file.flush()
 

@@ -36,6 +36,7 @@ from mergekit_fim.evaluate.folder import (
     read_answers,
     write_answers,
     write_record,
+    writing,
 )
 from mergekit_fim.evaluate.front import pareto_set
 from mergekit_fim.evaluate.generation import load_model, load_tokenizer
@@ -126,7 +127,7 @@ def sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeOp
     runs += [Run(name) for name in servers if name not in {run.name for run in runs}]
     questions = Questions([_problems(source, wanted) for source in dict.fromkeys(wanted.problems)], wanted.samples)
     identity = _identity(config, wanted, questions, template, inputs)
-    with opened(out, identity) as (folder, earlier), measured_once():
+    with writing(out), opened(out, identity) as (folder, earlier), measured_once():
         under_way = _Sweep(config, folder, identity, earlier, wanted, options, template, questions, inputs, servers)
         under_way.check_before(runs)
         for run in runs:
@@ -239,7 +240,13 @@ class _Sweep:
     def check_before(self, runs: Sequence[Run]) -> None:
         """Read the answers so far, and find what would fail later: templates, questions, and the merge itself."""
         for name in dict.fromkeys([*self.entries, *(run.name for run in runs)]):
-            self.answers[name] = read_answers(self.folder.answers(name), self.questions.keys)
+            path = self.folder.answers(name)
+            self.answers[name] = read_answers(path, self.questions.keys)
+            if self.answers[name] and name not in self.entries:
+                raise FimError(
+                    f"{path}: expected answers of a run in {self.folder.record}, found some of one that isn't there; "
+                    "remove the file, and the run is answered anew"
+                )
         missing = [run for run in runs if run.name not in self.servers and not self.is_done(run.name)]
         for run in missing:
             if run.model is not None:
@@ -292,15 +299,13 @@ class _Sweep:
 
     def new_answers(self, run: Run, path: str) -> Iterator[Answer]:
         """The answers that a run hasn't given yet, each already in its file."""
-        done = list(self.answers[run.name].values())
+        done = self.answers[run.name].values()
+        tokens, right = sum(a.tokens for a in done), sum(a.correct is True for a in done)
+        graded, count = sum(a.correct is not None for a in done), len(done)
         missing = [key for key in self.questions.keys if key not in self.answers[run.name]]
         written = self.written_by_server(run, missing) if run.name in self.servers else self.written(run, missing)
         bar = tqdm.tqdm(
-            total=len(self.questions.keys),
-            initial=len(done),
-            desc=run.name,
-            unit="answer",
-            disable=self.options.quiet,
+            total=len(self.questions.keys), initial=count, desc=run.name, unit="answer", disable=self.options.quiet
         )
         with contextlib.closing(written), bar, open(path, "ab") as file:
             started = time.perf_counter()
@@ -308,11 +313,10 @@ class _Sweep:
                 answer = self.questions.graded(its, time.perf_counter() - started)
                 append_answer(file, answer)
                 yield answer
-                done.append(answer)
-                graded = [answer.correct for answer in done if answer.correct is not None]
-                tokens = sum(answer.tokens for answer in done) / len(done)
-                accuracy = f"accuracy {sum(graded) / len(graded):.2f}, " if graded else ""
-                bar.set_postfix_str(f"{accuracy}{tokens:.0f} tokens", refresh=False)
+                count, tokens = count + 1, tokens + answer.tokens
+                right, graded = right + (answer.correct is True), graded + (answer.correct is not None)
+                accuracy = f"accuracy {right / graded:.2f}, " if graded else ""
+                bar.set_postfix_str(f"{accuracy}{tokens / count:.0f} tokens", refresh=False)
                 bar.update()
                 started = time.perf_counter()
 
