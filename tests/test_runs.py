@@ -211,6 +211,31 @@ def test_the_weights_of_a_config_are_kept_in_proportion():
     ]
 
 
+def test_settings_of_slices_hold_for_their_twins():
+    config = configured(SLICES, parameters={"weight": 3, "normalize": False})
+    assert config.slices
+    config.slices[0].parameters = {"weight": 0.5, "density": 0.7}
+    written_as = written(twin_of(config, "ties"))
+    weights = [s.get("parameters") for part in written_as["slices"] for s in part["sources"]]
+    assert weights == [{"weight": 0.2}, None, {"weight": pytest.approx(1.2)}, None]
+    assert [part.get("parameters") for part in written_as["slices"]] == [{"density": 0.7}, None]
+    assert written_as["parameters"] == {"normalize": False, "density": 0.3}  # for the slice that has none
+
+
+def test_a_density_of_one_model_is_not_the_others():
+    models = [{"model": "l", "parameters": {"density": 0.6}}, {"model": "x/l"}]
+    run = twin_of(configured(THREE, merge_method="fim_ties", models=models), "ties")
+    assert written(run)["models"][0]["parameters"]["density"] == 0.6
+    assert written(run)["parameters"]["density"] == 0.3
+
+
+def test_a_lambda_of_a_module_is_scaled_too():
+    module = {"models": THREE["models"], "parameters": {"lambda": 0.5}}
+    config = configured({"merge_method": "fim_ties", "base_model": "b", "modules": {"m": module}})
+    made = written(twin_of(config, "ties"))
+    assert (made["modules"]["m"]["parameters"]["lambda"], made["parameters"]["lambda"]) == (0.2, 0.4)
+
+
 def test_a_twin_of_the_strength_in_the_config():
     config = configured(PAIR, parameters={"alpha_mean": 0.7})
     assert twin_of(config, "ties", "sharpness=0,1").name == "ties weight=0.7"

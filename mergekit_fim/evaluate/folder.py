@@ -12,11 +12,10 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from mergekit_fim.errors import FimError, brief, misfit, require
-from mergekit_fim.evaluate.records import Answer
+from mergekit_fim.evaluate.records import Answer, Key
 from mergekit_fim.files import PART, read_json, write_json, written_whole
 
 FORMAT, VERSION = "mergekit-fim/sweep", 1
-Key = tuple[str, int, int]  # source, index, sample
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 # How a completion ended: by a token that ends a turn, or at the limit of tokens.
 STOP, LENGTH = "stop", "length"
 
+Key = tuple[str, int, int]  # of an answer: source, index, sample
+
 
 @dataclass(frozen=True)
 class Problem:

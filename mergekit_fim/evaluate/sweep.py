@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import tqdm
 from accelerate.utils import release_memory
+from mergekit.common import ModelPath
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
@@ -29,7 +30,6 @@ from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate.answering import Decoding, Questions, Written, by_model, by_server, prompts
 from mergekit_fim.evaluate.findings import Findings, find, write_findings
 from mergekit_fim.evaluate.folder import (
-    Key,
     SweepFolder,
     append_answer,
     opened,
@@ -43,7 +43,7 @@ from mergekit_fim.evaluate.generation import load_model, load_tokenizer
 from mergekit_fim.evaluate.grading import CLOSE, OPEN
 from mergekit_fim.evaluate.problems import open_problems
 from mergekit_fim.evaluate.prompts import Template, chat_template, file_template
-from mergekit_fim.evaluate.records import Answer, ProblemSet
+from mergekit_fim.evaluate.records import Answer, Key, ProblemSet
 from mergekit_fim.evaluate.runs import BASE, Run, merges, models_as_they_are
 from mergekit_fim.evaluate.server import Server, connect
 from mergekit_fim.evaluate.table import markdown_rows
@@ -57,7 +57,6 @@ from mergekit_fim.prepass import default_density, measured_once
 from mergekit_fim.tools.plan import merge_whole, plan_merge
 
 LOG = logging.getLogger("mergekit_fim")
-KEEP = ("none", "front", "all")
 
 
 @dataclass(frozen=True)
@@ -80,26 +79,26 @@ class Wanted:
         batch: rows, or requests to a server, at a time; None for as many as will do.
         servers: each as RUN=URL, or URL for a run more.
         server_model: the model's name there; None for the only one.
-        keep: which merges to keep, one of `KEEP`.
+        keep: which merges to keep: none, front or all.
     """
 
     problems: tuple[str, ...]
-    n: int = 100
-    seed: int = 0
-    system: str | None = None
-    question_field: str | None = None
-    answer_field: str | None = None
-    varied: tuple[str, ...] = ()
-    compare: tuple[str, ...] = ()
-    also: tuple[str, ...] = ()
-    template: str | None = None
-    max_tokens: int = 1024
-    temperature: float = 0.0
-    samples: int = 1
-    batch: int | None = None
-    servers: tuple[str, ...] = ()
-    server_model: str | None = None
-    keep: str = "none"
+    n: int
+    seed: int
+    system: str | None
+    question_field: str | None
+    answer_field: str | None
+    varied: tuple[str, ...]
+    compare: tuple[str, ...]
+    also: tuple[str, ...]
+    template: str | None
+    max_tokens: int
+    temperature: float
+    samples: int
+    batch: int | None
+    servers: tuple[str, ...]
+    server_model: str | None
+    keep: str
 
 
 def sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeOptions) -> Findings:
@@ -126,9 +125,12 @@ def sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeOp
     servers = _servers(wanted, [run.name for run in runs])
     runs += [Run(name) for name in servers if name not in {run.name for run in runs}]
     questions = Questions([_problems(source, wanted) for source in dict.fromkeys(wanted.problems)], wanted.samples)
-    identity = _identity(config, wanted, questions, template, inputs)
+    fingerprints = {name: fingerprint(model) for name, model in inputs.items()}
+    identity = _identity(config, wanted, questions, template, as_they_are, fingerprints)
     with writing(out), opened(out, identity) as (folder, earlier), measured_once():
-        under_way = _Sweep(config, folder, identity, earlier, wanted, options, template, questions, inputs, servers)
+        under_way = _Sweep(
+            config, folder, identity, earlier, wanted, options, template, questions, inputs[BASE], fingerprints, servers
+        )
         under_way.check_before(runs)
         for run in runs:
             under_way.answer(run)
@@ -150,8 +152,6 @@ def _check(wanted: Wanted) -> None:
         raise FimError(
             f"--samples: {wanted.samples} answers by greedy decoding would be the same; set a --temperature above 0"
         )
-    if wanted.keep not in KEEP:
-        raise FimError(f"--keep: expected one of {', '.join(KEEP)}, found {wanted.keep}; change it")
 
 
 def _problems(source: str, wanted: Wanted) -> ProblemSet:
@@ -192,14 +192,15 @@ def _identity(
     wanted: Wanted,
     questions: Questions,
     template: Template | None,
-    inputs: Mapping[str, InputModel],
+    as_they_are: Sequence[Run],
+    fingerprints: Mapping[str, str],
 ) -> dict[str, Any]:
     """What must be the same for answers to be of the same sweep."""
-    own = {str(model) for model in config.referenced_models()}
+    own = config.referenced_models()
     parameters = {name: value for name, value in (config.parameters or {}).items() if name != "fisher_cache"}
     return {
         "config": config.model_copy(update={"parameters": parameters or None}).to_yaml(),
-        "models": {str(model): fingerprint(model) for model in inputs.values() if str(model) in own},
+        "models": {str(run.model): fingerprints[run.name] for run in as_they_are if run.model in own},
         "problems": [
             {"source": s.source, "problems": len(s.problems), "n": wanted.n, **s.description}
             for s in questions.problem_sets
@@ -228,11 +229,14 @@ class _Sweep:
         options: MergeOptions,
         template: Template | None,
         questions: Questions,
-        inputs: Mapping[str, InputModel],
+        base: InputModel,
+        fingerprints: Mapping[str, str],
         servers: Mapping[str, Server],
     ) -> None:
         self.config, self.folder, self.identity, self.wanted, self.options = config, folder, identity, wanted, options
-        self.template, self.questions, self.inputs, self.servers = template, questions, inputs, servers
+        self.template, self.questions, self.base, self.servers = template, questions, base, servers
+        self.fingerprints = fingerprints
+        self.tokenizers: dict[str, Any] = {}
         self.decoding = Decoding(wanted.max_tokens, wanted.temperature, wanted.seed, wanted.batch)
         self.entries = {str(entry["run"]): dict(entry) for entry in earlier}
         self.answers: dict[str, dict[Key, Answer]] = {}
@@ -262,12 +266,13 @@ class _Sweep:
     def warn_of_tags(self, runs: Sequence[Run]) -> None:
         """Warn where a merge's tokenizer, the base's, has another name for what a fine-tuned model thinks between."""
         own = self.tokenizer(next(run for run in runs if run.name == BASE))
+        own_vocabulary = own.get_vocab()
         tuned = fine_tuned(self.config)
         for run in (run for run in runs if run.model in tuned):
             vocabulary = self.tokenizer(run).get_vocab()
             for tag in (OPEN, CLOSE):
                 number = vocabulary.get(tag)
-                if number is not None and own.get_vocab().get(tag) != number:
+                if number is not None and own_vocabulary.get(tag) != number:
                     LOG.warning(
                         "merges have the base's tokenizer, in which the token that %s writes as %s is %s: their "
                         "thoughts aren't told from their answers; `tokenizer: {source: %s}` in the config gives them "
@@ -333,8 +338,8 @@ class _Sweep:
         path, revision = self.path(run)
         model = load_model(run.name, path, tokenizer, self.options, self.dtype(), revision)
         its = {"model": str(run.model)} if run.config is None else {"config": run.config.to_yaml()}
-        if run.name in self.inputs:
-            its["fingerprint"] = fingerprint(self.inputs[run.name])
+        if run.name in self.fingerprints:
+            its["fingerprint"] = self.fingerprints[run.name]
         how = {"device": str(model.model.device), "dtype": str(model.model.dtype), "stop": list(model.stop)}
         self.note(run, its, template, how)
         try:
@@ -375,9 +380,10 @@ class _Sweep:
 
     def tokenizer(self, run: Run) -> Any:
         """A run's tokenizer. Its merge has to be there for that; an adapter's is its base's."""
-        if run.model is None:
-            return load_tokenizer(run.name, self.merged(run), None, self.options.trust_remote_code)
-        return load_tokenizer(run.name, run.model.model.path, run.model.model.revision, self.options.trust_remote_code)
+        if run.name not in self.tokenizers:
+            its = run.model.model if run.model is not None else ModelPath(path=self.merged(run))
+            self.tokenizers[run.name] = load_tokenizer(run.name, its.path, its.revision, self.options.trust_remote_code)
+        return self.tokenizers[run.name]
 
     def template_of(self, run: Run, tokenizer: Any) -> Template:
         """By which a model here gets its questions."""
@@ -395,7 +401,7 @@ class _Sweep:
         """What all the models here run in: the merges' dtype, or float32 on a CPU that is slow in that."""
         known = next((entry["dtype"] for entry in self.entries.values() if "dtype" in entry), None)
         if known is None:
-            return dtypes(self.inputs[BASE], self.config.out_dtype or self.config.dtype, self.options)[1]
+            return dtypes(self.base, self.config.out_dtype or self.config.dtype, self.options)[1]
         found = getattr(torch, str(known).removeprefix("torch."), None)
         if not isinstance(found, torch.dtype):
             raise FimError(f"{self.folder.record}: expected the name of a torch dtype, found {known}; correct it")

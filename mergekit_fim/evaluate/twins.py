@@ -11,10 +11,10 @@ from mergekit_fim.config.parameters import METHODS, PARAMETERS
 from mergekit_fim.errors import FimError, shown
 from mergekit_fim.evaluate.varied import (
     blocks,
-    entries,
     fine_tuned,
     keep,
     parameter_names,
+    placed,
     spec_of,
     strength_of,
     with_settings,
@@ -74,12 +74,19 @@ def twin(
     else:
         if in_all:
             its = "lambda"
-            factor = (made.parameters or {}).get(its, 1.0)
-            made = with_settings(made, {"normalize": True, its: _times(factor, strength)})
+            made = with_settings(made, {"normalize": True})
+            made.parameters = {its: 1.0, **(made.parameters or {})}
+            for block in (block for block in blocks(made) if its in (block.parameters or {})):
+                block.parameters = {**block.parameters, its: _times(block.parameters[its], strength)}
         else:
             made = with_settings(made, dict.fromkeys({"normalize", "normalize_weights"} & names, False))
         _weigh(made, 1.0 if in_all else strength, with_base=spec.contract.base is BasePolicy.IGNORED)
-    if trims and method not in METHODS and not any("density" in (block.parameters or {}) for block in blocks(made)):
+    own_density = [
+        any("density" in (block.parameters or {}) for block in scopes)
+        for scopes in placed(made)
+        if scopes[0].model in tuned
+    ]
+    if trims and method not in METHODS and not all(own_density):
         made.parameters = {**(made.parameters or {}), "density": default_density()}
     return {its: strength, **shared}, made
 
@@ -100,13 +107,14 @@ def _times(setting: Any, factor: float) -> Any:
 def _weigh(config: MergeConfiguration, strength: float, *, with_base: bool) -> None:
     """Give every fine-tuned model its weight of the config, 1 where it has none, times the strength."""
     tuned = fine_tuned(config)
-    own = [entry for entry in entries(config) if entry.model in tuned]
-    for entry in own:
-        given = (entry.parameters or {}).get("weight", (config.parameters or {}).get("weight", 1.0))
-        entry.parameters = {**(entry.parameters or {}), "weight": _times(given, strength)}
-    keep(config, (config.parameters or {}).keys() - {"weight"})
+    own = [scopes for scopes in placed(config) if scopes[0].model in tuned]
+    for entry, *above in own:
+        given = [block.parameters["weight"] for block in (entry, *above) if "weight" in (block.parameters or {})]
+        entry.parameters = {**(entry.parameters or {}), "weight": _times((given or [1.0])[0], strength)}
+    for block in (block for _, *above in own for block in above):
+        keep(block, (block.parameters or {}).keys() - {"weight"})
     if with_base:
-        weights = [(entry.parameters or {})["weight"] for entry in own]
+        weights = [entry.parameters["weight"] for entry, *_ in own]
         if not config.models or not all(isinstance(weight, float) for weight in weights):
             raise FimError(
                 f"--compare: {config.merge_method} takes the base as one model more, which needs `models:` and one "

@@ -137,10 +137,16 @@ def blocks(config: MergeConfiguration) -> Iterator[Any]:
 
 def entries(config: MergeConfiguration) -> Iterator[Any]:
     """Every place where a model stands in a config."""
+    return (entry for entry, *_ in placed(config))
+
+
+def placed(config: MergeConfiguration) -> Iterator[tuple[Any, ...]]:
+    """Every place where a model stands, with what else has parameters for it, in mergekit's order of precedence."""
     for part in (config, *(config.modules or {}).values()):
-        yield from part.models or []
+        above = (config,) if part is config else (part, config)
+        yield from ((entry, *above) for entry in part.models or [])
         for out_slice in part.slices or []:
-            yield from out_slice.sources
+            yield from ((source, out_slice, *above) for source in out_slice.sources)
 
 
 def fine_tuned(config: MergeConfiguration) -> list[ModelReference]:
