@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+MAPPINGS = ("centred", "anchored")
+
 
 @dataclass(frozen=True)
 class Mapping:
@@ -14,14 +16,15 @@ class Mapping:
             Zero: the same coefficient everywhere. Negative: a high score takes a high coefficient.
         alpha_min: lower end of the coefficients.
         alpha_max: upper end of the coefficients.
-        alpha_mean: what the coefficients are to average to, strictly between `alpha_min` and `alpha_max`; without it
-            the sigmoid is centred at the mean log-score.
+        alpha_mean: what the coefficients are to average to, strictly between `alpha_min` and `alpha_max`.
+        mapping: where the sigmoid has its middle without that: at the mean log-score, or "anchored" at the largest.
     """
 
     sharpness: float = 1.0
     alpha_min: float = 0.0
     alpha_max: float = 1.0
     alpha_mean: float | None = None
+    mapping: str = "centred"
 
     def __post_init__(self) -> None:
         numbers = [self.sharpness, self.alpha_min, self.alpha_max]
@@ -36,6 +39,8 @@ class Mapping:
                 f"alpha_mean ({self.alpha_mean:g}) must lie strictly between alpha_min ({self.alpha_min:g}) "
                 f"and alpha_max ({self.alpha_max:g})"
             )
+        if self.mapping not in MAPPINGS:
+            raise ValueError(f"mapping must be {' or '.join(MAPPINGS)}, got {self.mapping}")
 
 
 def importance_scores(fisher: Sequence[float], task_vector_sq_norms: Sequence[float]) -> list[float]:
@@ -63,10 +68,12 @@ def importance_scores(fisher: Sequence[float], task_vector_sq_norms: Sequence[fl
 def merge_coefficients(scores: Sequence[float], mapping: Mapping) -> list[float]:
     """Turn importance scores into merge coefficients.
 
-    z^l = (ln s^l − mean ln s) / max(1, std ln s), std the population's (divided by the number of layers);
+    z^l = (ln s^l − mean ln s) / max(1, std ln s), std the population's (divided by the number of layers), or, anchored,
+    with max ln s in the place of the mean;
     α^l = alpha_min + (alpha_max − alpha_min) · sigmoid(b − sharpness · z^l), with b = 0, or such that the mean of α^l
-    over the scored layers is `alpha_mean`. The log-normalisation, the sigmoid and its direction are the paper's (arXiv
-    2603.21705, as summarised); this exact form, the max(1, ·) and `alpha_mean` are this project's.
+    over the scored layers is `alpha_mean`: then both mappings are the same. The log-normalisation, the sigmoid and its
+    direction are the paper's (arXiv 2603.21705, as summarised); this exact form, the max(1, ·) and `alpha_mean` are
+    this project's. That the paper anchors at the largest score is an inference (docs/method.md).
 
     Layers with a score of 0 (no task vector, or no Fisher information) take no part in the mean and the standard
     deviation and get `alpha_max`.
@@ -86,7 +93,8 @@ def merge_coefficients(scores: Sequence[float], mapping: Mapping) -> list[float]
     mean = math.fsum(logs) / len(logs)
     std = math.sqrt(math.fsum((log - mean) ** 2 for log in logs) / len(logs))
     # Below one nat of spread the scores say little: they are not stretched to the full range.
-    exponents = [_clip(-mapping.sharpness * (log - mean) / max(1.0, std)) for log in logs]
+    anchor = max(logs) if mapping.mapping == "anchored" else mean
+    exponents = [_clip(-mapping.sharpness * (log - anchor) / max(1.0, std)) for log in logs]
     span = mapping.alpha_max - mapping.alpha_min
     offset = 0.0
     if mapping.alpha_mean is not None:

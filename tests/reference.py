@@ -62,9 +62,9 @@ def fisher(path: Path, samples=8, seq_len=64, seed=0, uniforms=False, dtype=torc
     return [result[layer] for layer in sorted(result)]
 
 
-def coefficients(scores, sharpness=1.0, low=0.0, high=1.0):
+def coefficients(scores, sharpness=1.0, low=0.0, high=1.0, anchored=False):
     logs = np.log(np.array(scores))
-    z = (logs - logs.mean()) / max(1.0, logs.std())
+    z = (logs - (logs.max() if anchored else logs.mean())) / max(1.0, logs.std())
     return low + (high - low) / (1 + np.exp(sharpness * z))
 
 

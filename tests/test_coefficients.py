@@ -35,6 +35,25 @@ def test_a_spread_below_one_nat_is_not_stretched():
     assert alphas == pytest.approx([1 / (1 + math.exp(x)) for x in (-0.1, 0.0, 0.1)], abs=1e-12)
 
 
+def test_anchored_leaves_the_largest_score_half_way_and_the_others_above():
+    scores = [math.exp(x) for x in (3.0, 0.0, -3.0)]  # a spread of √6 nats
+    alphas = merge_coefficients(scores, Mapping(mapping="anchored"))
+    assert alphas == pytest.approx([1 / (1 + math.exp(-x / math.sqrt(6))) for x in (0.0, 3.0, 6.0)], abs=1e-12)
+    turned = merge_coefficients(scores, Mapping(-1.0, mapping="anchored"))
+    assert turned == pytest.approx([1 - alpha for alpha in alphas])
+    alike = merge_coefficients([1.0, 0.95, 0.9], Mapping(mapping="anchored"))
+    assert all(0.5 <= alpha < 0.53 for alpha in alike)
+
+
+@pytest.mark.parametrize("sharpness", [1.0, -3.0, 0.0])
+def test_with_a_mean_both_mappings_are_the_same(sharpness):
+    centred, anchored = (
+        merge_coefficients(SCORES, Mapping(sharpness, alpha_mean=0.4, mapping=mapping))
+        for mapping in ("centred", "anchored")
+    )
+    assert anchored == pytest.approx(centred, abs=1e-12)
+
+
 @pytest.mark.parametrize("mean", [1e-6, 0.2, 0.5, 0.83, 1 - 1e-6])
 @pytest.mark.parametrize("sharpness", [1.0, -3.0, 40.0, 1e4, 1e308])
 def test_alpha_mean_is_met_exactly(mean, sharpness):
@@ -93,6 +112,7 @@ def test_a_single_layer_is_in_the_middle():
         ({"alpha_mean": 0.2, "alpha_min": 0.2}, "alpha_mean"),
         ({"sharpness": math.inf}, "finite"),
         ({"alpha_min": -1e308, "alpha_max": 1e308}, "too far apart"),
+        ({"mapping": "ancored"}, "centred or anchored, got ancored"),
     ],
 )
 def test_bad_mappings(mapping, words):

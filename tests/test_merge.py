@@ -151,6 +151,7 @@ def test_the_settings_reach_the_measurement_and_the_map(pair, merge):
         "fisher_seed": 7,
         "fisher_labels": "sampled",
         "sharpness": -2,
+        "mapping": "anchored",
         "alpha_min": 0.1,
         "alpha_max": 0.9,
         "alpha_other": 0.25,
@@ -164,7 +165,7 @@ def test_the_settings_reach_the_measurement_and_the_map(pair, merge):
     measured = reference.fisher(pair.base, 3, 16, 7, uniforms=True)
     _, norms, _ = reference.layer_coefficients(pair.base, pair.long, samples=1, seq_len=2)
     scores = [np.mean(s) / count * d for (count, s), d in zip(measured, norms, strict=True)]
-    expected = reference.coefficients(scores, -2, 0.1, 0.9)
+    expected = reference.coefficients(scores, -2, 0.1, 0.9, anchored=True)
     assert alphas == pytest.approx(list(expected), abs=1e-4)
     assert reference.report(out)["models"][0]["alpha_other"] == 0.25
     theta0, theta1 = reference.load(pair.base), reference.load(pair.long)

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mergekit.options import MergeOptions
 
-from mergekit_fim.coefficients import Mapping, importance_scores, merge_coefficients
+from mergekit_fim.coefficients import MAPPINGS, Mapping, importance_scores, merge_coefficients
 from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.fisher.measure import measure_checkpoint
 from mergekit_fim.fisher.samples import draw_samples
@@ -223,7 +223,8 @@ def mappings(draw, sharpest=1e6, least=-1e6):
     low = draw(st.floats(-3, 3))
     high = low + draw(st.floats(0.01, 3))
     part = draw(st.one_of(st.none(), st.floats(0.001, 0.999)))
-    return Mapping(draw(st.floats(least, sharpest)), low, high, None if part is None else low + part * (high - low))
+    mean = None if part is None else low + part * (high - low)
+    return Mapping(draw(st.floats(least, sharpest)), low, high, mean, draw(st.sampled_from(MAPPINGS)))
 
 
 @always

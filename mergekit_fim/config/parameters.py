@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from mergekit_fim.coefficients import MAPPINGS
 from mergekit_fim.errors import FimError, shown
 
 METHODS = ("fim_ties", "fim_ta")
@@ -93,6 +94,9 @@ def _parameters() -> dict[str, Parameter]:
                   "own distribution (a one-sample estimate of the true Fisher)"),
         Parameter("sharpness", float, "a finite number", math.isfinite, merge, 1.0, "ours",
                   "slope of the sigmoid; 0 is the uniform merge, a negative one turns the mapping round"),
+        Parameter("mapping", str, "`centred` or `anchored`", lambda v: v in MAPPINGS, merge, "centred", "ours",
+                  "where the sigmoid has its middle: at the mean log-score, or at the largest, which leaves that layer "
+                  "half-way and the others above (with `alpha_mean` both are the same)"),
         Parameter("alpha_mean", float, "a number in (0, 1)", lambda v: 0 < v < 1, merge, None, "ours",
                   "moves the sigmoid's centre so that the layers' α average to this"),
         Parameter("alpha_min", float, "a finite number", math.isfinite, merge, 0.0, "ours", "lower end of α"),

@@ -135,7 +135,7 @@ def read_settings(config: MergeConfiguration) -> Settings:
     }
     try:
         mapping = coefficients.Mapping(
-            values["sharpness"], values["alpha_min"], values["alpha_max"], values["alpha_mean"]
+            values["sharpness"], values["alpha_min"], values["alpha_max"], values["alpha_mean"], values["mapping"]
         )
     except ValueError as error:
         raise FimError(f"the top-level parameters: {error}; change one of them") from None
