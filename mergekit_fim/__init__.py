@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _TARGETS = {
     "mergekit.merge_methods.registry": "mergekit_fim.merging.methods",
     "mergekit.plan": "mergekit_fim.hook",
-    "mergekit.merge": "mergekit_fim.merging.run_merge",
+    "mergekit.merge": "mergekit_fim.run_merge",
 }
 _warned = False
 

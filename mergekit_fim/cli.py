@@ -389,7 +389,8 @@ def sweep(config_file: str, out: str, no_cache: bool, options: Any, **wanted: An
         findings = run_sweep(config, out, Wanted(**wanted), options)
     except KeyboardInterrupt:
         raise FimError("stopped; the answers so far are kept, and the same command goes on") from None
-    echo(render(SweepFolder(out), findings))
+    if findings is not None:
+        echo(render(SweepFolder(out), findings))
 
 
 @main.command(short_help="Draw a report or a measurement.")

@@ -6,8 +6,9 @@ All that this package uses of mergekit beyond its public names:
   the first, everything in the config is modules -> slices -> sources, with the options, the architecture and the
   output's config at hand, and no output folder made yet: the pre-pass runs there. To the tasks of the second is added
   the one that keeps the report beside the merged model. Guard: `_PLANNER_ATTRIBUTES`.
-- `mergekit.merge.run_merge` is wrapped, in `merging.run_merge`, and acts for the two methods only: mergekit writes the
-  model's card when its tasks have run, and our section comes after it. Whoever took the function from there before this
+- `mergekit.merge.run_merge` is wrapped, in `mergekit_fim.run_merge`, and acts for the two methods only: of several
+  processes one merges, and the others have a part in the pre-pass; and mergekit writes the model's card when its tasks
+  have run, and our section comes after it. Whoever took the function from there before this
   package was imported gets the card without it.
 - `mergekit.merge._model_out_config`, in `tools.plan`, which plans a merge as `run_merge` does. Guard: there.
 """
@@ -40,10 +41,11 @@ def _hook_planner() -> None:
     def plan_to_disk(self: Any, out_path: str) -> list[Any]:
         if self.config.merge_method not in METHODS:
             return to_disk(self, out_path)
-        from mergekit_fim import report
+        from mergekit_fim import launched, report
         from mergekit_fim.merging.output_folder import check_output
 
-        check_output(out_path, self.config)
+        if launched.is_main():
+            check_output(out_path, self.config)
         targets = to_disk(self, out_path)
         report.show(self.fim_pre_pass, quiet=self.options.quiet)
         return report.with_report(targets, self.fim_pre_pass, out_path)
@@ -60,7 +62,9 @@ def _normalize_and_run(planner: Any, normalize: Any) -> None:
             f"mergekit-fim supports mergekit>=0.1.5,<0.2, whose planner has the attributes {', '.join(missing)}; "
             "this one lacks them: install a supported mergekit"
         )
-    from mergekit_fim import prepass  # everything heavy: merges by other methods don't pay for it
+    from mergekit_fim import launched, prepass  # everything heavy: merges by other methods don't pay for it
+
+    launched.inputs_are_there()
 
     settings = prepass.check(planner.config, planner.arch_info, planner.options)
     # The caller's own config stays as it was: coefficients written into it would be taken for set by hand next time.
@@ -69,6 +73,7 @@ def _normalize_and_run(planner: Any, normalize: Any) -> None:
     planner.fim_pre_pass = prepass.run(
         planner.config, settings, planner.arch_info, planner.options, planner.out_model_config
     )
+    launched.end_of_share()
 
 
 _hook_planner()

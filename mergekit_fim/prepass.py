@@ -26,12 +26,14 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
+from mergekit_fim import launched
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
 from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.config.settings import Settings, as_set, base_of, check_config, check_modules, conditions, settings_of
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.measure import check_measurable
+from mergekit_fim.fisher.processes import in_all
 from mergekit_fim.measured import Measured, measured, saved_measurement
 from mergekit_fim.merging.gates import is_fused, is_layout_known
 from mergekit_fim.merging.output_config import ConfigDifference, adapt_output_config
@@ -219,14 +221,29 @@ def _measured(
     shared = _SHARED.get()
     key = (base.reference, dtype, settings.fisher, settings.saved, *((m.reference, *p) for m, p in pairs.items()))
     if shared is None or key not in shared:
-        sweep = TaskVectorSweep(base, pairs, dtype)
-        found = measured(lambda: base, settings.fisher, dtype, options, saved=saved, cache=settings.cache, beside=sweep)
-        norms = sweep.norms(quiet=options.quiet)
+        state, options = launched.together(), launched.options_of_process(options)
+        sweep = TaskVectorSweep(base, pairs, dtype) if launched.is_main() else None
+        found = measured(
+            lambda: base,
+            settings.fisher,
+            dtype,
+            options,
+            saved=saved,
+            cache=settings.cache,
+            beside=sweep,
+            state=state,
+        )
+
+        def norms() -> dict[ModelReference, TaskVectorNorms]:
+            its = {} if sweep is None else sweep.norms(quiet=options.quiet)
+            return {model.reference: of_model for model, of_model in its.items()}
+
+        kept = in_all(state, norms)[0]
         LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
-        if shared is None:
-            return found, norms
-        shared[key] = found, {model.reference: its for model, its in norms.items()}
-    found, kept = shared[key]
+        if shared is not None:
+            shared[key] = found, kept
+    else:
+        found, kept = shared[key]
     return found, {model: kept[model.reference] for model in pairs}
 
 

@@ -4,17 +4,13 @@ import json
 import math
 import os
 import re
-import socket
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 import tiny
 from click.testing import CliRunner
 from conftest import ends_in_one_line
-from warm import Outcome, Warm
+from launching import FAILING, MAIN, launch, together
 
 from mergekit_fim.cli import main
 from mergekit_fim.config.parameters import FisherSettings
@@ -25,32 +21,6 @@ from mergekit_fim.fisher.measure import measure
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return tiny.save(tiny.build(tiny.config("llama")), tmp_path_factory.mktemp("command") / "model")
-
-
-def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
-    torchrun = Path(sysconfig.get_path("scripts")) / "torchrun"
-    command = [sys.executable, str(torchrun), "--nproc_per_node", str(processes)]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=120)
-
-
-def together(warm: Warm, processes: int, *arguments: str, code: str | None = None) -> list[Outcome]:
-    """The processes as `launch` starts them, without the seconds in which each imports torch, and with no launcher."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    size = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    size |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "MERGEKIT_FIM_CACHE": os.environ["MERGEKIT_FIM_CACHE"],
-    }
-    jobs = []
-    for rank in map(str, range(processes)):
-        environment = size | {"RANK": rank, "LOCAL_RANK": rank}
-        jobs.append({"arguments": ["mergekit-fim", *arguments], "environment": environment, "code": code})
-    return warm.together(*jobs)
 
 
 def norms(path: Path) -> list[float]:
@@ -102,23 +72,6 @@ def test_several_processes_measure_the_same(processes, samples, model, warm, tmp
     result = CliRunner().invoke(main, [*options, "-o", str(tmp_path / "kept.json")])
     assert "kept from an earlier measurement" in result.output
     assert (tmp_path / "kept.json").read_bytes() == (tmp_path / "many.json").read_bytes()
-
-
-FAILING = """
-import os
-import mergekit_fim.fisher.batched as batched
-original = batched._Run.measure
-def measure(self, *args):
-    if os.environ["RANK"] == "1":
-        {action}
-    return original(self, *args)
-batched._Run.measure = measure
-"""
-MAIN = """
-import sys
-from mergekit_fim.cli import main
-main(sys.argv[1:])
-"""
 
 
 UNSUPPORTED = """

@@ -19,6 +19,7 @@ import torch
 import yaml
 from click.testing import CliRunner, Result
 from conftest import ends_in_one_line, unwrapped
+from launching import together
 from mergekit.options import MergeOptions
 from stub import good, say
 from warm import Outcome, Warm
@@ -28,7 +29,7 @@ from mergekit_fim.cli import main
 from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate import folder as folder_module
 from mergekit_fim.evaluate import sweep as module
-from mergekit_fim.evaluate.folder import file_name, opened, read_answers, write_answers
+from mergekit_fim.evaluate.folder import SweepFolder, file_name, opened, read_answers, write_answers
 from mergekit_fim.evaluate.generation import Prompt, complete, load_model, load_tokenizer
 from mergekit_fim.evaluate.grading import grade_math
 from mergekit_fim.evaluate.records import Answer
@@ -151,7 +152,7 @@ def test_what_is_written(whole):
     assert names(record) == RUNS + TWINS
     found = {str(p.relative_to(whole.out)) for p in whole.out.rglob("*") if p.is_file()}
     assert found == {
-        *("sweep.json", "sweep.md", "sweep.png", "sweep.svg", ".lock"),
+        *("sweep.json", "sweep.md", "sweep.png", "sweep.svg", ".lock", ".record.lock"),
         *(f"answers/{file_name(run)}.jsonl" for run in RUNS + TWINS),
         *(f"configs/{file_name(run)}.yml" for run in RUNS[2:] + TWINS),
     }
@@ -591,7 +592,7 @@ def test_no_folder(sweep):
 
 def test_two_at_a_time(whole, sweep):
     shutil.copytree(whole.out, sweep.out)
-    with opened(str(sweep.out), sweep.record()["identity"]):
+    with opened(SweepFolder(str(sweep.out)), sweep.record()["identity"]):
         ends_in_one_line(sweep("--compare", "task_arithmetic"), str(sweep.out), "another process is at this sweep")
     sweep.ok("--compare", "task_arithmetic")
 
@@ -732,3 +733,51 @@ def test_killed_at_any_moment(warm: Warm, talkers, tmp_path):
             assert outcome.status == 0, (now, outcome.stderr)
             assert contents(sweep) == expected, now
     assert begun  # or no moment was between two answers
+
+
+# Several processes
+
+SHOWN = """
+import mergekit_fim.evaluate.sweep as sweep
+original = sweep.load_model
+def load_model(name, *args):
+    print("answers:", name)
+    {action}
+    return original(name, *args)
+sweep.load_model = load_model
+"""
+
+
+def test_several_processes_share_the_runs(whole, sweep, warm):
+    arguments = sweep.arguments("--compare", "task_arithmetic")
+    done = together(warm, 2, *arguments, code=SHOWN.format(action=""))
+    assert [its.status for its in done] == [0, 0], done
+    answered = [re.findall(r"answers: (.*)", its.stdout) for its in done]
+    assert answered == [[*RUNS, *TWINS][i::2] for i in (0, 1)]
+    assert done[1].stdout == "".join(f"answers: {run}\n" for run in answered[1])
+    assert done[1].stderr == ""
+    assert "| run |" not in done[0].stdout
+    assert "gain" in done[0].stdout
+    assert sweep.answers() == whole.answers()
+    assert sweep.record()["findings"]["summary"]["runs"] == without_speed(sweep, whole)
+    assert [run["run"] for run in sweep.record()["runs"]].count("long") == 1
+    assert not (sweep.out / "models").exists()
+
+
+def without_speed(own: Sweep, other: Sweep) -> list[dict]:
+    """Another sweep's runs, with how fast they were taken from one's own."""
+    speeds = {run["run"]: run["tokens_per_second"] for run in own.record()["findings"]["summary"]["runs"]}
+    runs = other.record()["findings"]["summary"]["runs"]
+    return [run | {"tokens_per_second": speeds[run["run"]]} for run in runs]
+
+
+def test_one_of_several_processes_failing(whole, sweep, warm):
+    """What was answered is kept, and one process can go on with it."""
+    action = "if name == 'fim_ta alpha_mean=0.6': raise ValueError('no such luck')"
+    done = together(warm, 2, *sweep.arguments(), code=SHOWN.format(action=action))
+    assert [its.status for its in done] == [1, 1]
+    assert "Error: process 1 of 2: no such luck\n" in done[0].stderr
+    assert done[1].stderr == ""
+    assert {name for name, its in sweep.answers().items() if its} == {"base", "long", "fim_ta_alpha_mean=0.3"}
+    sweep.ok("--compare", "task_arithmetic")
+    assert sweep.answers() == whole.answers()

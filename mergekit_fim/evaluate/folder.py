@@ -16,6 +16,7 @@ from mergekit_fim.evaluate.records import Answer, Key
 from mergekit_fim.files import PART, read_json, write_json, written_whole
 
 FORMAT, VERSION = "mergekit-fim/sweep", 1
+LOCKS = (".lock", ".record.lock")
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,12 @@ def file_name(run: str) -> str:
 
 
 @contextlib.contextmanager
-def opened(path: str, identity: Mapping[str, Any]) -> Iterator[tuple[SweepFolder, list[dict[str, Any]]]]:
-    """A sweep's folder, new or gone on with, that no other process works in meanwhile.
+def opened(folder: SweepFolder, identity: Mapping[str, Any]) -> Iterator[None]:
+    """A sweep's folder, new or gone on with, in which no other sweep is under way meanwhile.
 
     Args:
-        path: the folder.
+        folder: the folder.
         identity: what the sweep is of, in JSON's types: with other values the answers so far aren't its.
-
-    Yields:
-        The folder, and what `sweep.json` says of earlier runs.
 
     Raises:
         FimError: it can't be made or written to, is of something else, of another sweep, or in use.
@@ -66,14 +64,14 @@ def opened(path: str, identity: Mapping[str, Any]) -> Iterator[tuple[SweepFolder
     require("filelock", "sweep")
     import filelock
 
-    folder = SweepFolder(path)
+    path = folder.path
     if not path:
         raise FimError("expected the name of a folder for the sweep, found an empty one; name one")
     if os.path.lexists(path) and not os.path.isdir(path):
         raise FimError(f"{path}: expected a folder for the sweep, found a file; name another")
     with writing(path):
         names = os.listdir(path) if os.path.isdir(path) else []
-        others = [name for name in names if name != ".lock" and not name.endswith(PART)]
+        others = [name for name in names if name not in LOCKS and not name.endswith(PART)]
         if others and "sweep.json" not in others:
             raise FimError(
                 f"{path}: expected an empty folder or one of a sweep, found {brief(sorted(others)[0])} and no "
@@ -86,10 +84,10 @@ def opened(path: str, identity: Mapping[str, Any]) -> Iterator[tuple[SweepFolder
         except filelock.Timeout:
             raise FimError(f"{path}: another process is at this sweep; wait until it has ended, or stop it") from None
     with lock:
-        runs = _earlier(folder, identity)
+        earlier_runs(folder, identity)
         if "sweep.json" not in others:
             write_record(folder, identity, {"runs": []})
-        yield folder, runs
+        yield
 
 
 @contextlib.contextmanager
@@ -113,7 +111,25 @@ def write_record(folder: SweepFolder, identity: Mapping[str, Any], content: Mapp
     write_json(folder.record, {"format": FORMAT, "version": VERSION, "identity": identity, **content})
 
 
-def _earlier(folder: SweepFolder, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+def note_run(folder: SweepFolder, identity: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
+    """Add a run to `sweep.json`, or replace it there; other processes of the sweep may be at that too.
+
+    Raises:
+        FimError: it can't be read or written.
+    """
+    import filelock
+
+    with filelock.FileLock(os.path.join(folder.path, ".record.lock")):
+        runs = {run["run"]: run for run in earlier_runs(folder, identity)}
+        write_record(folder, identity, {"runs": list((runs | {entry["run"]: dict(entry)}).values())})
+
+
+def earlier_runs(folder: SweepFolder, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What `sweep.json` says of runs.
+
+    Raises:
+        FimError: it is of something else, or of another sweep.
+    """
     if not os.path.exists(folder.record):
         return []
     found = read_json(folder.record, folder.record)

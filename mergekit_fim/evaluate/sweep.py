@@ -24,6 +24,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
+from mergekit_fim import launched
 from mergekit_fim.card import write_section
 from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.errors import FimError
@@ -32,10 +33,11 @@ from mergekit_fim.evaluate.findings import Findings, find, write_findings
 from mergekit_fim.evaluate.folder import (
     SweepFolder,
     append_answer,
+    earlier_runs,
+    note_run,
     opened,
     read_answers,
     write_answers,
-    write_record,
     writing,
 )
 from mergekit_fim.evaluate.front import pareto_set
@@ -50,6 +52,7 @@ from mergekit_fim.evaluate.table import markdown_rows
 from mergekit_fim.evaluate.varied import fine_tuned, parse_settings, spec_of
 from mergekit_fim.files import write_text
 from mergekit_fim.fisher.measure import dtypes
+from mergekit_fim.fisher.processes import in_all
 from mergekit_fim.measurements.record import versions
 from mergekit_fim.models.identity import fingerprint
 from mergekit_fim.models.inputs import InputModel, open_model
@@ -101,7 +104,7 @@ class Wanted:
     keep: str
 
 
-def sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeOptions) -> Findings:
+def sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeOptions) -> Findings | None:
     """Let the base, the fine-tuned models and merges answer problems, and say which merge is worth keeping.
 
     Args:
@@ -110,9 +113,21 @@ def sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeOp
         wanted: what is to be done.
         options: mergekit's, for merging and for where models run.
 
+    Returns:
+        What it shows. Of several processes that a launcher started, each answers for some of the runs, and all but the
+        main one return None.
+
     Raises:
         FimError: something of it can't be had. What was answered by then is kept.
     """
+
+    def part() -> Findings | None:
+        return _sweep(config, out, wanted, launched.options_of_process(options))
+
+    return launched.by_all(part, part)
+
+
+def _sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeOptions) -> Findings | None:
     _check(wanted)
     varied = parse_settings(config.merge_method, wanted.varied)
     for method in wanted.compare:
@@ -121,19 +136,30 @@ def sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeOp
     template = file_template(wanted.template) if wanted.template is not None else None
     LoaderCache().setup(options)
     inputs = {run.name: open_model(str(run.model), None, options) for run in as_they_are}
+    launched.inputs_are_there()
     runs = [*as_they_are, *merges(config, varied, wanted.compare, lambda: default_density(inputs[BASE]))]
     servers = _servers(wanted, [run.name for run in runs])
     runs += [Run(name) for name in servers if name not in {run.name for run in runs}]
     questions = Questions([_problems(source, wanted) for source in dict.fromkeys(wanted.problems)], wanted.samples)
     fingerprints = {name: fingerprint(model) for name, model in inputs.items()}
     identity = _identity(config, wanted, questions, template, as_they_are, fingerprints)
-    with writing(out), opened(out, identity) as (folder, earlier), measured_once():
+    main, folder = launched.is_main(), SweepFolder(out)
+    with writing(out), opened(folder, identity) if main else contextlib.nullcontext(), measured_once():
+        launched.meet()  # the folder is there
         under_way = _Sweep(
-            config, folder, identity, earlier, wanted, options, template, questions, inputs[BASE], fingerprints, servers
+            config, folder, identity, wanted, options, template, questions, inputs[BASE], fingerprints, servers
         )
         under_way.check_before(runs)
-        for run in runs:
-            under_way.answer(run)
+        launched.meet()  # all have read the answers so far
+        own = launched.share_of([run for run in runs if not under_way.is_done(run.name)])
+        with launched.alone():
+            for run in runs:
+                if run in own or (main and under_way.is_done(run.name)):
+                    under_way.answer(run)
+        launched.meet()
+        if not main:
+            return None
+        under_way.read(runs)  # what the others have answered, too
         tuned = fine_tuned(config)
         return under_way.conclude(runs, [run.name for run in as_they_are if run.model in tuned])
 
@@ -224,7 +250,6 @@ class _Sweep:
         config: MergeConfiguration,
         folder: SweepFolder,
         identity: Mapping[str, Any],
-        earlier: Sequence[Mapping[str, Any]],
         wanted: Wanted,
         options: MergeOptions,
         template: Template | None,
@@ -238,12 +263,18 @@ class _Sweep:
         self.fingerprints = fingerprints
         self.tokenizers: dict[str, Any] = {}
         self.decoding = Decoding(wanted.max_tokens, wanted.temperature, wanted.seed, wanted.batch)
-        self.entries = {str(entry["run"]): dict(entry) for entry in earlier}
+        self.earlier: list[str] | None = None
+        self.entries: dict[str, dict[str, Any]] = {}
         self.answers: dict[str, dict[Key, Answer]] = {}
 
-    def check_before(self, runs: Sequence[Run]) -> None:
-        """Read the answers so far, and find what would fail later: templates, questions, and the merge itself."""
-        for name in dict.fromkeys([*self.entries, *(run.name for run in runs)]):
+    def read(self, runs: Sequence[Run]) -> None:
+        """Read what this sweep's folder says of runs, and their answers so far."""
+        found = {str(entry["run"]): entry for entry in earlier_runs(self.folder, self.identity)}
+        # Those of earlier commands first; then in the order of the runs, not in that of the processes that began them.
+        self.earlier = list(found) if self.earlier is None else self.earlier
+        names = list(dict.fromkeys([*self.earlier, *(run.name for run in runs)]))
+        self.entries = {name: found[name] for name in names if name in found}
+        for name in names:
             path = self.folder.answers(name)
             self.answers[name] = read_answers(path, self.questions.keys)
             if self.answers[name] and name not in self.entries:
@@ -251,6 +282,11 @@ class _Sweep:
                     f"{path}: expected answers of a run in {self.folder.record}, found some of one that isn't there; "
                     "remove the file, and the run is answered anew"
                 )
+
+    def check_before(self, runs: Sequence[Run]) -> None:
+        """Read what there is, and find what would fail later: templates, questions, and the merge itself."""
+        self.read(runs)
+        self.running = in_all(launched.together(), lambda: self.dtype() if launched.is_main() else None)[0]
         missing = [run for run in runs if run.name not in self.servers and not self.is_done(run.name)]
         for run in missing:
             if run.model is not None:
@@ -259,7 +295,7 @@ class _Sweep:
         if config is None:
             return
         if config.merge_method in METHODS:
-            plan_merge(config, self.options)
+            launched.until_shared(lambda: plan_merge(config, self.options))
         if config.tokenizer is None and config.tokenizer_source is None:
             self.warn_of_tags(runs)
 
@@ -293,12 +329,13 @@ class _Sweep:
         if run.config is not None:
             os.makedirs(os.path.dirname(self.folder.config(run.name)), exist_ok=True)
             write_text(self.folder.config(run.name), run.config.to_yaml() + "\n")
+        answers, path = self.answers[run.name], self.folder.answers(run.name)
         if not self.is_done(run.name):
             if run.config is not None and run.name not in self.servers:
                 self.merged(run)  # before the bar, as mergekit has its own
-            answers, path = self.answers[run.name], self.folder.answers(run.name)
             for answer in self.new_answers(run, path):
                 answers[answer.source, answer.index, answer.sample] = answer
+        if list(answers) != self.questions.keys:  # they are in the order in which they came
             write_answers(path, [answers[key] for key in self.questions.keys])
         self.drop_merges()
 
@@ -336,7 +373,7 @@ class _Sweep:
         tokenizer = self.tokenizer(run)
         template = self.template_of(run, tokenizer)
         path, revision = self.path(run)
-        model = load_model(run.name, path, tokenizer, self.options, self.dtype(), revision)
+        model = load_model(run.name, path, tokenizer, self.options, self.running, revision)
         its = {"model": str(run.model)} if run.config is None else {"config": run.config.to_yaml()}
         if run.name in self.fingerprints:
             its["fingerprint"] = self.fingerprints[run.name]
@@ -374,7 +411,7 @@ class _Sweep:
                         "remove the file, and the run is answered anew"
                     )
         self.entries[run.name] = old | entry
-        write_record(self.folder, self.identity, {"runs": list(self.entries.values())})
+        note_run(self.folder, self.identity, self.entries[run.name])
 
     # Models
 

@@ -1,9 +1,10 @@
 """Merge config -> everything up to the first merged tensor, by mergekit's own planner; or the whole merge."""
 
+import contextlib
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from transformers import PretrainedConfig
 
+from mergekit_fim import launched
 from mergekit_fim.card import write_section
 from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.config.settings import check_config
@@ -153,17 +155,33 @@ def merge_whole(config: MergeConfiguration, text: str | None, out_path: str, opt
     Raises:
         FimError: the models can't be merged, or not written.
     """
-    check_output(out_path, config)
-    _check(config, options)
     text = text or config.to_yaml()
-    try:
-        with model_written_whole(out_path) as folder:
+
+    def whole() -> None:
+        check_output(out_path, config)
+        _check(config, options)
+        with _one_line(options), model_written_whole(out_path) as folder:
             # mergekit normalises a config in place
             mergekit_merge.run_merge(
                 config.model_copy(deep=True), folder, options.model_copy(update={"write_model_card": False})
             )
             if options.write_model_card and os.path.isdir(folder):
                 _write_card(config, text, folder)
+
+    def share() -> None:
+        if config.merge_method in METHODS:
+            with _one_line(options):
+                own = launched.options_of_process(options)
+                mergekit_merge.run_merge(config.model_copy(deep=True), out_path, own)
+
+    launched.by_all(whole, share)
+
+
+@contextlib.contextmanager
+def _one_line(options: MergeOptions) -> Iterator[None]:
+    """Whatever goes wrong in mergekit's hands is a `FimError`."""
+    try:
+        yield
     except FimError:
         raise
     except Exception as error:  # mergekit, transformers and huggingface_hub each have their own
