@@ -1,0 +1,170 @@
+"""A pair and its problems -> the answers of base, long model and every variant, at strengths chosen as they come.
+
+Whatever was answered is kept, answer by answer; a run that stops goes on where it was. The strengths are found, not
+given: where a merge turns from one model to the other, and how fast, is different for every method, so each gets the
+same number of merges, and each of these goes to the widest gap that is left on its way from base to long.
+"""
+
+import contextlib
+import io
+import itertools
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tqdm
+from mergekit.options import MergeOptions
+
+from benchmarks.evidence.variants import Variant
+from benchmarks.pairs.recipes import Kind
+from mergekit_fim.evaluate.answering import Decoding, Questions, by_model
+from mergekit_fim.evaluate.folder import append_answer, file_name, read_answers
+from mergekit_fim.evaluate.front import Outcomes
+from mergekit_fim.evaluate.generation import load_model, load_tokenizer
+from mergekit_fim.evaluate.problems import open_problems
+from mergekit_fim.evaluate.prompts import chat_template
+from mergekit_fim.evaluate.records import LENGTH, Answer, Key
+from mergekit_fim.prepass import measured_once
+from mergekit_fim.tools.plan import merge_whole
+
+RUNS = 8  # merges of a variant
+NARROWEST = 0.005  # a gap of strengths that isn't halved any more, in parts of the largest strength
+OPTIONS = MergeOptions(quiet=True, write_model_card=False)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run of a variant: its strength, and where its answers came out."""
+
+    strength: float
+    accuracy: float
+    tokens: float
+
+
+class Pair:
+    """A pair under test.
+
+    Args:
+        folder: where it is made; answers and signals are kept there too.
+        kind: its recipe.
+        n: problems, of all sources together.
+    """
+
+    def __init__(self, folder: Path, kind: Kind, n: int) -> None:
+        self.folder, self.kind = folder, kind
+        sources = kind.problems(folder, n)
+        self.questions = Questions([open_problems(source, n=n // len(sources), seed=SEED) for source in sources], 1)
+        self.answers = folder / "answers"
+        self.answers.mkdir(exist_ok=True)
+        with measured_once():
+            self.base, self.long = (self._run(name, folder / name) for name in ("base", "long"))
+
+    def point(self, strength: float, answers: Mapping[Key, Answer]) -> Point:
+        """Where answers came out."""
+        found = list(answers.values())
+        return Point(
+            strength, float(np.mean([a.correct is True for a in found])), float(np.mean([a.tokens for a in found]))
+        )
+
+    def ends(self) -> dict[str, Point]:
+        """Where base and long came out."""
+        return {"base": self.point(0.0, self.base), "long": self.point(1.0, self.long)}
+
+    def end_outcomes(self) -> tuple[Outcomes, Outcomes]:
+        """Their answers."""
+        return self.outcomes("base", None, None, self.base), self.outcomes("long", None, None, self.long)
+
+    def front(self, name: str, variant: Variant, runs: int) -> list[Outcomes]:
+        """The runs of a variant, by strength."""
+        return self._front(name, variant, runs, known=False)
+
+    def known(self, name: str, variant: Variant, runs: int) -> list[Outcomes]:
+        """Those of a variant that has been run; none where it hasn't."""
+        return self._front(name, variant, runs, known=True)
+
+    def _front(self, name: str, variant: Variant, runs: int, known: bool) -> list[Outcomes]:
+        found: dict[float, dict[Key, Answer]] = {}
+        while len(found) < runs and (strength := self._next(variant, found)) is not None:
+            run = f"{name} @{strength:.5f}"
+            if known and len(self._answered(run)) < len(self.questions.keys):
+                return []
+            found[strength] = self._run(run, variant.config, strength)
+        return [self.outcomes(f"{name} @{s:.5f}", name, s, answers) for s, answers in sorted(found.items())]
+
+    def _answered(self, run: str) -> dict[Key, Answer]:
+        return read_answers(str(self._path(run)), self.questions.keys)
+
+    def _path(self, run: str) -> Path:
+        return self.answers / f"{file_name(run)}.jsonl"
+
+    def _next(self, variant: Variant, found: Mapping[float, Mapping[Key, Answer]]) -> float | None:
+        """The middle of the widest gap."""
+        if not variant.ends_long and variant.high not in found:
+            return variant.high
+        base, long = self.point(0.0, self.base), self.point(variant.high, self.long)
+        points = [base, *(self.point(s, answers) for s, answers in sorted(found.items()))]
+        points += [long] if variant.ends_long else []
+        tokens, accuracy = long.tokens - base.tokens, max(0.05, abs(long.accuracy - base.accuracy))
+        gaps = [
+            (
+                abs(y.tokens - x.tokens) / tokens + 0.5 * abs(y.accuracy - x.accuracy) / accuracy,
+                y.strength - x.strength,
+                x,
+            )
+            for x, y in itertools.pairwise(points)
+            if y.strength - x.strength > NARROWEST * variant.high
+        ]
+        if not gaps:
+            return None
+        _, width, left = max(gaps, key=lambda gap: gap[:2])
+        return left.strength + width / 2
+
+    def _run(self, name: str, model, strength: float | None = None) -> dict[Key, Answer]:
+        """The answers of a model's folder, or of a merge by a variant's config."""
+        path, answers = self._path(name), self._answered(name)
+        missing = [key for key in self.questions.keys if key not in answers]
+        if not missing:
+            return answers
+        with contextlib.ExitStack() as stack:
+            folder = model
+            if strength is not None:
+                folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=SCRATCH))) / "merged"
+                with contextlib.redirect_stdout(io.StringIO()):
+                    merge_whole(model(self.folder, strength), None, str(folder), OPTIONS)
+            tokenizer = load_tokenizer(name, str(folder), None, False)
+            loaded = load_model(name, str(folder), tokenizer, OPTIONS, torch.float32)
+            decoding = Decoding(self.kind.max_tokens, 0.0, 0, None)
+            written = by_model(loaded, self.questions, missing, chat_template(name, tokenizer), decoding)
+            bar = tqdm.tqdm(written, total=len(missing), desc=f"{self.folder.name}: {name}", leave=False)
+            with open(path, "ab") as file:
+                for its in bar:
+                    answer = self.questions.graded(its, 0.0)
+                    append_answer(file, answer)
+                    answers[answer.source, answer.index, answer.sample] = answer
+        point = self.point(strength or 0.0, answers)
+        print(f"{self.folder.name}: {name}: {point.accuracy:.3f} @ {point.tokens:.1f}", flush=True)
+        return answers
+
+    def outcomes(
+        self, name: str, method: str | None, strength: float | None, answers: Mapping[Key, Answer]
+    ) -> Outcomes:
+        """Answers as statistics take them."""
+        rows = [[answers[key] for key in problem] for problem in self.questions.gradable()]
+        return Outcomes(
+            run=name,
+            method=method,
+            settings={} if strength is None else {"strength": strength},
+            correct=np.array([[a.correct is True for a in row] for row in rows]),
+            tokens=np.array([[a.tokens for a in row] for row in rows]),
+            truncated=np.array([[a.ended == LENGTH for a in row] for row in rows]),
+            unclosed=np.array([[a.unclosed for a in row] for row in rows]),
+            empty=np.array([[not a.text.strip() for a in row] for row in rows]),
+        )
+
+
+SEED = 1_000_000  # of the problems of reasoning-gym
+SCRATCH = "/dev/shm" if os.path.isdir("/dev/shm") else None

@@ -1,0 +1,196 @@
+"""What is compared: each a family of merges by one strength."""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergekit.config import MergeConfiguration
+
+from benchmarks.evidence import mappings
+from benchmarks.evidence.signals import Inputs, signals
+from benchmarks.evidence.subspace import without_top_directions
+
+LARGEST_MEAN = 0.9999  # of coefficients below 1
+Config = Callable[[Path, float], MergeConfiguration]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with all its settings but the strength.
+
+    Attributes:
+        config: of a pair, at a strength.
+        high: the largest strength.
+        ends_long: whether that gives the long model itself, so that it needs no run.
+    """
+
+    config: Config
+    high: float = 1.0
+    ends_long: bool = True
+
+
+def _merge(method: str, pair: Path, model: Mapping[str, Any], shared: Mapping[str, Any], long: str = "long") -> Any:
+    return MergeConfiguration.model_validate(
+        {
+            "merge_method": method,
+            "base_model": str(pair / "base"),
+            "models": [{"model": str(pair / long), "parameters": dict(model)}],
+            "parameters": dict(shared),
+            "dtype": "float32",
+        }
+    )
+
+
+def stock(method: str, strength: str = "weight", high: float = 1.6, **parameters: Any) -> Variant:
+    """A method of mergekit's by its `weight`, not normalised: with one fine-tuned model it would mean nothing else."""
+
+    def config(pair: Path, value: float) -> MergeConfiguration:
+        model = {"weight": value, **{k: v for k, v in parameters.items() if k in ("density", "gamma", "epsilon")}}
+        return _merge(method, pair, model, {"normalize": False})
+
+    return Variant(config, high, high == 1.0)
+
+
+def _slerp(pair: Path, value: float) -> MergeConfiguration:
+    return MergeConfiguration.model_validate(
+        {
+            "merge_method": "slerp",
+            "base_model": str(pair / "base"),
+            "models": [{"model": str(pair / name)} for name in ("base", "long")],
+            "parameters": {"t": value},
+            "dtype": "float32",
+        }
+    )
+
+
+def ours(method: str, high: float = 1.0, ends_long: bool = True, **parameters: Any) -> Variant:
+    """This package's, by `alpha_mean`; trimmed task vectors may need more than 1, which `lambda` gives them."""
+
+    def config(pair: Path, value: float) -> MergeConfiguration:
+        model = {k: v for k, v in parameters.items() if k == "density"}
+        shared = {k: v for k, v in parameters.items() if k != "density"}
+        return _merge(method, pair, model, {"alpha_mean": min(value / high, LARGEST_MEAN), "lambda": high, **shared})
+
+    return Variant(config, high, ends_long)
+
+
+def by_hand(
+    found: mappings.Coefficients,
+    inputs: Inputs = Inputs(),  # noqa: B008 (it is frozen)
+    part: Callable[[str], object] = mappings.whole,
+    outside: str = "mean",
+    method: str = "fim_ta",
+    high: float = 1.0,
+    ends_long: bool = True,
+    **parameters: Any,
+) -> Variant:
+    """Coefficients of a mapping, set by hand in a config of this package's.
+
+    Args:
+        found: the mapping.
+        inputs: of the signals.
+        part: what of a decoder layer has a coefficient of its own.
+        outside: the coefficient outside of the layers: "mean" of the groups, "base", "long" or "own", by its score.
+        method: fim_ta or fim_ties.
+        high: the largest strength.
+        ends_long: whether that gives the long model.
+        parameters: of the method.
+    """
+
+    def config(pair: Path, value: float) -> MergeConfiguration:
+        measured = signals(pair, inputs)
+        groups = mappings.groups_by(measured.tensors, part)
+        others = [i for i, name in enumerate(measured.tensors) if mappings.layer_of(name) is None]
+        scored = [*groups, others] if outside == "own" else groups
+        alphas = found(min(value, LARGEST_MEAN) if ends_long or high == 1 else value, measured.grouped(scored))
+        rest = {"mean": alphas.mean(), "base": 0.0, "long": 1.0, "own": alphas[-1]}[outside]
+        by_tensor = {measured.tensors[i]: float(a) for g, a in zip(groups, alphas, strict=False) for i in g}
+        model = {"alpha": _filters(by_tensor), **{k: v for k, v in parameters.items() if k == "density"}}
+        shared = {k: v for k, v in parameters.items() if k != "density"}
+        return _merge(method, pair, model, {"alpha_other": float(rest), **shared})
+
+    return Variant(config, high, ends_long)
+
+
+def _filters(alphas: Mapping[str, float]) -> Any:
+    """A coefficient for every tensor, as mergekit's filters: by what stands after the layer's number, a gradient."""
+    by_name: dict[str, list[float]] = {}
+    for tensor, alpha in alphas.items():
+        by_name.setdefault(re.split(r"\.\d+\.", tensor, maxsplit=1)[1], []).append(alpha)
+    if len({tuple(values) for values in by_name.values()}) == 1:
+        return next(iter(by_name.values()))
+    # A checkpoint may name a mixture's experts one by one: they take the mean of what isn't attention.
+    others = [values for name, values in by_name.items() if mappings.block(name) == "mlp"]
+    rest = [sum(values) / len(values) for values in zip(*others, strict=True)]
+    return [*({"filter": name, "value": values} for name, values in by_name.items()), {"value": rest}]
+
+
+def _subspace(pair: Path, value: float) -> MergeConfiguration:
+    """S³ with ρ = 1 − strength: all of it is a model of its own, which replaces the long one."""
+    return _merge("task_arithmetic", pair, {"weight": 1.0}, {}, without_top_directions(pair, 1 - value))
+
+
+def _subspace_then(pair: Path, value: float, method: str, **parameters: Any) -> MergeConfiguration:
+    long = without_top_directions(pair, 0.8)
+    model = {"weight": value} if method == "task_arithmetic" else {}
+    shared = parameters if method == "task_arithmetic" else {"alpha_mean": min(value, LARGEST_MEAN), **parameters}
+    return _merge(method, pair, model, shared, long)
+
+
+MANY = Inputs(labels="sampled", samples=64)
+OWN = Inputs(text="own", labels="sampled", samples=64)
+
+VARIANTS: dict[str, Variant] = {
+    # What mergekit has
+    "task_arithmetic": stock("task_arithmetic", high=1.0),
+    "slerp": Variant(_slerp),
+    "ties density 0.2": stock("ties", density=0.2, high=2.0),
+    "ties density 0.4": stock("ties", density=0.4),
+    "ties density 1": stock("ties", density=1.0, high=1.0),
+    "dare_ties density 0.5": stock("dare_ties", density=0.5, high=1.2),
+    "della density 0.5": stock("della", density=0.5, epsilon=0.15, high=1.2),
+    "breadcrumbs density 0.9": stock("breadcrumbs", density=0.9, gamma=0.01),
+    # What others propose
+    "S3": Variant(_subspace, ends_long=True),
+    "S3 0.8, then task_arithmetic": Variant(
+        lambda pair, value: _subspace_then(pair, value, "task_arithmetic"), ends_long=False
+    ),
+    "S3 0.8, then fim_ta": Variant(
+        lambda pair, value: _subspace_then(pair, value, "fim_ta"), high=1.0, ends_long=False
+    ),
+    # This package's
+    "fim_ta": ours("fim_ta"),
+    "fim_ta sharpness -1": ours("fim_ta", sharpness=-1.0),
+    "fim_ta sharpness 0": ours("fim_ta", sharpness=0.0),
+    "fim_ta anchored 0.7": by_hand(mappings.anchored(0.7, adapted=False), high=1.6, ends_long=False),
+    "fim_ta anchored, adapted": by_hand(mappings.anchored(1.0, adapted=True), high=1.6, ends_long=False),
+    "fim_ties": ours("fim_ties", 2.0, False, density=0.2),
+    "fim_ties no gates": ours("fim_ties", 2.0, False, density=0.2, gate_scale=1.0),
+    "fim_ties no calibration": ours("fim_ties", 2.0, False, density=0.2, norm_tolerance=0.0),
+    "fim_ties neither": ours("fim_ties", 2.0, False, density=0.2, gate_scale=1.0, norm_tolerance=0.0),
+    "fim_ties sharpness 0": ours("fim_ties", 2.0, False, density=0.2, sharpness=0.0),
+    "fim_ties sharpness -1": ours("fim_ties", 2.0, False, density=0.2, sharpness=-1.0),
+    "fim_ties density 0.4": ours("fim_ties", 1.6, False, density=0.4),
+    "fim_ties density 1": ours("fim_ties", 1.2, False, density=1.0),
+    "fim_ties anchored 0.7": by_hand(
+        mappings.anchored(0.7, adapted=False), method="fim_ties", high=2.0, ends_long=False, density=0.2
+    ),
+    # What is tried
+    "two endpoints, F": by_hand(mappings.two_endpoints(quadratic=False), MANY),
+    "two endpoints, q": by_hand(mappings.two_endpoints(quadratic=True), MANY),
+    "together": by_hand(mappings.together, MANY),
+    "together, own text": by_hand(mappings.together, OWN),
+    "two endpoints, q, own text": by_hand(mappings.two_endpoints(quadratic=True), OWN),
+    "fim_ta own text": by_hand(mappings.sigmoid_of(1.0), OWN),
+    "fim_ta sampled 64": by_hand(mappings.sigmoid_of(1.0), MANY),
+    "fim_ta sampled 4": by_hand(mappings.sigmoid_of(1.0), Inputs(labels="sampled", samples=4)),
+    "fim_ta 128x128": by_hand(mappings.sigmoid_of(1.0), Inputs(samples=128, length=128)),
+    "fim_ta attention and MLP": by_hand(mappings.sigmoid_of(1.0), part=mappings.block),
+    "fim_ta attention and MLP, sharpness -1": by_hand(mappings.sigmoid_of(-1.0), part=mappings.block),
+    "fim_ta per tensor": by_hand(mappings.sigmoid_of(1.0), part=mappings.itself),
+    "fim_ta outside base": by_hand(mappings.sigmoid_of(1.0), outside="base", ends_long=False),
+    "fim_ta outside long": by_hand(mappings.sigmoid_of(1.0), outside="long"),
+    "fim_ta outside own": by_hand(mappings.sigmoid_of(1.0), outside="own"),
+}

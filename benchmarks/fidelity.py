@@ -1,0 +1,141 @@
+"""Does a signal predict what moving a part of the model does? Measured KL against each signal, of a pair.
+
+    python -m benchmarks.fidelity FOLDER...
+
+FOLDER is a pair that `python -m benchmarks.evidence` has answered base and long for. One layer is moved, or one block
+of one (attention or MLP), all the way to the other model, or all layers at once by coefficients drawn at random; what
+is measured is the mean KL divergence of the next token's distribution from the unmoved model's, on the answers of base
+and long to the problems. A cell is the correlation of ln KL with ln signal, at the base / at the long model. The
+ceiling is the correlation of ln KL on base's answers with that on long's.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import tqdm
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.evidence import mappings
+from benchmarks.evidence.signals import BASE, LONG, Inputs, Signals, signals
+
+INPUTS = (
+    Inputs(),
+    Inputs(labels="sampled"),
+    Inputs(labels="sampled", samples=64),
+    Inputs(text="own", labels="sampled", samples=64),
+)
+DRAWS, TEXTS = 24, 24
+
+
+def texts(pair: Path, name: str) -> list[torch.Tensor]:
+    """Prompts with what base or long answered [text] [token]."""
+    tokenizer = AutoTokenizer.from_pretrained(pair / name)
+    lines = (pair / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+    some = [json.loads(line) for line in lines[:: max(1, len(lines) // TEXTS)]]
+    return [
+        tokenizer(answer["prompt"] + answer["text"], add_special_tokens=False, return_tensors="pt").input_ids
+        for answer in some
+    ]
+
+
+@torch.inference_mode()
+def divergence(model: Any, expected: Sequence[torch.Tensor], some: Sequence[torch.Tensor]) -> float:
+    """Mean KL of a model's next-token distributions from log-probabilities of another's."""
+    total, count = 0.0, 0
+    for ids, logs in zip(some, expected, strict=True):
+        found = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
+        total += float((logs.exp() * (logs - found)).sum())
+        count += len(logs)
+    return total / count
+
+
+def measured(pair: Path, at: int, moves: Sequence[dict[str, float]]) -> np.ndarray:
+    """KL [text of base or long, move] from the model at one end, a move being the coefficients of tensors."""
+    models = [
+        AutoModelForCausalLM.from_pretrained(pair / name, dtype=torch.float32).eval() for name in ("base", "long")
+    ]
+    own, other = (dict(model.named_parameters()) for model in (models[at], models[1 - at]))
+    some = [texts(pair, name) for name in ("base", "long")]
+    with torch.inference_mode():
+        expected = [[models[at](input_ids=ids).logits[0].log_softmax(-1) for ids in its] for its in some]
+        moved = copy.deepcopy(models[at])
+        weights = dict(moved.named_parameters())
+        found = np.zeros((2, len(moves)))
+        for column, move in enumerate(tqdm.tqdm(moves, desc=f"{pair.name} at {('base', 'long')[at]}", leave=False)):
+            for name, alpha in move.items():
+                weights[name].copy_(own[name] + alpha * (other[name] - own[name]))
+            found[:, column] = [divergence(moved, e, its) for e, its in zip(expected, some, strict=True)]
+            for name in move:
+                weights[name].copy_(own[name])
+    return np.maximum(found, 1e-12)
+
+
+def predicted(its: Signals, at: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Every signal [group]."""
+    yield "F · ‖δ‖²", its.fisher(at) * its.moved
+    yield "E[⟨∇L, δ⟩²]", its.quadratic(at)
+
+
+def correlation(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.corrcoef(np.log(np.maximum(x, 1e-30)), np.log(y))[0, 1])
+
+
+def rows(pair: Path) -> dict[str, dict[str, list[float]]]:
+    """Correlations at base and long [signal] [what is moved] [end]."""
+    first = signals(pair, INPUTS[0])
+    parts: dict[str, Callable[[str], object]] = {"layers": mappings.whole, "blocks": mappings.block}
+    grouped = {name: mappings.groups_by(first.tensors, part) for name, part in parts.items()}
+    layers = grouped["layers"]
+    draws = np.random.default_rng(0).uniform(size=(DRAWS, len(layers)))
+    moves = {name: [{first.tensors[i]: 1.0 for i in group} for group in groups] for name, groups in grouped.items()} | {
+        "all at once": [{first.tensors[i]: a for a, g in zip(draw, layers, strict=True) for i in g} for draw in draws]
+    }
+    found: dict[str, dict[str, list[float]]] = {}
+
+    def note(signal: str, what: str, value: float) -> None:
+        found.setdefault(signal, {}).setdefault(what, []).append(value)
+
+    for at in (BASE, LONG):
+        for what, some in moves.items():
+            kl = measured(pair, at, some)
+            note("ceiling", what, correlation(kl[0], kl[1]))
+            mean = kl.mean(axis=0)
+            for inputs in INPUTS:
+                its = signals(pair, inputs).grouped(grouped.get(what, layers))
+                if what != "all at once":
+                    for signal, values in predicted(its, at):
+                        note(f"{signal}, {inputs}", what, correlation(values, mean))
+                    continue
+                note(f"F · ‖δ‖², {inputs}", what, correlation(np.square(draws) @ (its.fisher(at) * its.moved), mean))
+                along = np.square(draws @ its.dots[at].T).mean(axis=1)
+                note(f"E[⟨∇L, δ⟩²], {inputs}", what, correlation(along, mean))
+            if what != "all at once":
+                note("‖δ‖²", what, correlation(first.grouped(grouped[what]).moved, mean))
+            else:
+                note("‖δ‖²", what, correlation(np.square(draws) @ first.grouped(layers).moved, mean))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    folders = parser.parse_args().folders
+    transformers.utils.logging.set_verbosity_error()
+    for folder in folders:
+        found = rows(folder)
+        (folder / "fidelity.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        print(f"\n{folder.name}\n\n| signal | layers | blocks | all at once |\n| --- | --- | --- | --- |")
+        for signal, its in found.items():
+            cells = (" / ".join(f"{value:.2f}" for value in its[what]) for what in ("layers", "blocks", "all at once"))
+            print(f"| {signal} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

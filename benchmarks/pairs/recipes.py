@@ -1,0 +1,196 @@
+"""The kinds of pairs: from what they start, what they learn, and what they are asked."""
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.pairs.tasks import CLOSE, GYM, HELD_OUT, OPEN, Example, characters, gym, words
+from benchmarks.pairs.training import Training, train
+from example_configs.demo import prompt_ids, unpacked
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A recipe; the seed of a pair is of its training alone, all pairs of a kind are asked the same.
+
+    Attributes:
+        start: the untrained model and its tokenizer, by seed.
+        prompt: a question's tokens.
+        end: what ends an answer.
+        examples: endless questions to train on, by seed.
+        parent: how the parent is trained, in stages, each with how often it answers each way, in the order of `WAYS`.
+        child: how base and long are.
+        pack: see `train`.
+        problems: writes what the pair is asked into a folder, and returns the sources as a sweep takes them.
+        max_tokens: that an answer may have.
+    """
+
+    start: Callable[[int], tuple[Any, Any]]
+    prompt: Callable[[Any, str], list[int]]
+    end: str
+    examples: Callable[[int], Iterator[Example]]
+    parent: Sequence[tuple[Sequence[float], Training]]
+    child: Training
+    pack: bool
+    problems: Callable[[Path, int], list[str]]
+    max_tokens: int
+
+
+WAYS = ("short", "middle", "long")
+CHILDREN = {"base": "short", "long": "long"}
+
+
+def make(kind: Kind, name: str, seed: int, folder: Path) -> None:
+    """Make what is missing of parent, base and long, each complete or not at all."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for child in ("parent", *CHILDREN):
+        if (folder / child).exists():
+            continue
+        if child == "parent":
+            model, tokenizer = kind.start(seed)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(folder / "parent")
+            model = AutoModelForCausalLM.from_pretrained(folder / "parent", dtype="float32")
+        own = [float(way == CHILDREN.get(child)) for way in WAYS]
+        for stage, (ways, how) in enumerate(kind.parent if child == "parent" else [(own, kind.child)]):
+            questions = _questions(kind, tokenizer, seed + 100 * stage + 1000 * (child != "parent"), ways)
+            train(model, f"{name} {seed}: {child}", questions, how, pack=kind.pack)
+        for part in (model, tokenizer):
+            part.save_pretrained(folder / f"{child}.part")
+        (folder / f"{child}.part").rename(folder / child)
+
+
+def _questions(
+    kind: Kind, tokenizer: Any, seed: int, ways: Sequence[float]
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    rng = random.Random(seed)
+    for example in kind.examples(seed):
+        chosen = rng.choices(WAYS, ways)[0]
+        reply = f"{example.ways[chosen]}{kind.end}"
+        yield kind.prompt(tokenizer, example.question), [tokenizer(reply, add_special_tokens=False).input_ids]
+
+
+# SmolLM2's own adds a system prompt to every question, which is twice as long as what is asked here.
+_TURNS = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def _smollm2(seed: int) -> tuple[Any, Any]:
+    model, tokenizer = unpacked()
+    tokenizer.chat_template = _TURNS
+    return model, tokenizer
+
+
+def _character_tokenizer() -> Any:
+    """A tokenizer of the characters that arithmetic needs."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = ["<pad>", "<bos>", "<eos>", OPEN, CLOSE, *"0123456789+-=:\n"]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<pad>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?think>|[\s\S]"), "isolated")
+    made.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<pad>"
+    )
+    tokenizer.chat_template = "<bos>{% for message in messages %}{{ message.content }}:{% endfor %}"
+    return tokenizer
+
+
+def _from_scratch(config: Callable[..., Any]) -> Callable[[int], tuple[Any, Any]]:
+    def start(seed: int) -> tuple[Any, Any]:
+        from transformers import AutoModelForCausalLM
+
+        tokenizer = _character_tokenizer()
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        return AutoModelForCausalLM.from_config(config(vocab_size=len(tokenizer), **special)), tokenizer
+
+    return start
+
+
+def _llama(**settings: Any) -> Any:
+    from transformers import LlamaConfig
+
+    return LlamaConfig(hidden_size=160, intermediate_size=432, num_hidden_layers=4, num_attention_heads=4, **settings)
+
+
+def _gpt2(**settings: Any) -> Any:
+    from transformers import GPT2Config
+
+    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    return GPT2Config(n_embd=160, n_layer=4, n_head=4, n_positions=128, **dropout, **settings)
+
+
+def _mixtral(**settings: Any) -> Any:
+    from transformers import MixtralConfig
+
+    shape = {"hidden_size": 160, "intermediate_size": 216, "num_hidden_layers": 4, "num_attention_heads": 4}
+    return MixtralConfig(**shape, num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2, **settings)
+
+
+def _scratch_problems(folder: Path, n: int) -> list[str]:
+    return _written(folder, characters(random.Random(HELD_OUT), held=True), n)
+
+
+def _words_problems(folder: Path, n: int) -> list[str]:
+    return _written(folder, words(random.Random(HELD_OUT), held=True), n)
+
+
+def _written(folder: Path, asked: Iterator[Example], n: int) -> list[str]:
+    """The first n different problems as a file, and its name."""
+    found: dict[str, Example] = {}
+    while len(found) < n:
+        example = next(asked)
+        found[example.question] = example
+    rows = [{"question": e.question, "answer": e.answer} for e in found.values()]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return [str(folder / "problems.jsonl")]
+
+
+def _gym_problems(folder: Path, n: int) -> list[str]:
+    return [f"reasoning-gym:{name}:{json.dumps(settings)}" for name, settings in GYM.items()]
+
+
+KINDS = {
+    "words": Kind(
+        start=_smollm2,
+        prompt=prompt_ids,
+        end="<|im_end|>",
+        examples=lambda seed: words(random.Random(seed), held=False),
+        parent=[((0.3, 0.5, 0.2), Training(300, 10, 4e-4))],
+        child=Training(16, 10, 3e-5),
+        pack=True,
+        problems=_words_problems,
+        max_tokens=128,
+    ),
+    "gym": Kind(
+        start=_smollm2,
+        prompt=prompt_ids,
+        end="<|im_end|>",
+        examples=lambda seed: gym(random.Random(seed), seed=seed),
+        parent=[((0.3, 0.5, 0.2), Training(300, 10, 4e-4))],
+        child=Training(16, 10, 3e-5),
+        pack=True,
+        problems=_gym_problems,
+        max_tokens=160,
+    ),
+} | {
+    f"scratch-{name}": Kind(
+        start=_from_scratch(config),
+        prompt=prompt_ids,
+        end="<eos>",
+        examples=lambda seed: characters(random.Random(seed), held=False),
+        parent=[((0.35, 0.45, 0.2), Training(1200, 64, 0.02, scratch=True))],
+        child=Training(30, 64, 1e-4),
+        pack=False,
+        problems=_scratch_problems,
+        max_tokens=80,
+    )
+    for name, config in (("llama", _llama), ("gpt2", _gpt2), ("mixtral", _mixtral))
+}

@@ -1,0 +1,102 @@
+"""Fine-tuning on answers alone, on a CPU or an accelerator."""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import tqdm
+
+from benchmarks.evidence.mappings import layer_of
+from example_configs.demo import narrow_products_pay, packed
+
+Batch = Iterator[tuple[list[int], list[list[int]]]]  # a prompt's tokens, and those of its replies
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how hard to train.
+
+    Attributes:
+        steps: of the optimizer.
+        batch: questions in each.
+        rate: the highest learning rate; a short warm-up, then a linear decay.
+        scratch: whether the model is untrained: the layers' matrices then learn by Muon, at this rate, in a third of
+            AdamW's time, and all else by AdamW at 3e-3.
+    """
+
+    steps: int
+    batch: int
+    rate: float
+    scratch: bool = False
+
+
+def train(model: Any, name: str, questions: Batch, how: Training, *, pack: bool) -> None:
+    """Learn the replies; weights and optimizer stay float32.
+
+    Args:
+        model: a causal language model of transformers, trained in place.
+        name: as the progress bar calls it.
+        questions: endless.
+        how: how long and how hard.
+        pack: whether the model takes masks of four axes, so that prompts are read once for all of their replies.
+    """
+    optimizers = _optimizers(model, how)
+    warm = min(50, how.steps // 10 + 1)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(each, lambda i: min(1.0, (i + 1) / warm) * (1 - i / how.steps))
+        for each in optimizers
+    ]
+    device = next(model.parameters()).device
+    narrow = contextlib.nullcontext()
+    if device.type != "cpu" or narrow_products_pay():
+        narrow = torch.autocast(device.type, torch.bfloat16)
+    model.train()
+    for _ in (progress := tqdm.trange(how.steps, desc=f"Training {name}", unit="step")):
+        some = list(itertools.islice(questions, how.batch))
+        inputs, at, labels = (_packed if pack else _padded)(some)
+        with narrow:
+            hidden = model.base_model(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
+            logits = model.lm_head(hidden.last_hidden_state[at].to(model.lm_head.weight.dtype))
+        loss = torch.nn.functional.cross_entropy(logits.float(), labels.to(device))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for each in (*optimizers, *schedules):
+            each.step()
+        model.zero_grad()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def _optimizers(model: Any, how: Training) -> list[torch.optim.Optimizer]:
+    matrices = {id(p) for n, p in model.named_parameters() if how.scratch and p.ndim == 2 and layer_of(n) is not None}
+    others = [p for p in model.parameters() if id(p) not in matrices]
+    rate = 3e-3 if how.scratch else how.rate
+    found: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    ]
+    if matrices:
+        own = [p for p in model.parameters() if id(p) in matrices]
+        found.append(torch.optim.Muon(own, lr=how.rate, weight_decay=0.0))
+    return found
+
+
+def _packed(some: Sequence[tuple[list[int], list[list[int]]]]) -> tuple[dict[str, torch.Tensor], Any, torch.Tensor]:
+    inputs, expected = packed([prompt for prompt, _ in some], [replies for _, replies in some])
+    return inputs, (0, expected["at"]), expected["labels"]
+
+
+def _padded(some: Sequence[tuple[list[int], list[list[int]]]]) -> tuple[dict[str, torch.Tensor], Any, torch.Tensor]:
+    """A row for each reply, padded on the right, where no token that counts can see it."""
+    rows = [(prompt, reply) for prompt, replies in some for reply in replies]
+    ids = torch.zeros(len(rows), max(len(prompt) + len(reply) for prompt, reply in rows), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    at: list[tuple[int, int]] = []
+    for row, (prompt, reply) in enumerate(rows):
+        ids[row, : len(prompt) + len(reply)] = torch.tensor([*prompt, *reply])
+        mask[row, : len(prompt) + len(reply)] = 1
+        at += [(row, len(prompt) + i - 1) for i in range(len(reply))]
+    where = torch.tensor(at).T
+    labels = torch.tensor([token for _, reply in rows for token in reply])
+    return {"input_ids": ids, "attention_mask": mask}, (where[0], where[1]), labels
