@@ -334,6 +334,13 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     "alpha_mean=0.2,0.35,0.5,0.65,0.8]",
 )
 @click.option(
+    "--refine",
+    default=0,
+    show_default=True,
+    metavar="N",
+    help="N further merges of each method, at strengths between those where accuracy and length change most.",
+)
+@click.option(
     "--compare",
     multiple=True,
     metavar="METHOD",

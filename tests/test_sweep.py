@@ -33,6 +33,7 @@ from mergekit_fim.evaluate.folder import SweepFolder, file_name, opened, read_an
 from mergekit_fim.evaluate.generation import Prompt, complete, load_model, load_tokenizer
 from mergekit_fim.evaluate.grading import grade_math
 from mergekit_fim.evaluate.records import Answer
+from mergekit_fim.evaluate.refine import Point, next_strength
 from mergekit_fim.files import PART
 
 TEMPLATE = "{{ messages[0].content }}{% if messages|length > 1 %} {{ messages[1].content }}{% endif %}"
@@ -451,6 +452,7 @@ def test_servers_that_cannot_be(given, words, sweep, stub):
         (["--max-tokens", "0"], ["--max-tokens", "at least 1"]),
         (["--seed", "-1"], ["--seed", "at least 0"]),
         (["--batch", "0"], ["--batch", "at least 1"]),
+        (["--refine", "-1"], ["--refine", "at least 0"]),
         (["--temperature", "-1"], ["--temperature", "at least 0"]),
         (["--temperature", "nan"], ["--temperature", "at least 0"]),
         (["--n", "-1"], ["0 (all) or more", "-1"]),
@@ -733,6 +735,54 @@ def test_killed_at_any_moment(warm: Warm, talkers, tmp_path):
             assert outcome.status == 0, (now, outcome.stderr)
             assert contents(sweep) == expected, now
     assert begun  # or no moment was between two answers
+
+
+# Strengths that are found
+
+
+def test_refining_goes_to_the_widest_gap():
+    base, long = Point(0, 0.2, 10), Point(1, 0.8, 110)
+    points = [base, Point(0.4, 0.2, 12), Point(0.6, 0.7, 100), long]
+    assert next_strength(points, base, long) == pytest.approx(0.5)
+    assert next_strength(points[::-1], base, long) == pytest.approx(0.5)
+    flat = [Point(0.2, 0.5, 50), Point(0.4, 0.5, 50), Point(0.9, 0.5, 50)]
+    assert next_strength(flat, base, long) == pytest.approx(0.65)  # nothing differs: the widest in strength
+    by_accuracy = [Point(0.2, 0.3, 50), Point(0.4, 0.6, 50), Point(0.9, 0.6, 50)]
+    assert next_strength(by_accuracy, base, long) == pytest.approx(0.3)
+    assert next_strength([Point(0.5, 0.2, 10), Point(0.504, 0.8, 110)], base, long) is None
+    assert next_strength([long], base, long) is None
+
+
+def strengths(record: dict, method: str) -> list[float]:
+    return [next(iter(run["settings"].values())) for run in record["runs"] if run["method"] == method]
+
+
+def test_refined(whole, sweep):
+    sweep.ok("--compare", "task_arithmetic", "--refine", "2")
+    record = sweep.record()
+    ends = {run: whole.record()["findings"]["summary"]["runs"][i] for i, run in enumerate(("base", "long"))}
+    assert sweep.answers().items() >= whole.answers().items()
+    for method in ("fim_ta", "task_arithmetic"):
+        found = {
+            next(iter(run["settings"].values())): Point(
+                next(iter(run["settings"].values())), run["accuracy"]["value"], run["tokens_mean"]
+            )
+            for run in record["findings"]["summary"]["runs"]
+            if run["method"] == method
+        }
+        assert len(found) == 4
+        base, long = (Point(0.0, end["accuracy"]["value"], end["tokens_mean"]) for end in ends.values())
+        known = [0.3, 0.6]
+        for _ in range(2):
+            known.append(round(next_strength([base, *(found[x] for x in known)], base, long), 4))
+            assert known[-1] in found
+    (twin,) = (run for run in record["runs"] if run["run"] == "task_arithmetic weight=0.3")
+    assert twin["method"] == "task_arithmetic"
+    # The same command finds everything there, and one that refines further goes on from it.
+    before = sweep.answers()
+    sweep.ok("--compare", "task_arithmetic", "--refine", "2")
+    assert sweep.answers() == before
+    assert strengths(record, "fim_ta")[:2] == [0.3, 0.6]
 
 
 # Several processes

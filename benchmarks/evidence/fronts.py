@@ -7,11 +7,9 @@ same number of merges, and each of these goes to the widest gap that is left on 
 
 import contextlib
 import io
-import itertools
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,21 +26,12 @@ from mergekit_fim.evaluate.generation import load_model, load_tokenizer
 from mergekit_fim.evaluate.problems import open_problems
 from mergekit_fim.evaluate.prompts import chat_template
 from mergekit_fim.evaluate.records import LENGTH, Answer, Key
+from mergekit_fim.evaluate.refine import Point, next_strength
 from mergekit_fim.prepass import measured_once
 from mergekit_fim.tools.plan import merge_whole
 
 RUNS = 8  # merges of a variant
-NARROWEST = 0.005  # a gap of strengths that isn't halved any more, in parts of the largest strength
 OPTIONS = MergeOptions(quiet=True, write_model_card=False)
-
-
-@dataclass(frozen=True)
-class Point:
-    """A run of a variant: its strength, and where its answers came out."""
-
-    strength: float
-    accuracy: float
-    tokens: float
 
 
 class Pair:
@@ -102,26 +91,11 @@ class Pair:
         return self.answers / f"{file_name(run)}.jsonl"
 
     def _next(self, variant: Variant, found: Mapping[float, Mapping[Key, Answer]]) -> float | None:
-        """The middle of the widest gap."""
         if not variant.ends_long and variant.high not in found:
             return variant.high
         base, long = self.point(0.0, self.base), self.point(variant.high, self.long)
-        points = [base, *(self.point(s, answers) for s, answers in sorted(found.items()))]
-        points += [long] if variant.ends_long else []
-        tokens, accuracy = long.tokens - base.tokens, max(0.05, abs(long.accuracy - base.accuracy))
-        gaps = [
-            (
-                abs(y.tokens - x.tokens) / tokens + 0.5 * abs(y.accuracy - x.accuracy) / accuracy,
-                y.strength - x.strength,
-                x,
-            )
-            for x, y in itertools.pairwise(points)
-            if y.strength - x.strength > NARROWEST * variant.high
-        ]
-        if not gaps:
-            return None
-        _, width, left = max(gaps, key=lambda gap: gap[:2])
-        return left.strength + width / 2
+        points = [base, *(self.point(value, answers) for value, answers in found.items())]
+        return next_strength([*points, *([long] if variant.ends_long else [])], base, long)
 
     def _run(self, name: str, model, strength: float | None = None) -> dict[Key, Answer]:
         """The answers of a model's folder, or of a merge by a variant's config."""

@@ -40,8 +40,8 @@ def variants_table(pairs: Sequence[Pair]) -> str:
     """Every variant over the seeds of a kind."""
     seeds = [str(pair["seed"]) for pair in pairs]
     lines = [
-        f"| variant | held-out gain, seeds {', '.join(seeds)} | mean ± spread | above 0 | area − uniform's | better, worse "
-        "| best merge |",
+        f"| variant | held-out gain, seeds {', '.join(seeds)} | mean ± spread | above 0 | area − uniform's "
+        "| better, worse | best merge |",
         "|" + " --- |" * 7,
     ]
     for variant in VARIANTS:

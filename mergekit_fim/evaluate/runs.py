@@ -106,6 +106,41 @@ def merges(
     return list({run.name: run for run in runs}.values())
 
 
+def strength(run: Run) -> float | None:
+    """A merge's strength, where its method has one and it is a number."""
+    if run.method is None or not run.settings or strength_of(run.method, run.settings) is None:
+        return None
+    value = next(iter(run.settings.values()))
+    return None if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+
+
+def series(runs: Sequence[Run]) -> list[list[Run]]:
+    """The merges that have a strength, together where they differ in nothing else."""
+    found: dict[Any, list[Run]] = {}
+    for run in runs:
+        if strength(run) is not None:
+            found.setdefault((run.method, *list(run.settings.items())[1:]), []).append(run)
+    return list(found.values())
+
+
+def at_strength(config: MergeConfiguration, run: Run, value: float, default_density: Callable[[], float]) -> Run:
+    """A merge like another but for its strength.
+
+    Args:
+        config: the merge config.
+        run: one of those that `merges` made of it.
+        value: the strength.
+        default_density: see `twin`.
+    """
+    own = strength_of(config.merge_method, run.settings)
+    assert own is not None
+    assert run.method is not None
+    settings = {own: value, **dict(list(run.settings.items())[1:])}
+    if run.method == config.merge_method:
+        return _merge(run.method, settings, with_settings(config, settings))
+    return _merge(run.method, *twin(config, run.method, settings, default_density))
+
+
 def _merge(method: str, settings: Mapping[str, Any], config: MergeConfiguration) -> Run:
     said = [f"{name}={_shown(value)}" for name, value in settings.items()]
     return Run(" ".join([method, *said]), method, settings, config=config)

@@ -46,7 +46,8 @@ from mergekit_fim.evaluate.grading import CLOSE, OPEN
 from mergekit_fim.evaluate.problems import open_problems
 from mergekit_fim.evaluate.prompts import Template, chat_template, file_template
 from mergekit_fim.evaluate.records import Answer, Key, ProblemSet
-from mergekit_fim.evaluate.runs import BASE, Run, merges, models_as_they_are
+from mergekit_fim.evaluate.refine import Point, next_strength
+from mergekit_fim.evaluate.runs import BASE, Run, at_strength, merges, models_as_they_are, series, strength
 from mergekit_fim.evaluate.server import Server, connect
 from mergekit_fim.evaluate.table import markdown_rows
 from mergekit_fim.evaluate.varied import fine_tuned, parse_settings, spec_of
@@ -73,6 +74,7 @@ class Wanted:
         system: what the models are told before the question.
         question_field: see `open_problems`; likewise `answer_field`.
         varied: each as NAME=V1,V2,...
+        refine: further merges of each method and setting, of strengths that are found.
         compare: other merge methods.
         also: further models as they are.
         template: a file in Jinja, in place of the models' chat templates.
@@ -92,6 +94,7 @@ class Wanted:
     question_field: str | None
     answer_field: str | None
     varied: tuple[str, ...]
+    refine: int
     compare: tuple[str, ...]
     also: tuple[str, ...]
     template: str | None
@@ -137,37 +140,40 @@ def _sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeO
     LoaderCache().setup(options)
     inputs = {run.name: open_model(str(run.model), None, options) for run in as_they_are}
     launched.inputs_are_there()
-    runs = [*as_they_are, *merges(config, varied, wanted.compare, lambda: default_density(inputs[BASE]))]
+
+    def density() -> float:
+        return default_density(inputs[BASE])
+
+    runs = [*as_they_are, *merges(config, varied, wanted.compare, density)]
     servers = _servers(wanted, [run.name for run in runs])
     runs += [Run(name) for name in servers if name not in {run.name for run in runs}]
     questions = Questions([_problems(source, wanted) for source in dict.fromkeys(wanted.problems)], wanted.samples)
     fingerprints = {name: fingerprint(model) for name, model in inputs.items()}
     identity = _identity(config, wanted, questions, template, as_they_are, fingerprints)
+    tuned = [run.name for run in as_they_are if run.model in fine_tuned(config)]
     main, folder = launched.is_main(), SweepFolder(out)
     with writing(out), opened(folder, identity) if main else contextlib.nullcontext(), measured_once():
         launched.meet()  # the folder is there
         under_way = _Sweep(
-            config, folder, identity, wanted, options, template, questions, inputs[BASE], fingerprints, servers
+            config, folder, identity, wanted, options, template, questions, inputs[BASE], fingerprints, servers, tuned
         )
         under_way.check_before(runs)
-        launched.meet()  # all have read the answers so far
-        own = launched.share_of([run for run in runs if not under_way.is_done(run.name)])
-        with launched.alone():
-            for run in runs:
-                if run in own or (main and under_way.is_done(run.name)):
-                    under_way.answer(run)
-        launched.meet()
-        if not main:
-            return None
-        under_way.read(runs)  # what the others have answered, too
-        tuned = fine_tuned(config)
-        return under_way.conclude(runs, [run.name for run in as_they_are if run.model in tuned])
+        under_way.answer_all(runs)
+        for _ in range(wanted.refine):
+            more = [
+                at_strength(config, its[0], value, density)
+                for its in series(runs)
+                if (value := under_way.next_strength(its)) is not None
+            ]
+            runs = list({run.name: run for run in [*runs, *more]}.values())
+            under_way.answer_all(runs)
+        return under_way.conclude(runs) if main else None
 
 
 def _check(wanted: Wanted) -> None:
     if not wanted.problems:
         raise FimError("--problems: expected a source of problems, found none; name one")
-    for name, least in (("max_tokens", 1), ("samples", 1), ("seed", 0), ("batch", 1)):
+    for name, least in (("max_tokens", 1), ("samples", 1), ("seed", 0), ("batch", 1), ("refine", 0)):
         value = getattr(wanted, name)
         if value is not None and value < least:
             option = name.replace("_", "-")
@@ -257,10 +263,11 @@ class _Sweep:
         base: InputModel,
         fingerprints: Mapping[str, str],
         servers: Mapping[str, Server],
+        tuned: Sequence[str],
     ) -> None:
         self.config, self.folder, self.identity, self.wanted, self.options = config, folder, identity, wanted, options
         self.template, self.questions, self.base, self.servers = template, questions, base, servers
-        self.fingerprints = fingerprints
+        self.fingerprints, self.tuned = fingerprints, tuned
         self.tokenizers: dict[str, Any] = {}
         self.decoding = Decoding(wanted.max_tokens, wanted.temperature, wanted.seed, wanted.batch)
         self.earlier: list[str] | None = None
@@ -319,6 +326,33 @@ class _Sweep:
                         run.model,
                     )
                     break
+
+    def answer_all(self, runs: Sequence[Run]) -> None:
+        """Let every run answer what it hasn't answered yet, each in one of the processes."""
+        self.read(runs)
+        launched.meet()  # all have read the same
+        main, own = launched.is_main(), launched.share_of([run for run in runs if not self.is_done(run.name)])
+        with launched.alone():
+            for run in runs:
+                if run in own or (main and self.is_done(run.name)):
+                    self.answer(run)
+        launched.meet()
+        self.read(runs)  # what the others have answered, too
+
+    def next_strength(self, its: Sequence[Run]) -> float | None:
+        """Where one more of these merges would show most."""
+        base = self.point(BASE, 0.0)
+        long = max((self.point(name, 1.0) for name in self.tuned), key=lambda point: point.tokens)
+        points = [self.point(run.name, strength(run) or 0.0) for run in its]
+        start = [base] if all(point.strength > 0 for point in points) else []
+        value = next_strength([*start, *points], base, long)
+        return None if value is None else round(value, 4)
+
+    def point(self, run: str, at: float) -> Point:
+        """Where a run that is of this strength came out."""
+        answers = [self.answers[run][key] for problem in self.questions.gradable() for key in problem]
+        accuracy = float(np.mean([answer.correct is True for answer in answers]))
+        return Point(at, accuracy, float(np.mean([answer.tokens for answer in answers])))
 
     def is_done(self, run: str) -> bool:
         """Whether a run has all its answers."""
@@ -479,11 +513,11 @@ class _Sweep:
 
     # What came out
 
-    def conclude(self, runs: Sequence[Run], tuned: Sequence[str]) -> Findings:
+    def conclude(self, runs: Sequence[Run]) -> Findings:
         """Write down what the runs show, and keep what is to be kept."""
         named = {run.name: run for run in runs}
         done = [entry for name, entry in self.entries.items() if self.is_done(name)]
-        findings = find(done, self.answers, self.questions, BASE, tuned, self.wanted.seed)
+        findings = find(done, self.answers, self.questions, BASE, self.tuned, self.wanted.seed)
         on_front = {run.run for run in findings.summary.runs if run.pareto}
         for name, run in named.items():
             if run.config is not None and (
