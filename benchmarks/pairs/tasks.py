@@ -84,9 +84,9 @@ def columns(a: int, b: int, sign: str) -> str:
 
 GYM: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 3, "max_terms": 3, "min_digits": 2, "max_digits": 2},
-    "letter_counting": {"min_words": 2, "max_words": 4},
+    "letter_counting": {"min_words": 2, "max_words": 3},
     "spell_backward": {"min_word_len": 5, "max_word_len": 7},
-    "leg_counting": {"min_animals": 2, "max_animals": 3, "max_instances": 9},
+    "leg_counting": {"min_animals": 2, "max_animals": 2, "max_instances": 9},
 }
 HELD_OUT = 1_000_000  # the first seed of problems to ask
 
@@ -159,9 +159,10 @@ def _legs() -> dict[str, int]:
 
 
 def characters(rng: random.Random, *, held: bool) -> Iterator[Example]:
-    """Endless sums and differences of two numbers of three digits, such as 345+289; one in five is held out."""
+    """Endless sums and differences of two numbers of two or three digits, such as 345+289; one in five is held out."""
     while True:
-        a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
+        low = rng.choice((10, 100))
+        a, b = rng.randrange(low, 10 * low), rng.randrange(low, 10 * low)
         if held != (zlib.crc32(f"{min(a, b)} {max(a, b)}".encode()) % 5 == 0):
             continue
         sign = rng.choice("+-")
