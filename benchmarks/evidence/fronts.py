@@ -7,10 +7,12 @@ same number of merges, and each of these goes to the widest gap that is left on 
 
 import contextlib
 import io
+import json
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,6 +121,9 @@ class Pair:
                     answer = self.questions.graded(its, 0.0)
                     append_answer(file, answer)
                     answers[answer.source, answer.index, answer.sample] = answer
+            if self.kind.prose:
+                with open(self.folder / "prose.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"run": name, "nats": prose(loaded.model, tokenizer)}) + "\n")
         point = self.point(strength or 0.0, answers)
         print(f"{self.folder.name}: {name}: {point.accuracy:.3f} @ {point.tokens:.1f}", flush=True)
         return answers
@@ -138,6 +143,16 @@ class Pair:
             unclosed=np.array([[a.unclosed for a in row] for row in rows]),
             empty=np.array([[not a.text.strip() for a in row] for row in rows]),
         )
+
+
+@torch.inference_mode()
+def prose(model: Any, tokenizer: Any) -> float:
+    """What an unrelated text costs a model, in nats a token: Verne's, which reasoning-gym carries."""
+    import reasoning_gym
+
+    path = Path(reasoning_gym.__file__).parent / "data" / "in_the_year_2889.txt"
+    ids = tokenizer(path.read_text(encoding="utf-8"), return_tensors="pt").input_ids[:, 1000:1768]
+    return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
 SEED = 1_000_000  # of the problems of reasoning-gym

@@ -26,6 +26,7 @@ class Kind:
         pack: see `train`.
         problems: writes what the pair is asked into a folder, and returns the sources as a sweep takes them.
         max_tokens: that an answer may have.
+        prose: whether a merge is also to be asked what a text that has nothing to do with its training costs it.
     """
 
     start: Callable[[int], tuple[Any, Any]]
@@ -37,6 +38,7 @@ class Kind:
     pack: bool
     problems: Callable[[Path, int], list[str]]
     max_tokens: int
+    prose: bool = False
 
 
 WAYS = ("short", "middle", "long")
@@ -179,6 +181,7 @@ KINDS = {
         pack=True,
         problems=_gym_problems,
         max_tokens=160,
+        prose=True,
     ),
 } | {
     f"scratch-{name}": Kind(
