@@ -10,16 +10,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from benchmarks.evidence.signals import BASE, LONG, Signals
+from benchmarks.pairs.training import layer_of
 from mergekit_fim.coefficients import Mapping, merge_coefficients
 
 # Strength and signals of the groups -> coefficients [group].
 Coefficients = Callable[[float, Signals], np.ndarray]
-
-
-def layer_of(tensor: str) -> int | None:
-    """The decoder layer of a tensor; None outside of them."""
-    found = re.search(r"\.(?:layers|h)\.(\d+)\.", tensor)
-    return int(found[1]) if found else None
 
 
 def groups_by(tensors: Sequence[str], part: Callable[[str], object]) -> list[list[int]]:

@@ -6,7 +6,7 @@ import torch
 import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.evidence.mappings import layer_of
+from benchmarks.pairs.training import layer_of
 
 
 def without_top_directions(pair: Path, share: float) -> str:

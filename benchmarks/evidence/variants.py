@@ -11,6 +11,7 @@ from mergekit.config import MergeConfiguration
 from benchmarks.evidence import mappings
 from benchmarks.evidence.signals import Inputs, signals
 from benchmarks.evidence.subspace import without_top_directions
+from benchmarks.pairs.training import layer_of
 
 LARGEST_MEAN = 0.9999  # of coefficients below 1
 Config = Callable[[Path, float], MergeConfiguration]
@@ -102,7 +103,7 @@ def by_hand(
     def config(pair: Path, value: float) -> MergeConfiguration:
         measured = signals(pair, inputs)
         groups = mappings.groups_by(measured.tensors, part)
-        others = [i for i, name in enumerate(measured.tensors) if mappings.layer_of(name) is None]
+        others = [i for i, name in enumerate(measured.tensors) if layer_of(name) is None]
         scored = [*groups, others] if outside == "own" else groups
         alphas = found(min(value, LARGEST_MEAN) if ends_long or high == 1 else value, measured.grouped(scored))
         rest = {"mean": alphas.mean(), "base": 0.0, "long": 1.0, "own": alphas[-1]}[outside]

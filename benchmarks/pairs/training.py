@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 import tqdm
 
-from benchmarks.evidence.mappings import layer_of
 from example_configs.demo import narrow_products_pay, packed
 
 Batch = Iterator[tuple[list[int], list[list[int]]]]  # a prompt's tokens, and those of its replies
@@ -67,6 +67,12 @@ def train(model: Any, name: str, questions: Batch, how: Training, *, pack: bool)
             each.step()
         model.zero_grad()
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def layer_of(tensor: str) -> int | None:
+    """The decoder layer of a tensor; None outside of them."""
+    found = re.search(r"\.(?:layers|h)\.(\d+)\.", tensor)
+    return int(found[1]) if found else None
 
 
 def _optimizers(model: Any, how: Training) -> list[torch.optim.Optimizer]:
