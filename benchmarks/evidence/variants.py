@@ -108,24 +108,26 @@ def by_hand(
         alphas = found(min(value, LARGEST_MEAN) if ends_long or high == 1 else value, measured.grouped(scored))
         rest = {"mean": alphas.mean(), "base": 0.0, "long": 1.0, "own": alphas[-1]}[outside]
         by_tensor = {measured.tensors[i]: float(a) for g, a in zip(groups, alphas, strict=False) for i in g}
-        model = {"alpha": _filters(by_tensor), **{k: v for k, v in parameters.items() if k == "density"}}
-        shared = {k: v for k, v in parameters.items() if k != "density"}
-        return _merge(method, pair, model, {"alpha_other": float(rest), **shared})
+        model = {"alpha": _filters(by_tensor, float(rest)), **{k: v for k, v in parameters.items() if k == "density"}}
+        return _merge(method, pair, model, {k: v for k, v in parameters.items() if k != "density"})
 
     return Variant(config, high, ends_long)
 
 
-def _filters(alphas: Mapping[str, float]) -> Any:
+def _filters(alphas: Mapping[str, float], outside: float) -> Any:
     """A coefficient for every tensor, as mergekit's filters: by what stands after the layer's number, a gradient."""
     by_name: dict[str, list[float]] = {}
     for tensor, alpha in alphas.items():
-        by_name.setdefault(re.split(r"\.\d+\.", tensor, maxsplit=1)[1], []).append(alpha)
+        layers, _, name = re.split(r"\.(\d+)\.", tensor, maxsplit=1)
+        by_name.setdefault(name, []).append(alpha)
+    inside = f"{layers.rpartition('.')[2]}."
     if len({tuple(values) for values in by_name.values()}) == 1:
-        return next(iter(by_name.values()))
+        return [{"filter": inside, "value": next(iter(by_name.values()))}, {"value": outside}]
     # A checkpoint may name a mixture's experts one by one: they take the mean of what isn't attention.
     others = [values for name, values in by_name.items() if mappings.block(name) == "mlp"]
     rest = [sum(values) / len(values) for values in zip(*others, strict=True)]
-    return [*({"filter": name, "value": values} for name, values in by_name.items()), {"value": rest}]
+    named = [{"filter": name, "value": values} for name, values in by_name.items()]
+    return [*named, {"filter": inside, "value": rest}, {"value": outside}]
 
 
 def _subspace(pair: Path, value: float) -> MergeConfiguration:

@@ -1,0 +1,184 @@
+"""What the evidence rests on: benchmarks/pairs and benchmarks/evidence, on tiny models."""
+
+import random
+
+import numpy as np
+import pytest
+import reference
+import tiny
+import torch
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from transformers import AutoModelForCausalLM
+
+from benchmarks.evidence import mappings
+from benchmarks.evidence.signals import BASE, LONG, Inputs, Signals, signals
+from benchmarks.evidence.subspace import without_top_directions
+from benchmarks.evidence.variants import VARIANTS
+from benchmarks.pairs.recipes import KINDS
+from benchmarks.pairs.tasks import characters, columns, gym, words
+from mergekit_fim.tools.plan import merge_whole
+
+FEW = Inputs(samples=3, length=12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pair as benchmarks/pairs leaves it."""
+    path = tmp_path_factory.mktemp("evidence")
+    base = tiny.build(tiny.config("llama", num_hidden_layers=3))
+    for name, model in (("base", base), ("long", tiny.tuned(base, 1, scale=0.02))):
+        tiny.save(model, path / name)
+        tiny.tokenizer(chat_template="{{ messages[0].content }}").save_pretrained(path / name)
+    return path
+
+
+def test_signals_are_those_of_autograd(folder):
+    found = signals(folder, FEW)
+    assert found.squares.shape == found.dots.shape == (2, 3, len(found.tensors))
+    # The package's own measurement is of the same tokens.
+    layers = mappings.groups_by(found.tensors, mappings.whole)
+    expected = [np.mean(squares) / count for count, squares in reference.fisher(folder / "base", 3, 12, 0)]
+    assert found.grouped(layers).fisher(BASE) == pytest.approx(expected, rel=1e-4)
+    # ⟨∇L, δ⟩ of all tensors together is how fast the loss changes along δ.
+    ids = torch.randint(0, tiny.VOCAB, (3, 12), generator=torch.Generator().manual_seed(0))
+    models = [AutoModelForCausalLM.from_pretrained(folder / name).double() for name in ("base", "long")]
+    ends = [dict(model.named_parameters()) for model in models]
+    for at, model in enumerate(models):
+        moved = {name: (ends[LONG][name] - ends[BASE][name]).detach() for name in ends[at]}
+        losses = []
+        for step in (-1e-4, 1e-4):
+            weights = {name: value.detach() + step * moved[name] for name, value in ends[at].items()}
+            logits = torch.func.functional_call(model, weights, (ids,)).logits[:, :-1]
+            losses.append(
+                [torch.nn.functional.cross_entropy(x, y[1:]).item() for x, y in zip(logits, ids, strict=True)]
+            )
+        slope = (np.array(losses[1]) - np.array(losses[0])) / 2e-4
+        assert found.dots[at].sum(axis=1) == pytest.approx(slope, rel=1e-2, abs=1e-4)
+
+
+def some_signals(groups: int = 5, sequences: int = 12) -> Signals:
+    rng = np.random.default_rng(0)
+    dots = rng.normal(size=(2, sequences, groups)) * np.exp(rng.normal(size=groups))
+    squares = np.square(dots) * np.exp(rng.normal(size=groups)) + 0.1
+    return Signals(tuple(map(str, range(groups))), squares, dots, np.full(groups, 7.0), np.exp(rng.normal(size=groups)))
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        mappings.sigmoid_of(1.0),
+        mappings.sigmoid_of(-1.0),
+        mappings.two_endpoints(quadratic=True),
+        mappings.two_endpoints(quadratic=False),
+        mappings.together,
+    ],
+)
+def test_a_mapping_goes_from_the_base_to_the_long_model(found):
+    its = some_signals()
+    assert found(1e-9, its) == pytest.approx(np.zeros(5), abs=1e-3)
+    assert found(1 - 1e-9, its) == pytest.approx(np.ones(5), abs=1e-3)
+    middle = found(0.5, its)
+    assert ((middle >= 0) & (middle <= 1)).all()
+    assert middle.std() > 0.01
+
+
+@pytest.mark.parametrize("strength", [0.2, 0.5, 0.8])
+def test_the_quadratic_programme_has_the_least_of_what_it_minimises(strength):
+    its = some_signals()
+
+    def cost(alphas: np.ndarray) -> float:
+        low, high = (np.square(its.dots[at] @ x).sum() for at, x in ((BASE, alphas), (LONG, 1 - alphas)))
+        pull = 1e-3 * (np.square(its.dots[0]).sum() * (1 - strength) + np.square(its.dots[1]).sum() * strength) / 5
+        return (1 - strength) * low + strength * high + pull * np.square(alphas - strength).sum()
+
+    best = mappings.together(strength, its)
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        other = np.clip(best + rng.normal(size=5) * rng.choice([1e-3, 0.1]), 0, 1)
+        assert cost(other) >= cost(best) * (1 - 1e-9)
+
+
+def test_anchored_is_half_of_the_strength_at_the_largest_score():
+    its = some_signals()
+    alphas = mappings.anchored(0.7, adapted=False)(0.8, its)
+    assert alphas[mappings.score(its).argmax()] == pytest.approx(0.4)
+    assert alphas.min() == pytest.approx(0.4)
+
+
+def test_the_top_directions_stay_the_bases(folder):
+    base, long = (reference.load(folder / name) for name in ("base", "long"))
+    assert reference.load(folder / without_top_directions(folder, 0.0)).keys() == long.keys()
+    none, half, whole = (reference.load(folder / without_top_directions(folder, share)) for share in (0.0, 0.5, 1.0))
+    for name, value in none.items():
+        assert value == pytest.approx(long[name], abs=1e-6)
+    name = "model.layers.1.mlp.up_proj.weight"
+    u, _, vt = np.linalg.svd(base[name], full_matrices=False)
+    k = -(-min(base[name].shape) // 2)
+    inside = u[:, :k].T @ (half[name] - base[name]) @ vt[:k].T
+    assert inside == pytest.approx(np.zeros((k, k)), abs=1e-5)
+    assert np.abs(half[name] - base[name]).max() > 1e-3
+    square = "model.layers.1.self_attn.o_proj.weight"
+    assert whole[square] == pytest.approx(base[square], abs=1e-5)
+    assert half["model.embed_tokens.weight"] == pytest.approx(long["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("name", ["fim_ta attention and MLP", "fim_ta per tensor", "fim_ta outside own", "together"])
+def test_a_variants_config_has_the_mappings_coefficients(name, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.evidence.variants.signals", lambda pair, _inputs: signals(pair, FEW))
+    config = VARIANTS[name].config(folder, 0.4)
+    assert isinstance(config, MergeConfiguration)
+    merge_whole(config, None, str(tmp_path / "out"), MergeOptions(quiet=True, copy_tokenizer=False))
+    base, long, merged = (reference.load(path) for path in (folder / "base", folder / "long", tmp_path / "out"))
+    its = signals(folder, FEW)
+    part = {"fim_ta attention and MLP": mappings.block, "fim_ta per tensor": mappings.itself}.get(name, mappings.whole)
+    groups = mappings.groups_by(its.tensors, part)
+    others = [i for i, tensor in enumerate(its.tensors) if "layers" not in tensor]
+    own = name.endswith("own")
+    found = mappings.together if name == "together" else mappings.sigmoid_of(1.0)
+    alphas = found(0.4, its.grouped([*groups, others] if own else groups))
+    expected = {its.tensors[i]: a for group, a in zip(groups, alphas, strict=False) for i in group}
+    for tensor, value in merged.items():
+        alpha = expected.get(tensor, alphas[-1] if own else alphas.mean())
+        assert value == pytest.approx(base[tensor] + alpha * (long[tensor] - base[tensor]), abs=1e-6)
+
+
+def test_every_way_ends_in_the_answer():
+    for examples in (
+        words(random.Random(0), held=False),
+        words(random.Random(0), held=True),
+        characters(random.Random(0), held=True),
+        gym(random.Random(0), seed=0),
+    ):
+        for _ in range(40):
+            example = next(examples)
+            assert all(text.rpartition("\n")[2] == example.answer for text in example.ways.values())
+            lengths = [len(example.ways[way]) for way in ("short", "middle", "long")]
+            assert lengths == sorted(lengths)
+
+
+@pytest.mark.parametrize(("a", "b", "sign"), [(345, 289, "+"), (812, 377, "-"), (905, 7, "*"), (100, 99, "-")])
+def test_columns_are_right(a, b, sign):
+    value = {"+": a + b, "-": a - b, "*": a * b}[sign]
+    digits = []
+    for line in columns(a, b, sign).splitlines():
+        work, _, found = line.partition("=")
+        assert eval(work) == int(found)
+        digits.append(found)
+    assert int(digits[-1] + "".join(digit[-1] for digit in reversed(digits[:-1]))) == value
+
+
+def test_no_problem_was_trained_on():
+    asked = {next(examples).question for examples in [characters(random.Random(1), held=True)] for _ in range(200)}
+    taught = characters(random.Random(0), held=False)
+    assert not asked & {next(taught).question for _ in range(5000)}
+
+
+@pytest.mark.parametrize("name", [name for name in KINDS if name.startswith("scratch")])
+def test_the_tokenizer_of_models_from_scratch_keeps_every_character(name):
+    kind = KINDS[name]
+    model, tokenizer = kind.start(0)
+    text = "<think>\n13-9=4\n</think>\n4"
+    assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
+    assert len(kind.prompt(tokenizer, "13-9")) == 6
+    assert sum(p.numel() for p in model.parameters()) > 1e6
