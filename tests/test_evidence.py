@@ -182,3 +182,31 @@ def test_the_tokenizer_of_models_from_scratch_keeps_every_character(name):
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
     assert len(kind.prompt(tokenizer, "13-9")) == 6
     assert sum(p.numel() for p in model.parameters()) > 1e6
+
+
+def test_the_stock_methods_that_are_left_out(folder, tmp_path):
+    """With one fine-tuned model `linear` is task arithmetic, and `sce` the long model or the base."""
+    base, long = (reference.load(folder / name) for name in ("base", "long"))
+
+    def merged(method: str, weights: tuple[float | None, float | None], **shared) -> dict[str, np.ndarray]:
+        models = [
+            {"model": str(folder / name), "parameters": {"weight": weight} if weight is not None else {}}
+            for name, weight in zip(("base", "long"), weights, strict=True)
+            if method == "linear" or name == "long"
+        ]
+        content = {"merge_method": method, "models": models, "parameters": shared, "dtype": "float32"}
+        if method != "linear":
+            content["base_model"] = str(folder / "base")
+        out = tmp_path / f"{method}{shared}"
+        config = MergeConfiguration.model_validate(content)
+        merge_whole(config, None, str(out), MergeOptions(quiet=True, copy_tokenizer=False))
+        return reference.load(out)
+
+    linear = merged("linear", (0.7, 0.3), normalize=False)
+    arithmetic = merged("task_arithmetic", (None, 0.3), normalize=False)
+    for name in base:
+        assert linear[name] == pytest.approx(arithmetic[name], abs=1e-6)
+        assert arithmetic[name] == pytest.approx(base[name] + 0.3 * (long[name] - base[name]), abs=1e-6)
+    for share, end in ((1.0, long), (0.5, base)):
+        found = merged("sce", (None, None), select_topk=share)
+        assert all(found[name] == pytest.approx(end[name], abs=1e-6) for name in base)
