@@ -1,5 +1,6 @@
 """Every command and every piece of Python of docs/reproduce.md, from the page, on stand-ins of the same shape."""
 
+import collections
 import gc
 import itertools
 import json
@@ -22,6 +23,7 @@ PAIRS = {
     "1.5b": ("Qwen/Qwen2.5-Math-1.5B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "Qwen/Qwen2.5-Math-1.5B-Instruct"),
     "7b": ("Qwen/Qwen2.5-Math-7B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "Qwen/Qwen2.5-Math-7B-Instruct"),
 }
+QWEN3 = ("Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3-4B-Thinking-2507")
 # The two families' templates, as far as a single question needs them.
 QWEN = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -106,6 +108,10 @@ def stand_ins(tmp_path_factory) -> Path:
         ):
             tiny.save(made, folder / name)
             tokenizer.save_pretrained(folder / name)
+    model = tiny.build(tiny.config("qwen3", vocab_size=100, tie_word_embeddings=True, max_position_embeddings=256))
+    for name, made in zip(QWEN3, (model, tiny.tuned(model, 1)), strict=True):
+        tiny.save(made, folder / name)
+        qwen.save_pretrained(folder / name)
     for name, config, rows in (("openai/gsm8k", "main", GSM8K), ("HuggingFaceH4/MATH-500", "default", MATH500)):
         (folder / name).mkdir(parents=True)
         datasets.Dataset.from_list([row for row, _ in rows]).to_parquet(folder / name / "test.parquet")
@@ -195,9 +201,9 @@ def converted(stand_ins):
 
 def test_all_of_the_page_is_run():
     assert len(PYTHON) == 4
-    assert len(SHELL) == 8
+    assert len(SHELL) == 9
     commands = [line for block in SHELL[1:] for line in block.splitlines() if line.startswith("mergekit-fim ")]
-    assert len(commands) == 7
+    assert len(commands) == 8
     assert SHELL[0] == "git clone --depth 1 https://github.com/QwenLM/Qwen2.5-Math\n"
 
 
@@ -302,6 +308,17 @@ def test_the_7b_pair(converted):
     assert named(words, "--problems") == list(RIGHT)
     assert rows(record) == rows_at_half("7b")
     assert len(answers) == 6 * 18
+
+
+def test_a_pair_of_today(converted):
+    record, answers, words = sweep(the_only_block("qwen3-4b"))
+    assert named(words, "--problems") == ["hf:HuggingFaceH4/MATH-500:test", "aime24.jsonl"]
+    counts = collections.Counter(run["method"] for run in record["runs"])
+    assert counts.keys() == {None, "fim_ties", "linear", "ties"}
+    assert counts[None] == 2
+    assert all(4 <= count <= 7 for method, count in counts.items() if method)
+    assert "linear weight=0.8" in rows(record)
+    assert len(answers) == 6 * sum(counts.values())
 
 
 def test_the_long_models_tokenizer(converted):
