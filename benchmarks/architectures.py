@@ -1,7 +1,7 @@
 """Every causal language model of the installed transformers, tiny: merged by mergekit's own method and by ours.
 
-    python benchmarks/architectures.py                 # all that the state file lacks; then the table
-    python benchmarks/architectures.py qwen3_5 jamba   # these, again
+    make architectures
+    PYTHONPATH=tests python benchmarks/architectures.py qwen3_5 jamba   # these, again
 
 Each model runs in a process of its own, so that an error or a hang is a row. Rows are kept as they are made, in a file
 of JSON lines: the same command goes on where it was stopped. `--write docs/architectures.md` puts the table there.
@@ -11,20 +11,14 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import select
 import signal
-import sys
 import tempfile
 import time
 import traceback
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).parents[1]
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TQDM_DISABLE="1")
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
 import transformers
@@ -40,6 +34,7 @@ from mergekit_fim.fisher.engine import autograd_engine
 from mergekit_fim.fisher.measure import measure_checkpoint
 from mergekit_fim.models.inputs import open_model
 
+ROOT = Path(__file__).parents[1]
 METHODS = ("task_arithmetic", "fim_ta", "fim_ties")
 SETTINGS = FisherSettings(samples=2, seq_len=8, seed=2)
 SECONDS = 120
@@ -69,16 +64,39 @@ def merged(method: str, folder: Path) -> dict[str, Any]:
         return {"error": error.replace(str(folder) + "/", ""), "traceback": not own}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     found = {key: sorted(map(str, names)) for key, names in info.items() if names}
-    with contextlib.suppress(Exception):
+    found_report = out / "fim_report.json"
+    report = json.loads(found_report.read_text()) if found_report.exists() else {}
+    return {
+        "info": found,
+        "generates": generates(model),
+        "added": len(report.get("added_tensors", [])),
+        "unlike": unlike(model, folder) if method != "fim_ties" else [],
+    }
+
+
+def generates(model: Any) -> str:
+    """The error of generating one token, or nothing."""
+    with contextlib.suppress(AttributeError):
         model.generation_config.eos_token_id = None
     try:
         model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=1, do_sample=False)
-        generates = ""
     except Exception as error:
-        generates = said(error)
-    found_report = out / "fim_report.json"
-    report = json.loads(found_report.read_text()) if found_report.exists() else {}
-    return {"info": found, "generates": generates, "added": report.get("added_tensors", [])}
+        return said(error)
+    return ""
+
+
+def unlike(model: Any, folder: Path) -> list[str]:
+    """The tensors that aren't the base's plus a multiple of the task vector, as transformers loads all three."""
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    base, long = (load(folder / name).state_dict() for name in ("base", "long"))
+    found = []
+    for name, value in model.state_dict().items():
+        if value.is_floating_point():
+            delta, moved = (x.double().flatten() - base[name].double().flatten() for x in (long[name], value))
+            part = float(delta @ moved / (delta @ delta).clamp_min(1e-30))
+            if float((moved - part * delta).norm()) > 1e-4 * float(delta.norm()) or not 1e-4 < part < 1:
+                found.append(name)
+    return found
 
 
 def difference(folder: Path) -> dict[str, Any]:
@@ -121,6 +139,7 @@ def row(name: str, tell: Any) -> None:
             with torch.no_grad():
                 ids = torch.randint(0, 90, (1, SETTINGS.seq_len), generator=torch.Generator().manual_seed(0))
                 base(input_ids=ids, use_cache=False).logits.sum().item()
+                tell({"generates": generates(base)})
             base.save_pretrained(folder / "base")
             zoo.tuned(base).save_pretrained(folder / "long")
         except Exception as error:
@@ -196,7 +215,9 @@ def main() -> None:
         rows[name] = guarded(name, options.log)
         with options.state.open("a") as file:
             file.write(json.dumps(rows[name]) + "\n")
-        print(name, json.dumps({k: v for k, v in rows[name].items() if k not in ("name", "versions")})[:600], flush=True)
+        print(
+            name, json.dumps({k: v for k, v in rows[name].items() if k not in ("name", "versions")})[:600], flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def _normalize_and_run(planner: Any, normalize: Any) -> None:
     planner.fim_pre_pass = prepass.run(
         planner.config, settings, planner.arch_info, planner.options, planner.out_model_config
     )
+    planner.arch_info = planner.fim_pre_pass.base.architecture  # with what mergekit's own leaves out
     launched.end_of_share()
 
 

@@ -24,7 +24,7 @@ _RULES: list[tuple[str, int]] = [
     (r"^(attention_hidden_size)$", 32),
     (r"^(moe|shared|expert).*(intermediate|ffn|hidden)_?(intermediate)?_?size$|^expert_ffn_hidden_size$", 24),
     (r"(intermediate_size|ffn_dim|ffn_hidden_size|feed_forward_size|^dff|^dim_ff|^d_inner)", 48),
-    (r"^(num_hidden_layers|n_layers?|num_layers|num_blocks|decoder_layers|num_decoder_layers|num_layers_per_stack)$", 2),
+    (r"^(num_hidden_layers|n_layers?|num_layers|num_blocks|(num_)?decoder_layers|num_layers_per_stack)$", 2),
     (r"^(encoder_layers|num_encoder_layers|first_k_dense_replace|num_dense_layers|moe_layer_start_index)$", 1),
     (r"^(num_nextn_predict_layers|num_kv_shared_layers)$", 0),
     (r"^(num_key_value_heads|swa_num_key_value_heads|num_kv_heads|num_query_groups)$", 2),
