@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import select
 import signal
 import tempfile
@@ -197,6 +198,62 @@ def versions() -> dict[str, str]:
     return {package: version(package) for package in ("transformers", "mergekit")}
 
 
+def made_of(found: dict[str, Any] | None, base_generates: str) -> str:
+    """What became of a merge, in a few words."""
+    if found is None:
+        return "not reached"
+    if "error" in found:
+        error = re.sub(r"^(base|long): ", "", found["error"])
+        return ("fails: " if found["traceback"] else "refused: ") + (error[:177] + "..." if len(error) > 180 else error)
+    what = {"missing_keys": "lacks {} tensors", "unexpected_keys": "has {} others"}
+    words = [what.get(kind, "{} of other shapes").format(len(names)) for kind, names in found["info"].items()]
+    words += [f"{len(found['unlike'])} tensors of other values"] if found["unlike"] and not words else []
+    words += ["can't generate"] if found["generates"] and not base_generates else []
+    added = f", {found['added']} tensors added" if found["added"] else ""
+    return ", ".join(words) or f"whole{added}"
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """All the models as a table, and how many there are of which kind."""
+    lines, counts = [], dict.fromkeys(("unmade", "both", "ours", "stock", "neither"), 0)
+    for name in sorted(rows):
+        found = rows[name]
+        if found.get("made", found.get("died", "died")):
+            counts["unmade"] += 1
+            reason = re.sub(r"\s+", " ", found.get("made") or found["died"])[:150]
+            lines.append(f"| `{name}` | not made: {reason} | | | |")
+            continue
+        stock, *ours = (made_of(found.get(method), found["generates"]) for method in METHODS)
+        fisher = found.get("fisher", {})
+        differs = fisher.get("difference", 1.0)
+        works = all(text.startswith("whole") for text in ours) and differs < 1e-4
+        counts[("both" if works else "stock") if stock == "whole" else "ours" if works else "neither"] += 1
+        notes = ["measured with all of it in memory"] if fisher.get("warnings") else []
+        notes += ["neither base nor merged model generates" if found["generates"] else ""]
+        notes += [found.get("died", "")]
+        alike = sorted(ours[0].split()) == sorted(ours[1].split())  # modules are listed in any order
+        shown = (
+            ours[0]
+            if alike or not any(text.startswith("whole") for text in ours)
+            else f"fim_ta: {ours[0]}; fim_ties: {ours[1]}"
+        )
+        number = f"{differs:.0e}" if "difference" in fisher and not fisher["warnings"] else ""
+        cells = (stock, shown, number, "; ".join(note for note in notes if note))
+        lines.append(f"| `{name}` | " + " | ".join(cell.replace("|", "\\|").replace("`", "'") for cell in cells) + " |")
+    by = ", ".join(f"{package} {number}" for package, number in versions().items())
+    return "\n".join(
+        [
+            f"{len(rows)} models ({by}): {counts['both']} are merged whole by all three methods, {counts['ours']} by "
+            f"`fim_ta` and `fim_ties` only, {counts['stock']} by `task_arithmetic` only, {counts['neither']} by none; "
+            f"{counts['unmade']} could not be made so small, or not at all.",
+            "",
+            "| model | `task_arithmetic` | `fim_ta` and `fim_ties` | difference | |",
+            "| --- | --- | --- | --- | --- |",
+            *lines,
+        ]
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("names", nargs="*", help="model types; by default all that the state file lacks")
@@ -218,6 +275,10 @@ def main() -> None:
         print(
             name, json.dumps({k: v for k, v in rows[name].items() if k not in ("name", "versions")})[:600], flush=True
         )
+    if options.write:
+        page = options.write.read_text(encoding="utf-8")
+        before, after = page.split(BEGIN)[0], page.split(END)[1]
+        options.write.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

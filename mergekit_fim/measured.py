@@ -131,6 +131,6 @@ def _together(found: Sequence[FisherMeasurement]) -> FisherMeasurement:
     first, *others = found
     layers = []
     for index, layer in enumerate(first.layers):
-        seen = [f.layers[index].experts for f in found if f.layers[index].experts is not None]
+        seen = [experts for f in found if (experts := f.layers[index].experts) is not None]
         layers.append(replace(layer, experts=functools.reduce(Experts.also, seen) if seen else None))
     return replace(first, layers=tuple(layers)) if others else first

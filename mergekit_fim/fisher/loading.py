@@ -6,6 +6,7 @@ reads them: any file format, sharded or not, adapters applied.
 
 import copy
 import fnmatch
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -257,14 +258,12 @@ def _fill(
     progress: Callable[[], object] = lambda: None,
 ) -> None:
     """Load all parameters but those in `skip`, and put the buffers on their devices."""
-    filled: dict[int, nn.Parameter] = {}
+    filled: dict[int, torch.Tensor] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if id(parameter) in filled:  # tied, as BERT's biases are: `put` makes a new one
-            owner, _, own = name.rpartition(".")
-            setattr(model.get_submodule(owner), own, filled[id(parameter)])
-        elif id(parameter) not in skip:
-            put(model, name, device_of(name), tensors[name], parameter.dtype)
-            filled[id(parameter)] = model.get_parameter(name)
+        if id(parameter) not in skip:
+            is_tied = id(parameter) in filled  # as BERT's biases are: `put` makes a new one
+            put(model, name, device_of(name), filled[id(parameter)] if is_tied else tensors[name], parameter.dtype)
+            filled[id(parameter)] = operator.attrgetter(name)(model).detach()
             progress()
     for name, buffer in list(model.named_buffers()):
         put(model, name, device_of(name), tensors.get(name, buffer), buffer.dtype)
