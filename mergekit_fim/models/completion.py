@@ -67,13 +67,20 @@ class _Changed(ModuleArchitecture):
 
 
 def changed(architecture: ModelArchitecture, changes: Changes) -> ModelArchitecture:
-    """mergekit's definition of a model of one module, with changes."""
+    """mergekit's definition of a model of one module, with changes.
+
+    Raises:
+        FimError: it names tensors without a prefix that it puts before them, as it would before the checkpoints' own.
+    """
     if changes == Changes():
         return architecture
     ((name, module),) = architecture.modules.items()
     whole = _Changed(module.architecture, changes)
-    # The weights' prefix stands in front of the names of the definition, and would in front of the checkpoints' own.
-    assert not module.weight_prefix
+    if module.weight_prefix:
+        raise FimError(
+            f"mergekit's definition of {', '.join(architecture.architectures)} doesn't fit this config, and can't "
+            "be added to; this model can't be merged by this version of mergekit"
+        )
     definition = ModuleDefinition(architecture=whole, subfolder=module.subfolder)
     return architecture.model_copy(update={"modules": {name: definition}})
 
