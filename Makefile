@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO := .demo/sums
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint architectures clean
 
 demo: $(VENV)/demo.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python example_configs/demo.py models $(DEMO)
@@ -22,6 +22,11 @@ lint: $(VENV)/test.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# Every causal language model of transformers (minutes); goes on where it was stopped, begins anew without the file.
+architectures: $(VENV)/test.installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python benchmarks/architectures.py \
+		--state .demo/architectures.jsonl --write docs/architectures.md
 
 $(VENV)/demo.installed: $(VENV)/installed
 	$(PIP) install -q -c constraints.txt -e '.[demo,sweep]'

@@ -4,7 +4,8 @@ All that this package uses of mergekit beyond its public names:
 
 - `MergePlanner.normalize_config` and `.plan_to_disk` are wrapped, here, and act for `fim_ties` and `fim_ta` only. After
   the first, everything in the config is modules -> slices -> sources, with the options, the architecture and the
-  output's config at hand, and no output folder made yet: the pre-pass runs there. To the tasks of the second is added
+  output's config at hand, and no output folder made yet: the pre-pass runs there, and the planner's `arch_info` is
+  exchanged for one that has every tensor of the models (`models.completion`). To the tasks of the second is added
   the one that keeps the report beside the merged model. Guard: `_PLANNER_ATTRIBUTES`.
 - `mergekit.merge.run_merge` is wrapped, in `mergekit_fim.run_merge`, and acts for the two methods only: of several
   processes one merges, and the others have a part in the pre-pass; and mergekit writes the model's card when its tasks
@@ -73,6 +74,7 @@ def _normalize_and_run(planner: Any, normalize: Any) -> None:
     planner.fim_pre_pass = prepass.run(
         planner.config, settings, planner.arch_info, planner.options, planner.out_model_config
     )
+    planner.arch_info = planner.fim_pre_pass.base.architecture  # with what mergekit's own leaves out
     launched.end_of_share()
 
 

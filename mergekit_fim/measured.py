@@ -1,6 +1,7 @@
 """One base's measurement: saved, kept from an earlier time, or made now. No other module decides which of the three."""
 
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ from mergekit_fim.errors import FimError
 from mergekit_fim.fisher.engine import autograd_engine
 from mergekit_fim.fisher.measure import check_measurable, dtypes, measure_checkpoint
 from mergekit_fim.fisher.processes import in_all, shared_engine
-from mergekit_fim.measurements.record import FisherMeasurement, Measurement
+from mergekit_fim.measurements.record import Experts, FisherMeasurement, Measurement
 from mergekit_fim.measurements.store import CacheEntry, read_measurement
 from mergekit_fim.models.identity import identity
 from mergekit_fim.models.inputs import InputModel
@@ -119,7 +120,17 @@ def measured(
             beside=beside,
         )
 
-    made = Measured(Measurement.of(in_all(state, measure)[0], entry.model))
+    made = Measured(Measurement.of(_together(in_all(state, measure)), entry.model))
     if cache and (state is None or state.is_main_process):
         entry.write(made.measurement)
     return made
+
+
+def _together(found: Sequence[FisherMeasurement]) -> FisherMeasurement:
+    """What several processes measured, each with the norms of all and the experts that its own sequences reached."""
+    first, *others = found
+    layers = []
+    for index, layer in enumerate(first.layers):
+        seen = [experts for f in found if (experts := f.layers[index].experts) is not None]
+        layers.append(replace(layer, experts=functools.reduce(Experts.also, seen) if seen else None))
+    return replace(first, layers=tuple(layers)) if others else first

@@ -336,8 +336,9 @@ def _write_alphas(sources: Sequence[SourceSlice], coefficients: Sequence[BaseCoe
         by_hand = source.settings("alpha")
         # A prefix ends in a dot, so that `model.layers.1.` doesn't match layer 12.
         computed = [
-            ConditionalParameter(filter=result.model.layout.layers[pair.source_layer].prefix, value=alphas[pair])
+            ConditionalParameter(filter=prefix, value=alphas[pair])
             for pair in source.pairs()
+            for prefix in result.model.layout.layers[pair.source_layer].prefixes
         ]
         outside = ConditionalParameter(value=result.alpha_other)
         source.source.parameters = {**(source.source.parameters or {}), "alpha": [*by_hand, *computed, outside]}
@@ -366,7 +367,7 @@ def _leave_unknown_gates(
 ) -> None:
     """Set `gate_scale` to 1, at the highest precedence, for fused tensors of which nobody knows the gate's part."""
     names = {
-        tensor.name.removeprefix(layer.prefix)
+        layer.local(tensor.name)
         for layer in base.layout.layers
         for tensor in layer.tensors
         if is_fused(tensor.name) and not is_layout_known(tensor.name, base.config.model_type)

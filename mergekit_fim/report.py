@@ -85,6 +85,8 @@ def _notes(pre_pass: PrePass) -> Iterator[str]:
     if pre_pass.coefficients:
         rule = "the mean of the layers' α" if pre_pass.settings.alpha_other is None else "set by alpha_other"
         yield f"outside: embeddings, final norm and output head; their α is {rule}"
+    for found in pre_pass.coefficients:
+        yield from _idle_experts(found)
     for settings in pre_pass.models:
         if settings.alpha is not None:
             yield f"alpha of {settings.model} is set by hand: {_plain(settings.alpha)}"
@@ -97,6 +99,11 @@ def _notes(pre_pass: PrePass) -> Iterator[str]:
         for pair in m.pairs
         if pair.source_layer != pair.base_layer
     ]
+    if added := pre_pass.base.added:
+        yield (
+            f"merged beyond mergekit's definition of the architecture, which leaves them out: {len(added)} tensors "
+            f"such as {added[0]}"
+        )
     if shifted:
         yield f"the slices merge layers of different numbers: {', '.join(shifted)}"
     if pre_pass.shared["gate_scale"] != 1:
@@ -107,6 +114,18 @@ def _notes(pre_pass: PrePass) -> Iterator[str]:
     for difference in pre_pass.differences:
         values = "; ".join(f"{model}: {_plain(value)}" for model, value in difference.values)
         yield f"config key {difference.key} differs ({values}); written: {_plain(difference.written)}"
+
+
+def _idle_experts(found: BaseCoefficients) -> Iterator[str]:
+    mixtures = [(layer.index, layer.experts) for layer in found.fisher.layers if layer.experts is not None]
+    idle = [(index, len(experts.not_reached)) for index, experts in mixtures if experts.not_reached]
+    if idle:
+        most = max(idle, key=lambda pair: pair[1])
+        yield (
+            f"experts of {found.base}: {sum(count for _, count in idle)} of {sum(e.count for _, e in mixtures)} were "
+            f"reached by no random token (most in decoder layer {most[0]}: {most[1]}), and count as parameters without "
+            "Fisher information; more fisher_samples reach more"
+        )
 
 
 def _gate_notes(pre_pass: PrePass) -> Iterator[str]:
@@ -152,6 +171,7 @@ def as_json(pre_pass: PrePass) -> dict[str, Any]:
         "models": list(_models(pre_pass)),
         "gate_projections": _gates(pre_pass, is_gate_projection),
         "fused_gate_projections": _protected_halves(pre_pass),
+        "added_tensors": list(pre_pass.base.added),
         "config_differences": [
             {"key": d.key, "values": dict(d.values), "written": d.written} for d in pre_pass.differences
         ],

@@ -105,7 +105,7 @@ def _layer_work(
     users = [(m, pair) for m, pairs in models.items() for pair in pairs if pair.base_layer == layer.index]
     for model, pair in users:
         source = model.layout.layers[pair.source_layer]
-        names = [[t.name.removeprefix(x.prefix) for t in x.tensors] for x in (source, layer)]
+        names = [[x.local(t.name) for t in x.tensors] for x in (source, layer)]
         # mergekit's definition may have the same for layers of every kind: what counts is also what they hold of it.
         if names[0] != names[1] or not _held(model, source) <= _held(base, layer):
             raise FimError(
@@ -119,7 +119,7 @@ def _layer_work(
 
 
 def _held(model: InputModel, layer: DecoderLayer) -> set[str]:
-    return {t.name.removeprefix(layer.prefix) for t in layer.tensors if t.name not in model.absent}
+    return {layer.local(t.name) for t in layer.tensors if t.name not in model.absent}
 
 
 def _distance(

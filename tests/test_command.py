@@ -124,7 +124,7 @@ def test_an_adapter_is_merged_by_one_of_the_processes(warm, tmp_path):
 
 
 def test_one_process_failing_ends_all(model, warm, tmp_path):
-    code = FAILING.format(action="raise ValueError('no such luck')")
+    code = FAILING.format(action="raise OSError('no such luck')")
     done = together(warm, 2, "fisher", str(model), "-o", str(tmp_path / "fisher.json"), "-q", code=code)
     assert [one.status for one in done] == [1, 1]
     assert [one.stderr for one in done] == ["Error: process 1 of 2: no such luck\n", ""]

@@ -49,7 +49,7 @@ UP = "model.layers.2.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("which", ["base", "long"])
-def test_tensors_that_mergekit_does_not_plan(which, merge, tmp_path):
+def test_tensors_that_one_model_has_and_mergekit_does_not_plan(which, merge, tmp_path):
     """mergekit's Llama has no biases: they would be missing from the output, and random when it is loaded."""
     for name in ("base", "long"):
         tiny.save(tiny.build(tiny.config("llama", attention_bias=name == which)), tmp_path / name)
@@ -59,9 +59,9 @@ def test_tensors_that_mergekit_does_not_plan(which, merge, tmp_path):
         "models": [{"model": str(tmp_path / "long")}],
     }
     target, result = merge(config | {"dtype": "float32"})
-    ends_in_one_line(
-        result, str(tmp_path / which), "model.layers.0.self_attn.q_proj.bias", "doesn't cover", absent=target
-    )
+    other = {"base": "long", "long": "base"}[which]
+    expected = f"{tmp_path / other}: expected the tensor model.layers.0.self_attn.k_proj.bias as in {tmp_path / which}"
+    ends_in_one_line(result, expected, absent=target)
 
 
 def test_activations_that_overflow(merge, tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import reference
 import tiny
+import transformers
 import yaml
 from click.testing import CliRunner
 from conftest import Merge, Pair, config_for, ends_in_one_line
@@ -374,13 +375,32 @@ def test_memory_on_the_cpu_halves_the_batch(error, small, merge, cache_folder, m
     ends_in_one_line(result, str(small.base), "too little memory", "fisher_seq_len", absent=target)
 
 
-def test_other_errors_are_not_taken_for_memory(pair, merge, monkeypatch):
+def test_a_model_that_fails_layer_by_layer_is_measured_as_a_whole(pair, merge, monkeypatch):
+    """Whatever its code says: that is no lack of memory."""
+    expected = reference.fisher(pair.base)
+
     def measure(self, samples, device):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr(batched._Run, "measure", measure)
-    _, result = merge(config_for(pair))
-    assert str(result.exception) == "mat1 and mat2 shapes cannot be multiplied"
+    out, _ = merge.ok(config_for(pair))
+    report = reference.report(out)
+    assert [layer["squared_norms"] for layer in report["fisher"]["layers"]] == [
+        pytest.approx(squared_norms, rel=1e-4) for _, squared_norms in expected
+    ]
+    (line,) = report["warnings"]
+    assert "can't be run layer by layer (mat1 and mat2 shapes cannot be multiplied)" in line
+
+
+def test_a_model_whose_own_code_fails_is_refused_in_one_line(merge, tmp_path):
+    """More rotary dimensions than a head has."""
+    changes = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64, "rotary_dim": 16}
+    for name in ("base", "long"):
+        tiny.save(transformers.GPTJForCausalLM(transformers.GPTJConfig(**changes)), tmp_path / name)
+    config = {"merge_method": "fim_ta", "base_model": str(tmp_path / "base")}
+    target, result = merge(config | {"models": [{"model": str(tmp_path / "long")}]})
+    words = f"{tmp_path / 'base'}: GPTJForCausalLM of transformers can't be run", "in decoder layer 0 (RuntimeError: "
+    ends_in_one_line(result, *words, absent=target)
 
 
 def test_unfinished_files_of_others_are_left(tmp_path):

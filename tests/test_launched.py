@@ -106,7 +106,7 @@ def test_an_error_is_said_once(pair, warm, tmp_path):
     assert [errors(its).count("\n") for its in done] == [1, 0]
     assert "did you mean `sharpness`?" in done[0].stderr
     path = written(uncached(pair), tmp_path)
-    code = FAILING.format(action="raise ValueError('no such luck')")
+    code = FAILING.format(action="raise OSError('no such luck')")
     for command, more in (("mergekit-fim", ["merge"]), ("mergekit-yaml", [])):
         done = together(warm, 2, *more, path, *arguments, command=command, code=code)
         assert [its.status for its in done] == [1, 1]

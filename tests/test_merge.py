@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from mergekit_fim import prepass
 from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.models.inputs import InputModel, open_model
-from mergekit_fim.models.layout import _layer_prefix
+from mergekit_fim.models.layout import layer_prefix
 from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
 
 
@@ -446,10 +446,10 @@ def test_the_default_density_follows_the_size_of_the_base():
         assert prepass.default_density(base) == density
 
 
-def test_layer_prefixes():
-    assert _layer_prefix("model.layers.3.mlp.experts.3.w1", 3) == "model.layers.3."
-    assert _layer_prefix("layers.12.mixer", 12) == "layers.12."
-    assert _layer_prefix("model.layers.12.mlp", 2) is None
+def testlayer_prefixes():
+    assert layer_prefix("model.layers.3.mlp.experts.3.w1", 3) == "model.layers.3."
+    assert layer_prefix("layers.12.mixer", 12) == "layers.12."
+    assert layer_prefix("model.layers.12.mlp", 2) is None
 
 
 def test_importing_mergekit_in_any_order_registers_once():

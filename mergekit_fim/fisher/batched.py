@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
-from mergekit_fim.errors import is_out_of_memory
+from mergekit_fim.errors import FimError, is_out_of_memory
 from mergekit_fim.fisher.engine import NotSupportedError
 from mergekit_fim.fisher.head import Head, loss_gradient
 from mergekit_fim.fisher.rules import Recorder, Rule, rule_for
@@ -47,7 +47,8 @@ def batched_engine(
             busy. Where memory runs out it is halved, and `warn` told.
 
     Raises:
-        NotSupportedError: the decoder layers share parameters, or pass on more than their arguments and results.
+        NotSupportedError: the decoder layers share parameters, pass on more than their arguments and results, or can't
+            be run this way at all.
         RuntimeError, MemoryError: a single sequence is too large (torch.OutOfMemoryError on an accelerator).
     """
     weights = weights or ResidentWeights()
@@ -62,8 +63,12 @@ def batched_engine(
         while start < count:
             try:
                 parts.append(run.measure(samples.part(start, start + size), device))
-            except (RuntimeError, MemoryError) as error:
-                if size == 1 or not is_out_of_memory(error):
+            except (FimError, NotSupportedError, OSError):
+                raise
+            except Exception as error:  # a model's own code raises anything
+                if not is_out_of_memory(error):
+                    raise NotSupportedError from error
+                if size == 1:
                     raise
                 size = (size + 1) // 2
             else:
@@ -355,7 +360,7 @@ class _Layer:
         return tensor[n : n + 1] if count > 1 and tensor.ndim > 1 and tensor.shape[0] == count else tensor
 
     def _check_sequences(self, call: _LayerCall, inputs: list[torch.Tensor]) -> None:
-        """Check that the layer treats every sequence by itself, split off by the first axis.
+        """Check that the layer treats every sequence by itself, split off by the first axis of all that it is given.
 
         Raises:
             NotSupportedError: it doesn't.
@@ -366,6 +371,8 @@ class _Layer:
             together = call.run(self.forward, inputs)
             last = len(self.run.norms) - 1
             alone = call.run(self.forward, [self._sequence(t, last) for t in inputs])
+        if any(t.requires_grad and t.shape[:1] != (len(self.run.norms),) for t in inputs):
+            raise NotSupportedError  # positions come first, as in XLNet
         for whole, part in zip(together, alone, strict=True):
             expected = self._sequence(whole, last)
             if expected.shape != part.shape:

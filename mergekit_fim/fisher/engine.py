@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from mergekit_fim.errors import FimError, is_out_of_memory, reason
 from mergekit_fim.fisher.samples import Samples, sequence_loss
 from mergekit_fim.fisher.weights import ResidentWeights, Weights
 from mergekit_fim.norms import squared_norm
@@ -46,6 +47,10 @@ class NotSupportedError(Exception):
     """The model's forward pass isn't of the form that the batched engine relies on; the reference engine is needed."""
 
 
+class ForwardError(FimError):
+    """A model's own code fails."""
+
+
 def autograd_engine(
     model: PreTrainedModel,
     layers: Sequence[nn.Module],
@@ -58,6 +63,9 @@ def autograd_engine(
 
     Each parameter's gradient is reduced to its squared norm and freed as soon as it is complete, so that the gradients
     of about one layer exist at a time. See `FisherEngine` for arguments and result.
+
+    Raises:
+        ForwardError: the model can't be run, naming the decoder layer.
     """
     if not isinstance(weights, ResidentWeights | None):
         raise ValueError("the reference engine needs a model whose weights are in memory")
@@ -82,6 +90,13 @@ def autograd_engine(
         parameter.requires_grad_(True).register_post_accumulate_grad_hook(reduce(totals))
         for parameter, totals in owners.items()
     ]
+    where = ["before the decoder layers"]
+    for index, layer in enumerate(layers):
+        for register, place in (
+            (layer.register_forward_pre_hook, f"in decoder layer {index}"),
+            (layer.register_forward_hook, f"after decoder layer {index}"),
+        ):
+            handles.append(register(lambda *_args, place=place: where.__setitem__(0, place)))
     device = model.get_input_embeddings().weight.device
     result = torch.zeros(len(samples.input_ids), len(layers), dtype=torch.float64)
     try:
@@ -93,6 +108,14 @@ def autograd_engine(
                 result[n, index] = math.fsum(float(norm) for norm in total)
                 total.clear()
             progress(2 * len(layers))
+    except Exception as error:  # a model's own code raises anything
+        if isinstance(error, (FimError, OSError)) or is_out_of_memory(error):
+            raise
+        raise ForwardError(
+            f"{type(model).__name__} of transformers can't be run on random tokens: it fails {where[0]} "
+            f"({type(error).__name__}: {reason(error)}); check its config.json, or set every `alpha` by hand, which "
+            "needs no measurement"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

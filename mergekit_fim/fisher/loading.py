@@ -6,6 +6,7 @@ reads them: any file format, sharded or not, adapters applied.
 
 import copy
 import fnmatch
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import torch
 import tqdm
 import transformers
 from accelerate.utils import get_balanced_memory, get_max_memory, infer_auto_device_map
+from mergekit.architecture import WeightInfo
 from mergekit.common import dtype_from_name
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
@@ -117,16 +119,20 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
             for name in (tensor.name, *(tensor.aliases or ()))
             if tensor.name not in base.absent
         }
-        self._tensors = {
-            name: planned[known]
-            for aliases in tensor_names(model, base.layout)
-            if (known := next((alias for alias in aliases if alias in planned), None))
-            for name in aliases
-        }
+        self._tensors: dict[str, WeightInfo | str] = {}  # what the merge reads; the name of what it has otherwise
+        for aliases in tensor_names(model, base.layout):
+            known: WeightInfo | str | None = next((planned[a] for a in aliases if a in planned), None)
+            known = known or next((a for a in aliases if a in base.loading.sources), None)
+            if known is not None:
+                self._tensors |= dict.fromkeys(aliases, known)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         LoaderCache().setup(self._options)  # one per thread, and autograd's are not the main one
-        tensor = self._base.load(self._tensors[name], self._dtype)
+        known = self._tensors[name]
+        if isinstance(known, str):
+            tensor = self._base.load_key(known, self._dtype)
+        else:
+            tensor = self._base.load(known, self._dtype)
         if tensor is None:
             raise FimError(f"{self._base}: the checkpoint lacks the parameter {name}; download or save the model again")
         return tensor
@@ -252,9 +258,12 @@ def _fill(
     progress: Callable[[], object] = lambda: None,
 ) -> None:
     """Load all parameters but those in `skip`, and put the buffers on their devices."""
-    for name, parameter in list(model.named_parameters()):
+    filled: dict[int, torch.Tensor] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if id(parameter) not in skip:
-            put(model, name, device_of(name), tensors[name], parameter.dtype)
+            is_tied = id(parameter) in filled  # as BERT's biases are: `put` makes a new one
+            put(model, name, device_of(name), filled[id(parameter)] if is_tied else tensors[name], parameter.dtype)
+            filled[id(parameter)] = operator.attrgetter(name)(model).detach()
             progress()
     for name, buffer in list(model.named_buffers()):
         put(model, name, device_of(name), tensors.get(name, buffer), buffer.dtype)

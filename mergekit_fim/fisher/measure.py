@@ -5,6 +5,7 @@ import gc
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import tqdm
@@ -14,10 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mergekit_fim.config.parameters import FLOAT_DTYPES, FisherSettings
-from mergekit_fim.errors import FimError, is_out_of_memory
+from mergekit_fim.errors import FimError, is_out_of_memory, reason
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.batched import batched_engine
-from mergekit_fim.fisher.engine import FisherEngine, NotSupportedError, autograd_engine
+from mergekit_fim.fisher.engine import FisherEngine, ForwardError, NotSupportedError, autograd_engine
+from mergekit_fim.fisher.experts import ReachedExperts
 from mergekit_fim.fisher.loading import Placement, load_model
 from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.fisher.weights import ResidentWeights, Weights
@@ -84,18 +86,20 @@ def measure(
     weights = weights or ResidentWeights()
     samples = draw_samples(settings, vocab_size)
     warnings: list[str] = []
+    experts = ReachedExperts(layers)
     steps = 2 * len(layers) * len(samples.input_ids)
     with (
         tqdm.tqdm(total=steps, desc="Measuring Fisher information", unit="step", disable=quiet) as progress,
         _prepared(model),
+        experts.watching(),
     ):
         try:
-            norms = engine(model, layers, samples, progress.update, weights, warnings.append)
+            norms = _by(engine, name, model, layers, samples, progress.update, weights, warnings.append)
         except NotSupportedError:
             if not isinstance(weights, ResidentWeights):
                 raise
             progress.reset()
-            norms = reference(model, layers, samples, progress.update, weights, warnings.append)
+            norms = _by(reference, name, model, layers, samples, progress.update, weights, warnings.append)
     measured = []
     for index, layer in enumerate(layers):
         column = tuple(norms[:, index].tolist())
@@ -104,9 +108,18 @@ def measure(
                 f"{name}: the Fisher information of decoder layer {index} isn't finite "
                 f"(in {model.dtype}); check the checkpoint for NaN, or set a wider `dtype:` such as bfloat16 or float32"
             )
-        measured.append(LayerFisher(index, sum(p.numel() for p in layer.parameters()), column))
+        parameters = sum(p.numel() for p in layer.parameters())
+        measured.append(LayerFisher(index, parameters, column, experts.of_layer(index)))
     lines = tuple(f"{name}: {line}" for line in warnings)
     return FisherMeasurement(vocab_size, str(model.dtype).removeprefix("torch."), settings, tuple(measured), lines)
+
+
+def _by(engine: FisherEngine, name: str, *arguments: Any) -> torch.Tensor:
+    """What the engine finds; an error of the model's code with the model's name."""
+    try:
+        return engine(*arguments)
+    except ForwardError as error:
+        raise FimError(f"{name}: {error}") from error
 
 
 def check_measurable(base: InputModel, settings: FisherSettings) -> None:
@@ -121,7 +134,7 @@ def check_measurable(base: InputModel, settings: FisherSettings) -> None:
             f"{settings.seq_len:,}; 8 × 64 is what the paper takes"
         )
     limit = getattr(base.text_config, "max_position_embeddings", None)
-    if isinstance(limit, int) and settings.seq_len > limit:
+    if isinstance(limit, int) and 0 < limit < settings.seq_len:  # XLNet's is -1
         raise FimError(f"fisher_seq_len must be at most the {limit} positions of {base}, found {settings.seq_len}")
 
 
@@ -193,10 +206,12 @@ def measure_checkpoint(
                     f"the Fisher pre-pass of {base} overflows in float16 and was run in "
                     f"{str(running).removeprefix('torch.')}; a `dtype:` of bfloat16 or float32 merges it more safely"
                 )
-            except NotSupportedError:
+            except NotSupportedError as error:
+                why = f" ({reason(error.__cause__)})" if error.__cause__ is not None else ""
                 where, engine, whole = replace(where, streamed=False), reference, True
                 warnings.append(
-                    f"{base} can't be run layer by layer: its Fisher information was measured with all of it in memory"
+                    f"{base} can't be run layer by layer{why}: its Fisher information was measured with all of it in "
+                    "memory"
                 )
             except torch.OutOfMemoryError:
                 if whole and where.device.type != "cpu":

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, ValidationError
 from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.errors import FimError, brief, misfit
 from mergekit_fim.files import read_json, write_json
-from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher, Measurement, ModelIdentity
+from mergekit_fim.measurements.record import Experts, FisherMeasurement, LayerFisher, Measurement, ModelIdentity
 
 FORMAT, VERSION = "mergekit-fim/fisher", 1
 _AGAIN = "measure again with `mergekit-fim fisher`"
@@ -26,9 +26,14 @@ def layers_as_json(measurement: FisherMeasurement) -> list[dict[str, Any]]:
             "fisher": layer.fisher,
             "fisher_stderr": layer.stderr,
             "squared_norms": list(layer.squared_norms),
+            **_experts_as_json(layer.experts),
         }
         for layer in measurement.layers
     ]
+
+
+def _experts_as_json(experts: Experts | None) -> dict[str, Any]:
+    return {} if experts is None else {"experts": experts.count, "experts_not_reached": list(experts.not_reached)}
 
 
 def as_json(measurement: Measurement) -> dict[str, Any]:
@@ -66,6 +71,12 @@ class _Layer(BaseModel):
     index: int
     parameters: _Count
     squared_norms: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+    experts: _Count | None = None
+    experts_not_reached: list[Annotated[int, Field(ge=0)]] = []
+
+    def record(self) -> LayerFisher:
+        experts = None if self.experts is None else Experts(self.experts, tuple(self.experts_not_reached))
+        return LayerFisher(self.index, self.parameters, tuple(self.squared_norms), experts)
 
 
 class _File(BaseModel):
@@ -112,7 +123,7 @@ def from_json(content: Any, where: str) -> Measurement:
         )
     if file.checksum != _checksum(content):
         raise FimError(f"{where}: the measurement was changed after it was written (its checksum differs); {_AGAIN}")
-    layers = tuple(LayerFisher(x.index, x.parameters, tuple(x.squared_norms)) for x in file.layers)
+    layers = tuple(layer.record() for layer in file.layers)
     fisher = FisherMeasurement(file.model.vocab_size, file.settings.dtype, settings, layers, tuple(file.warnings))
     return Measurement(file.model, fisher, file.versions)
 

@@ -11,18 +11,37 @@ from mergekit_fim.config.parameters import FisherSettings
 
 
 @dataclass(frozen=True)
+class Experts:
+    """The routed experts of one decoder layer.
+
+    Attributes:
+        count: how many there are.
+        not_reached: those, from 0, that no token of the measurement was sent to.
+    """
+
+    count: int
+    not_reached: tuple[int, ...]
+
+    def also(self, other: "Experts") -> "Experts":
+        """The same layer's on other tokens as well."""
+        return Experts(self.count, tuple(i for i in self.not_reached if i in other.not_reached))
+
+
+@dataclass(frozen=True)
 class LayerFisher:
     """The measurement of one decoder layer.
 
     Attributes:
         index: the layer, from 0.
-        parameters: P, the number of parameters in the layer.
+        parameters: P, the number of parameters in the layer, all experts included.
         squared_norms: [sequence], ‖∇_{θ^l} L_n‖², from which all else follows.
+        experts: None where it isn't a mixture of experts, or one whose router's choices can't be seen.
     """
 
     index: int
     parameters: int
     squared_norms: tuple[float, ...]
+    experts: Experts | None = None
 
     @property
     def fisher(self) -> float:

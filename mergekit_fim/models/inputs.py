@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,10 +11,11 @@ import accelerate
 import torch
 import transformers
 from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
+from mergekit.architecture.auto import infer_vocabulary_axes
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
-from mergekit.common import ModelReference
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import InputModelDefinition, MergeConfiguration
-from mergekit.io.tasks import LoadTensor
+from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -22,7 +23,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from mergekit_fim.errors import FimError, check_own_code, reason
 from mergekit_fim.models.checkpoint import TensorHeader, model_config, read_headers
+from mergekit_fim.models.completion import Changes, changed, check_same, left_out, unneeded
 from mergekit_fim.models.layout import DecoderLayer, ModelLayout, model_layout, tensor_names
+from mergekit_fim.models.names import Loading
 
 # Config keys that say what the weights mean, so that models which differ in one can't be merged: the shapes of the
 # tensors alone don't show, for instance, 8 heads of 64 against 16 of 32.
@@ -42,9 +45,13 @@ class InputModel:
         config: the model's transformers config.
         layout: its tensors, by decoder layer.
         headers: the tensors that its checkpoint holds, by their names there.
-        absent: the names of the layout's tensors that mergekit can't load from the checkpoint, not even by converting
-            others (fused experts).
+        absent: the names of the layout's tensors that the merge doesn't have of this model: that mergekit can't load
+            from the checkpoint, not even by converting others (fused experts), or that it skips, because no model of
+            the merge holds them under their own name.
         unknown: the names of the checkpoint's tensors that neither mergekit nor transformers has a place for.
+        loading: where transformers puts the checkpoint's tensors.
+        architecture: mergekit's description of the models, with what it leaves out.
+        added: the names of those tensors of the checkpoint that mergekit's own description leaves out.
     """
 
     reference: ModelReference
@@ -53,6 +60,9 @@ class InputModel:
     headers: Mapping[str, TensorHeader]
     absent: frozenset[str]
     unknown: tuple[str, ...]
+    loading: Loading
+    architecture: ModelArchitecture
+    added: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return str(self.reference)
@@ -77,6 +87,8 @@ class InputModel:
 
     def load(self, tensor: WeightInfo, dtype: str | None) -> torch.Tensor | None:
         """Read a tensor exactly as the merge will, by mergekit's own task, or None where it is optional and absent."""
+        if tensor.name in self.absent:
+            return None
         return LoadTensor(
             model=self.reference,
             tensor=tensor.name,
@@ -85,6 +97,12 @@ class InputModel:
             aliases=tensor.aliases,
             tied_names=tensor.tied_names,
         ).execute()
+
+    def load_key(self, key: str, dtype: str | None) -> torch.Tensor | None:
+        """Read a tensor by its name in transformers' model, made of the checkpoint's as transformers' loader does."""
+        loader = LoaderCache().get(self.reference)
+        made = self.loading.read(key, loader.get_tensor)
+        return made if made is None or dtype is None else made.to(dtype_from_name(dtype))
 
 
 def open_models(
@@ -114,14 +132,76 @@ def open_models(
                     f"{reference}: expected {key} {expected} as in the base {base}, found {found}; "
                     "the models must share one architecture"
                 )
+    skeletons = {r: _skeleton(r, config, trust_remote_code) for r, config in configs.items()}
+    headers = {reference: read_headers(reference) for reference in references}
+    loading = {reference: Loading(skeletons[reference], headers[reference]) for reference in references}
+    stored = {name for held in headers.values() for name in held}
+    found = {
+        r: _changes(architecture, r, config, headers[r], stored, loading[r], skeletons[r])
+        for r, config in configs.items()
+    }
+    check_same(found)
+    architecture, added = changed(architecture, found[base]), found[base].added
     models = {}
     for reference, config in configs.items():
-        layout = model_layout(architecture, config, str(reference))
-        skeleton = _skeleton(reference, config, trust_remote_code)
+        skeleton, layout = skeletons[reference], model_layout(architecture, config, str(reference))
+        model = InputModel(
+            *(reference, config, layout, headers[reference], frozenset()),
+            tuple(_unknown(headers[reference], layout, skeleton)),
+            *(loading[reference], architecture, added),
+        )
         names = tensor_names(skeleton, layout, floating_point=True)
-        models[reference] = _open_model(reference, config, layout, names, skeleton)
-        _check_complete(models[reference], names, {n: tuple(v.shape) for n, v in skeleton.state_dict().items()})
+        models[reference] = replace(model, absent=frozenset(_absent(model, names, stored)))
+        _check_shapes(models[reference], {n: tuple(v.shape) for n, v in skeleton.state_dict().items()})
     return models
+
+
+def _changes(
+    architecture: ModelArchitecture,
+    reference: ModelReference,
+    config: PretrainedConfig,
+    headers: Mapping[str, TensorHeader],
+    stored: Set[str],
+    loading: Loading,
+    skeleton: PreTrainedModel,
+) -> Changes:
+    """What makes mergekit's definition fit a model of the merge, whose models hold `stored` together.
+
+    Raises:
+        FimError: the model has a tensor that has no place in it.
+    """
+    layout = model_layout(architecture, config, str(reference))
+    tensors = tensor_names(skeleton, layout)
+    lacking = [
+        tensor.name
+        for layer in (*layout.layers, None)
+        for tensor in (layer.tensors if layer else layout.other)
+        if not tensor.optional
+        and stored.isdisjoint((tensor.name, *(tensor.aliases or ()), *(tensor.tied_names or ())))
+        and not _is_convertible(config.model_type, headers, tensor, layer)
+    ]
+    without = unneeded(layout, lacking, loading, tensors)
+    layout = model_layout(changed(architecture, Changes(unneeded=without)), config, str(reference))
+    found = left_out(
+        str(reference),
+        layout,
+        _planned(layout, headers, stored),
+        loading,
+        tensors,
+        tensor_names(skeleton, layout, floating_point=True),
+        infer_vocabulary_axes(skeleton),
+        (config.architectures or [config.model_type])[0],
+    )
+    return replace(found, unneeded=without)
+
+
+def _planned(layout: ModelLayout, headers: Mapping[str, TensorHeader], stored: Set[str]) -> Iterator[str]:
+    """The names of all tensors that mergekit will write, and their other names: not those that it skips."""
+    for tensor in layout.all_tensors():
+        names = (tensor.name, *(tensor.aliases or ()))
+        tied = any(name in headers for name in tensor.tied_names or ())
+        if not tensor.optional or tied or not stored.isdisjoint(names):
+            yield from names
 
 
 def open_model(name: str, revision: str | None, options: MergeOptions) -> InputModel:
@@ -179,26 +259,29 @@ def _skeleton(reference: ModelReference, config: PretrainedConfig, trust_remote_
         ) from error
 
 
-def _open_model(
-    reference: ModelReference,
-    config: PretrainedConfig,
-    layout: ModelLayout,
-    names: Sequence[Sequence[str]],
-    skeleton: PreTrainedModel,
-) -> InputModel:
-    headers = read_headers(reference)
-    model = InputModel(reference, config, layout, headers, frozenset(), tuple(_unknown(headers, layout, skeleton)))
-    weights = {alias for aliases in names for alias in aliases}  # without the masks that old checkpoints hold
-    absent = []
-    for layer in (*layout.layers, None):
-        for tensor in layer.tensors if layer else layout.other:
+def _absent(model: InputModel, names: Sequence[Sequence[str]], stored: Set[str]) -> Iterator[str]:
+    """The layout's tensors that the merge doesn't have of a model; see `InputModel.absent`.
+
+    Args:
+        model: the model.
+        names: the parameters of transformers' model, without the masks that old checkpoints hold.
+        stored: the names of the tensors that any model of the merge holds.
+    """
+    reference, config, headers = model.reference, model.config, model.headers
+    weights = {alias for aliases in names for alias in aliases}
+    for layer in (*model.layout.layers, None):
+        for tensor in layer.tensors if layer else model.layout.other:
             name = model.stored_name(tensor)
             if name is not None:
-                if tensor.name in weights and headers[name].torch_dtype is None:
+                if headers[name].torch_dtype is None and not weights.isdisjoint(
+                    (tensor.name, *model.loading.targets(name))
+                ):
                     raise FimError(
                         f"{reference}: tensor {name} is stored as {headers[name].dtype}, expected float16, bfloat16, "
                         "float32 or float64; use the model's unquantised checkpoint"
                     )
+            elif tensor.optional and stored.isdisjoint((tensor.name, *(tensor.aliases or ()))):
+                yield tensor.name
             elif not _is_convertible(config.model_type, headers, tensor, layer):
                 if not tensor.optional:
                     raise FimError(
@@ -206,8 +289,7 @@ def _open_model(
                         f"{(config.architectures or [config.model_type])[0]} requires; "
                         f"{_lacking(tensor, headers, names)}"
                     )
-                absent.append(tensor.name)
-    return replace(model, absent=frozenset(absent))
+                yield tensor.name
 
 
 # Buffers that old checkpoints hold, and the models of today make themselves.
@@ -246,27 +328,12 @@ def _lacking(tensor: WeightInfo, headers: Mapping[str, TensorHeader], names: Seq
     return "download or save the model again, or leave the model out"
 
 
-def _check_complete(model: InputModel, names: Sequence[Sequence[str]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that mergekit's plan covers every tensor that transformers' model has, and that its shape is that.
-
-    One that isn't planned would be missing from the merged model, and loading that would fill it with random numbers.
+def _check_shapes(model: InputModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that the shapes of a checkpoint's tensors are those that its config means.
 
     Raises:
-        FimError: a tensor of the model is not part of mergekit's definition of its architecture, or is one that
-            mergekit skips: an optional one that no checkpoint holds under its own name. Or its shape is not the one
-            that the config means, so that transformers can't load it.
+        FimError: one isn't, so that transformers can't load it.
     """
-    planned: set[str] = set()
-    for tensor in model.layout.all_tensors():
-        if not tensor.optional or model.stored_name(tensor) is not None:
-            planned.update((tensor.name, *(tensor.aliases or ())))
-    for aliases in names:
-        if planned.isdisjoint(aliases):
-            raise FimError(
-                f"{model}: mergekit's definition of {(model.config.architectures or [model.config.model_type])[0]} "
-                f"doesn't cover the tensor {aliases[0]}, so that the merged model would lack it; this model can't be "
-                "merged by this version of mergekit"
-            )
     for tensor in model.layout.all_tensors():
         stored = model.stored_name(tensor, tied=False)
         expected = next((shapes[name] for name in (tensor.name, *(tensor.aliases or ())) if name in shapes), None)
@@ -293,11 +360,21 @@ def _is_convertible(
 
 def _structure(config: PretrainedConfig, key: str) -> Any:
     text = config if key in ("model_type", "architectures") else config.get_text_config()
-    value = getattr(text, key, None)
-    heads = getattr(text, "num_attention_heads", None)
+    value, heads = _value(text, key), _value(text, "num_attention_heads")
+    if isinstance(value, tuple):
+        return value
     if key == "head_dim" and value is None and heads:
         return text.hidden_size // heads
     return heads if key == "num_key_value_heads" and value is None else value
+
+
+def _value(config: PretrainedConfig, key: str) -> Any:
+    """A key of a config: where layers differ in it, of every layer."""
+    try:
+        return getattr(config, key, None)
+    except Exception:  # transformers has a class of its own for that
+        layers: Any = config.per_layer_config
+        return tuple(getattr(layer, key, None) for layer in (layers.values() if isinstance(layers, dict) else layers))
 
 
 def _check_causal_lm(reference: ModelReference, config: PretrainedConfig, trust_remote_code: bool) -> None:

@@ -18,12 +18,27 @@ class DecoderLayer:
     Attributes:
         index: from 0.
         prefix: what the names of exactly this layer's tensors begin with, dot included: `model.layers.3.`.
-        tensors: the layer's tensors, in mergekit's order.
+        tensors: the layer's tensors, in mergekit's order, and then those that its definition leaves out, which may have
+            another prefix.
     """
 
     index: int
     prefix: str
     tensors: tuple[WeightInfo, ...]
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """`prefix`, and those of tensors that are named otherwise in checkpoints."""
+        found = (layer_prefix(tensor.name, self.index) or self.prefix for tensor in self.tensors)
+        return tuple(dict.fromkeys((self.prefix, *found)))
+
+    def stem(self, prefix: str) -> str:
+        """One of the `prefixes` without the layer's number."""
+        return prefix.removesuffix(f"{self.index}.")
+
+    def local(self, tensor_name: str) -> str:
+        """The name of one of the layer's tensors without what says which layer it is in."""
+        return local_name(tensor_name, self.index)
 
 
 @dataclass(frozen=True)
@@ -53,8 +68,8 @@ def model_layout(architecture: ModelArchitecture, config: PretrainedConfig, mode
     layers = []
     for index in range(module.num_layers()):
         tensors = tuple({tensor.name: tensor for tensor in module.layer_weights(index)}.values())  # Granite's repeat
-        prefixes = {_layer_prefix(tensor.name, index) for tensor in tensors}
-        prefix = prefixes.pop() if len(prefixes) == 1 else None
+        prefixes = [layer_prefix(tensor.name, index) for tensor in tensors]
+        prefix = prefixes[0] if prefixes and None not in prefixes else None
         if prefix is None:
             raise FimError(
                 f"{model_name}: the tensors of decoder layer {index} don't share one name prefix with the layer's "
@@ -66,9 +81,15 @@ def model_layout(architecture: ModelArchitecture, config: PretrainedConfig, mode
     return ModelLayout(tuple(layers), (*module.pre_weights(), *module.post_weights()))
 
 
-def _layer_prefix(tensor_name: str, index: int) -> str | None:
+def layer_prefix(tensor_name: str, index: int) -> str | None:
+    """What the name of a tensor of a decoder layer begins with, the layer's number and a dot included."""
     match = re.match(rf"(?:.*?\.)?{index}\.", tensor_name)
     return match.group() if match else None
+
+
+def local_name(tensor_name: str, index: int) -> str:
+    """The name of a tensor of a decoder layer without what says which layer it is in."""
+    return tensor_name.removeprefix(layer_prefix(tensor_name, index) or "")
 
 
 def tensor_names(model: PreTrainedModel, layout: ModelLayout, *, floating_point: bool = False) -> list[list[str]]:

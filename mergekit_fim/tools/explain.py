@@ -104,7 +104,7 @@ def _bytes(model: InputModel) -> int:
 
 
 def _layer_bytes(model: InputModel) -> int:
-    prefixes = tuple(layer.prefix for layer in model.layout.layers)
+    prefixes = tuple(prefix for layer in model.layout.layers for prefix in layer.prefixes)
     return sum(header.nbytes for name, header in model.headers.items() if name.startswith(prefixes))
 
 

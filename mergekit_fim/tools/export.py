@@ -108,9 +108,12 @@ def _by_slice(plan: MergePlan) -> Iterator[tuple[int, PlannedTensor]]:
 
 def _layer_number(plan: MergePlan, name: str) -> int | None:
     """Which decoder layer of the merged model a tensor is in."""
-    stem = next(iter(plan.inputs.values())).layout.layers[0].prefix.removesuffix("0.")
-    number = name.removeprefix(stem).split(".")[0]
-    return int(number) if name.startswith(stem) and number.isdigit() else None
+    layers = next(iter(plan.inputs.values())).layout.layers
+    for stem in {layer.stem(prefix) for layer in layers for prefix in layer.prefixes}:
+        number = name.removeprefix(stem).split(".")[0]
+        if name.startswith(stem) and number.isdigit():
+            return int(number)
+    return None
 
 
 def _coefficients(tensor: PlannedTensor) -> dict[ModelReference, float]:
@@ -125,7 +128,8 @@ def _parameters(plan: MergePlan, model: ModelReference, tensors: Sequence[Planne
     """A source's parameters for stock mergekit, whose filters see the names of the source's own tensors."""
     layers = plan.inputs[model].layout.layers
     names = [tensor.sources()[model].name for tensor in tensors]
-    prefixes = [next((x.prefix for x in layers if name.startswith(x.prefix)), None) for name in names]
+    of_layers = {prefix: None for layer in layers for prefix in layer.prefixes}
+    prefixes = [next((prefix for prefix in of_layers if name.startswith(prefix)), None) for name in names]
     values = {"weight": [_coefficients(tensor)[model] for tensor in tensors]}
     if plan.config.merge_method == "fim_ties":
         values["density"] = [tensor.per_model("density")[model] for tensor in tensors]
@@ -168,10 +172,20 @@ def _losses(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
         )
     wanted = {tensor.name: _coefficients(tensor) for tensor in plan.tensors}
     for tensor in exported.tensors:
+        if tensor.name not in wanted:
+            raise FimError(
+                f"mergekit's definition of the architecture requires the tensor {tensor.name}, which the models don't "
+                f"have: {stock} can't merge them, so that there is nothing to export"
+            )
         if tensor.per_model("weight") != wanted[tensor.name]:
             raise FimError(
                 f"the coefficients of {tensor.name} can't be written as filters of {stock}: it can't be exported"
             )
+    if added := sorted(wanted.keys() - {tensor.name for tensor in exported.tensors}):
+        yield (
+            f"{stock} leaves out {len(added)} tensors such as {added[0]}, which mergekit's definition of the "
+            "architecture lacks: a model merged by the exported config isn't complete"
+        )
     tolerances = {tensor.parameter("norm_tolerance") for tensor in plan.tensors} - {0}
     if tolerances:
         yield (
@@ -243,6 +257,7 @@ def compare(plan: MergePlan, exported: MergeConfiguration, options: MergeOptions
             base=tensor.task.base_model,
         )
         for tensor in plan.tensors
+        if tensor.name in theirs
     ]
     executor = Executor(targets=targets, math_device=options.device, storage_device="cpu")
     return [found for _, found in executor.run(quiet=options.quiet) if found is not None]

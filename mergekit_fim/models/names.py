@@ -1,0 +1,90 @@
+"""What a checkpoint calls its tensors, and what transformers' model does: as transformers' own loader has it."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+
+class Loading:
+    """Where transformers' loader puts the tensors of a checkpoint.
+
+    Attributes:
+        keys: the names in the model's state dict.
+        sources: for each of them, the checkpoint's tensors that it is made of, in the loader's order.
+    """
+
+    def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
+        """Look up all the `names` of a checkpoint, for a model that may be without weights."""
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._converters = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+        self._prefix = model.base_model_prefix
+        self._state = model.state_dict()
+        self.keys = frozenset(self._state)
+        sources: dict[str, list[str]] = defaultdict(list)
+        for name in sorted(names, key=dot_natural_key):
+            for key in self.targets(name):
+                sources[key].append(name)
+        self.sources: Mapping[str, tuple[str, ...]] = {key: tuple(found) for key, found in sources.items()}
+
+    def _renamed(self, name: str) -> tuple[str, str | None]:
+        converters = list(dict.fromkeys(self._converters.values()))
+        key, pattern = rename_source_key(name, self._renamings, converters, self._prefix, self._state)
+        if not self._expanded(key, pattern) and name in self.keys:
+            return name, None
+        return key, pattern
+
+    def _expanded(self, key: str, pattern: str | None) -> list[str]:
+        """All that a converter makes at once of what it calls `key`, or `key` itself; what the model has of it."""
+        if pattern is None:
+            return [key] if key in self.keys else []
+        first, *others = self._converters[pattern].target_patterns
+        return [k for k in (key, *(key.replace(first, other, 1) for other in others)) if k in self.keys]
+
+    def targets(self, name: str) -> list[str]:
+        """The keys that a tensor of this name in a checkpoint is loaded into, whole or as a part."""
+        return self._expanded(*self._renamed(name))
+
+    def is_whole(self, name: str) -> bool:
+        """Whether it is loaded as it is, under its own name or another one."""
+        return self._renamed(name)[1] is None
+
+    def loaded(self, names: Iterable[str]) -> set[str]:
+        """The keys that are complete where a checkpoint holds just these tensors."""
+        whole: set[str] = set()
+        parts: dict[str, set[str]] = defaultdict(set)
+        for name in names:
+            for key in self.targets(name):
+                if self.is_whole(name):
+                    whole.add(key)
+                else:
+                    parts[key].add(name)
+        return whole | {key for key, found in parts.items() if found.issuperset(self.sources.get(key, ()))}
+
+    def read(self, key: str, load: Callable[[str], torch.Tensor]) -> torch.Tensor | None:
+        """A tensor as the model has it, made of the checkpoint's, or None where that has none for it.
+
+        Args:
+            key: its name in the model's state dict.
+            load: reads a tensor of the checkpoint.
+        """
+        names = self.sources.get(key, ())
+        if not names:
+            return None
+        if self.is_whole(names[0]):
+            return load(names[0])
+        first, pattern = self._renamed(names[0])
+        assert pattern is not None
+        converter = copy.deepcopy(self._converters[pattern])
+        for name in names:
+            _, own = self._renamed(name)
+            assert own is not None
+            converter.add_tensor(first, name, own, load(name))  # type: ignore[arg-type]  # what saving passes it
+        made = converter.convert(first)[key]
+        return made[0] if isinstance(made, list) else made
