@@ -52,14 +52,16 @@ def test_the_same_merge_as_one_process_makes(processes, command, method, pair, w
 SHARED = """
 import mergekit_fim.fisher.batched as batched
 import mergekit_fim.task_vectors as task_vectors
-original, step = batched._Run.measure, task_vectors.TaskVectorSweep.__next__
+original, step = batched._Run.measure, task_vectors.TaskVectorSweep.__call__
 def measure(self, samples, *args):
     print(len(samples.input_ids), "sequences")
     return original(self, samples, *args)
-def next(self):
-    step(self)
-    print("a layer's task vectors")
-batched._Run.measure, task_vectors.TaskVectorSweep.__next__ = measure, next
+def call(self, tensor, values):
+    is_new = tensor.name not in self._found
+    step(self, tensor, values)
+    if is_new and tensor.name.endswith("q_proj.weight"):
+        print("a layer's task vectors")
+batched._Run.measure, task_vectors.TaskVectorSweep.__call__ = measure, call
 """
 
 
