@@ -125,11 +125,11 @@ def limited(bytes_on_gpu: float, *, resident: bool, sequences: int) -> Iterator[
     if not ON_CPU:
         allocated()
         module = torch.get_device_module(DEVICE)
-        module.set_per_process_memory_fraction(bytes_on_gpu / module.mem_get_info(DEVICE)[1], DEVICE)
+        module.set_per_process_memory_fraction(bytes_on_gpu / module.mem_get_info(DEVICE)[1])
         try:
             yield
         finally:
-            module.set_per_process_memory_fraction(1.0, DEVICE)
+            module.set_per_process_memory_fraction(1.0)
         return
     with pytest.MonkeyPatch.context() as patch:
         measure = batched._Run.measure
@@ -258,8 +258,11 @@ def test_trimming_is_that_of_the_cpu(entries, dtype):
         found, expected = (
             find_threshold(lambda run, d=d: d[run].clone(), entries, density, d.device) for d in (on_device, delta)
         )
-        assert found.magnitude == expected.magnitude
-        assert torch.equal(found.dropped.cpu(), expected.dropped)
+        assert (found is None) is (expected is None)
+        if found is not None:
+            assert found.magnitude == expected.magnitude
+            assert torch.equal(found.dropped.cpu(), expected.dropped)
+    assert trim(delta, 0.2).count_nonzero() == max(1, int(0.2 * entries))
 
 
 def test_task_vectors_are_those_of_the_cpu(pair):
@@ -300,7 +303,7 @@ def test_whole_merges_are_those_of_the_cpu(method, case, dtype, pair, merge, req
         request.getfixturevalue("two_accelerators")
     out, _ = merge.ok(config, *options(case), out="gpu")
     alphas = [[row["alpha"] for m in reference.report(p)["models"] for row in m["layers"]] for p in (out, plain)]
-    assert alphas[0] == pytest.approx(alphas[1], abs=1e-4 if dtype == "float32" else 3e-2)
+    assert alphas[0] == pytest.approx(alphas[1], abs=1e-4 if dtype == "float32" else 5e-2)
     # With the CPU's coefficients: what is left is the merge's own rounding.
     config["parameters"]["fisher"] = str(write_fisher(plain, pair, merge, dtype))
     plain, _ = merge.ok(config, out="plain-saved")

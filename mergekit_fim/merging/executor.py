@@ -1,8 +1,9 @@
 """mergekit's executor for `--multi-gpu`, made to lose nothing of a merge by `fim_ties` or `fim_ta`.
 
 In mergekit 0.1.5 its workers put their results into a queue, from which a thread of its own takes them as long as the
-workers run. What is in the queue when the last of them ends is lost: a merged tensor is then merged once more, without
-its inputs, which ends the merge in an error ("Base input is not present"), or leaves a tensor out that is optional.
+workers run. What is in the queue when the last of them ends is lost, and made once more afterwards, on the CPU: tensors
+are written twice; or, where those that they are made of were not lost and are gone, the merge ends in an error ("Base
+input is not present"), or, for a tensor that is optional, goes on without it.
 """
 
 import functools
