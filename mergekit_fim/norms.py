@@ -19,19 +19,11 @@ def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def squared_distance(a: torch.Tensor, b: torch.Tensor, device: torch.device | None = None) -> float:
-    """‖a − b‖² of two tensors of one shape, as `squared_norm` computes it.
-
-    Args:
-        a: one of them.
-        b: the other.
-        device: where it is computed, by default where `b` is; they are brought there part by part.
-    """
-    device = device or b.device
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    parts = (t.reshape(-1).split(_chunk(device)) for t in (a, b))
-    for x, y in zip(*parts, strict=True):
-        x, y = x.to(device), y.to(device)
+def squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖a − b‖² of two tensors of one shape, as `squared_norm` has it, where `b` is; `a` comes there part by part."""
+    total = torch.zeros((), dtype=torch.float64, device=b.device)
+    for x, y in zip(*(t.reshape(-1).split(_chunk(b.device)) for t in (a, b)), strict=True):
+        x = x.to(b.device)
         total += _sum_of_rows((x.to(_sum_dtype(x)) - y.to(_sum_dtype(y))).square_())
     return float(total)
 

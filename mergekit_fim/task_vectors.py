@@ -49,7 +49,7 @@ class TaskVectorSweep:
         dtype: str | None,
         devices: Sequence[torch.device] = (torch.device("cpu"),),
     ) -> None:
-        """Measure the tensors outside the layers, and be ready for the layers.
+        """Be ready to measure.
 
         Args:
             base: the base model.
@@ -58,24 +58,30 @@ class TaskVectorSweep:
             devices: which share the work.
 
         Raises:
-            FimError: layers of a pair don't have the same tensors, or a task vector isn't finite.
+            FimError: layers of a pair don't have the same tensors.
         """
         self._base, self._dtype, self._devices = base, dtype, devices
         self._models = {model: tuple(pairs) for model, pairs in models.items()}
-        self._work = {tensor.name: part for layer in base.layout.layers for tensor, part in _parts(base, layer, models)}
-        self._found: dict[str, list[float]] = {name: [] for name, part in self._work.items() if not part.users}
-        self._other = self._outside()
+        parts = [
+            *_outside(base, list(models)),
+            *(p for layer in base.layout.layers for p in _parts(base, layer, models)),
+        ]
+        self._work = {part.tensor.name: part for part in parts if part.users}
+        self._found: dict[str, list[float | None]] = {}
 
     def __call__(self, tensor: WeightInfo, values: torch.Tensor) -> None:
-        """Measure the task vectors of a tensor of the base, on the device that its values are on."""
+        """Measure the task vectors of a tensor of the base, on the device that its values are on.
+
+        Raises:
+            FimError: one isn't finite, or of another shape.
+        """
         part = self._work.get(tensor.name)
         if part is None or tensor.name in self._found:
             return
-        distances = []
-        for model, pair, its in part.users:
-            where = f"decoder layer {pair.source_layer}"
-            distances.append(_distance(self._base, values, model, its, self._dtype, where, values.device) or 0.0)
-        self._found[tensor.name] = distances  # all or none: where memory ran out, it is measured again
+        # All or none: where memory runs out, the tensor is measured again.
+        self._found[tensor.name] = [
+            _distance(self._base, values, model, its, self._dtype, _where(pair)) for model, pair, its in part.users
+        ]
 
     def norms(self, *, quiet: bool) -> dict[InputModel, TaskVectorNorms]:
         """The squared norms per model, after measuring whatever is left, with a progress bar unless `quiet`.
@@ -89,45 +95,51 @@ class TaskVectorSweep:
         for _ in tqdm.tqdm(measuring, **bar):
             pass
         sums = {model: dict.fromkeys(pairs, 0.0) for model, pairs in self._models.items()}
+        other: dict[InputModel, float | None] = dict.fromkeys(self._models, 0.0)
         for name, part in self._work.items():
             for (model, pair, _), distance in zip(part.users, self._found[name], strict=True):
-                sums[model][pair] += distance
-        return {model: TaskVectorNorms(layers, self._other[model]) for model, layers in sums.items()}
+                so_far = other[model]
+                if pair is not None:
+                    sums[model][pair] += distance or 0.0
+                else:
+                    other[model] = None if distance is None or so_far is None else so_far + distance
+        return {model: TaskVectorNorms(layers, other[model]) for model, layers in sums.items()}
 
     def _read(self, part: "_Part") -> None:
         values = self._base.load(part.tensor, self._dtype)
         if values is None:
             self._found[part.tensor.name] = [0.0] * len(part.users)
         else:
-            self(part.tensor, values.to(self._devices[part.layer % len(self._devices)]))
-
-    def _outside(self) -> dict[InputModel, float | None]:
-        """‖δ‖² over the tensors outside the layers; None where the vocabularies' sizes differ."""
-        other: dict[InputModel, float | None] = dict.fromkeys(self._models, 0.0)
-        for base_tensor in self._base.layout.other:
-            if not any(m.stored_name(base_tensor, tied=False) is not None for m in (self._base, *self._models)):
-                continue  # a head that is tied in all the models: it is their embeddings
-            values = self._base.load(base_tensor, self._dtype)
-            for model in self._models:
-                where, device = "the tensors outside the layers", self._devices[0]
-                distance = _distance(self._base, values, model, base_tensor, self._dtype, where, device)
-                so_far = other[model]
-                other[model] = None if distance is None or so_far is None else so_far + distance
-        return other
+            self(part.tensor, values.to(self._devices[part.share % len(self._devices)]))
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor of a decoder layer of the base, and the fine-tuned tensors that it is compared with."""
+    """A tensor of the base, and the fine-tuned tensors that it is compared with, for a pair of layers or outside them.
 
-    layer: int
+    `share`: the number of its layer; a device takes the parts of every so-manieth.
+    """
+
+    share: int
     tensor: WeightInfo
-    users: list[tuple[InputModel, LayerPair, WeightInfo]]
+    users: list[tuple[InputModel, LayerPair | None, WeightInfo]]
 
 
-def _parts(
-    base: InputModel, layer: DecoderLayer, models: Mapping[InputModel, Sequence[LayerPair]]
-) -> list[tuple[WeightInfo, _Part]]:
+def _where(pair: LayerPair | None) -> str:
+    return "the tensors outside the layers" if pair is None else f"decoder layer {pair.source_layer}"
+
+
+def _outside(base: InputModel, models: Sequence[InputModel]) -> list[_Part]:
+    """The tensors outside the layers, without a head that is tied in all the models: it is their embeddings."""
+    return [
+        _Part(share, tensor, [(model, None, tensor) for model in models])
+        for share, tensor in enumerate(base.layout.other)
+        if any(m.stored_name(tensor, tied=False) is not None for m in (base, *models))
+    ]
+
+
+def _parts(base: InputModel, layer: DecoderLayer, models: Mapping[InputModel, Sequence[LayerPair]]) -> list[_Part]:
+    """The tensors of one of the base's layers."""
     users = [(m, pair) for m, pairs in models.items() for pair in pairs if pair.base_layer == layer.index]
     for model, pair in users:
         source = model.layout.layers[pair.source_layer]
@@ -139,10 +151,7 @@ def _parts(
                 "that the slices pair it with; pair layers of the same kind"
             )
     return [
-        (
-            tensor,
-            _Part(layer.index, tensor, [(m, pair, m.layout.layers[pair.source_layer].tensors[k]) for m, pair in users]),
-        )
+        _Part(layer.index, tensor, [(m, pair, m.layout.layers[pair.source_layer].tensors[k]) for m, pair in users])
         for k, tensor in enumerate(layer.tensors)
     ]
 
@@ -153,16 +162,15 @@ def _held(model: InputModel, layer: DecoderLayer) -> set[str]:
 
 def _distance(
     base: InputModel,
-    reference: torch.Tensor | None,
+    reference: torch.Tensor,
     model: InputModel,
     tensor: WeightInfo,
     dtype: str | None,
     where: str,
-    device: torch.device,
 ) -> float | None:
     """‖θ_model − θ_base‖² of one tensor; 0 where a model lacks an optional one, None where vocabularies differ."""
     tuned = model.load(tensor, dtype)
-    if reference is None or tuned is None:
+    if tuned is None:
         return 0.0
     if reference.shape != tuned.shape:
         if tensor.vocabulary_axis is None:
@@ -173,7 +181,7 @@ def _distance(
         _check_finite(base, reference, tensor, where)
         _check_finite(model, tuned, tensor, where)
         return None
-    distance = squared_distance(tuned, reference, device)
+    distance = squared_distance(tuned, reference)
     if not distance < float("inf"):
         _check_finite(base, reference, tensor, where)
         _check_finite(model, tuned, tensor, where)

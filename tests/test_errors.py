@@ -142,7 +142,8 @@ def test_task_vectors_of_what_the_measurement_read_and_of_the_rest(count, pair, 
     found = sweep.norms(quiet=True)
     assert found == expected
     of_base = [name for model, name in read if model is base]
-    assert sorted(of_base) == sorted(t.name for i in (0, 3, 4) for t in base.layout.layers[i].tensors)
+    rest = [*base.layout.other[1:], *(t for i in (0, 3, 4) for t in base.layout.layers[i].tensors)]
+    assert sorted(of_base) == sorted(t.name for t in rest)
 
 
 def test_layers_of_two_shapes(pair, tmp_path):

@@ -153,6 +153,11 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
             self._beside(self._tensors[name], tensor)
         return tensor
 
+    def show(self, name: str) -> None:
+        """Have done on the CPU what is done beside with a tensor of which the model gets rows only."""
+        if self._beside is not None:
+            self._beside(self._tensors[name], self[name])
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
@@ -253,6 +258,9 @@ def _streamed(
     by_layer = {id(p) for layer in layers for p in layer.parameters()}
     kept = by_layer | {id(end.weight) for end in ends if end is not None}
     _fill([(model, lambda _name: where.device)], tensors, skip=kept)
+    for name, parameter in model.named_parameters():
+        if id(parameter) in kept - by_layer:
+            tensors.show(name)
     return LoadedModel(model, layers, StreamedWeights(tensors, model, where.device), replace(where, spread=False))
 
 
