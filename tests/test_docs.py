@@ -1,11 +1,13 @@
 """The examples of the documentation run, and its numbers are those of the package."""
 
+import contextlib
 import importlib.util
 import re
 import shutil
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 import mergekit_fim
@@ -42,13 +44,19 @@ def test_the_python_interface_is_what_the_docs_name():
         mergekit_fim.nothing()
 
 
-@pytest.fixture(scope="module")
-def scale():
-    spec = importlib.util.spec_from_file_location("scale", ROOT / "benchmarks" / "scale.py")
+@contextlib.contextmanager
+def benchmark(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def scale():
+    with benchmark("scale") as module:
+        yield module
 
 
 SCALE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
@@ -116,3 +124,31 @@ def test_the_cost_model_gives_what_was_measured(scale):
     assert pre_pass / 1.3 < found.pre_pass < pre_pass * 1.3
     assert (whole - pre_pass) / 2 < found.merge < (whole - pre_pass) * 2  # it takes reading and writing for no overlap
     assert large.size == pytest.approx(15.2e9, rel=0.01)
+
+
+def test_figures_on_an_accelerator_stand_beside_the_bars_of_the_page(monkeypatch):
+    bars = re.findall(r"^\| (?:measurement|whole pre-pass).* \| ([\d.]+) (?:s|times) \|$", SCALE, re.M)
+    assert bars == ["2", "1.5", "2"]
+    with benchmark("cost") as cost:
+        measured = {"run": 1.0, "measure": 7.0, "streamed": False}
+        results = {"load": {"load": 5.0}, "fast": measured, "several": measured}
+        results["streamed"] = {"run": 3.0, "measure": 11.0, "streamed": True}
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in cost.bars(results)[2:]]
+        held = [row[1:] for row in rows if row[2]]
+        assert held == [
+            ["1.00 s", "2 s", "yes"],
+            ["1.40", "1.5", "yes"],
+            ["2.20", "2", "**no**"],
+        ]
+        assert len(rows) == 6
+        assert cost.bars({"ties": {"whole": 3.0}}) == []
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+        with pytest.raises(SystemExit, match="--device cuda: torch sees no accelerator"):
+            cost.sides("cuda")
+        assert cost.sides("cpu") == cost.SIDES
+        monkeypatch.setattr(
+            torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")
+        )
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+        assert sorted(cost.sides("cuda")) == sorted([*cost.SIDES, *cost.ON_ACCELERATORS])
+        assert "several" in cost.sides("cuda")

@@ -5,6 +5,7 @@ import threading
 import time
 
 import pytest
+import tiny
 import torch
 from conftest import config_for, ends_in_one_line, trim
 from mergekit.graph import Executor
@@ -14,6 +15,9 @@ from mergekit.merge_methods import TensorGroup, get
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from mergekit_fim.config.parameters import FisherSettings
+from mergekit_fim.fisher.batched import batched_engine
+from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.merging import executor
 from mergekit_fim.norms import squared_distance, squared_norm
 
@@ -104,25 +108,32 @@ class Mixed(AssertionError):
 class OneDevice(TorchFunctionMode):
     """Takes some tensors of the CPU for those of an accelerator, and sees that no operation mixes the two.
 
-    What comes out of one is one too, and so is what is made for a device that is named.
+    What comes out of one is one too, and so is what is made for a device that is named, or brought to one. What is made
+    without one isn't, nor what is brought back to the CPU. Of others, such as gradients, nothing is known.
     """
 
-    def __init__(self, tensors):
+    def __init__(self, there=()):
         super().__init__()
-        self.kept = list(tensors)  # all of them, so that nothing else gets their addresses
-        self.storages = {t.untyped_storage().data_ptr() for t in tensors}
+        self.kept = list(there)  # all of them, so that nothing else gets their addresses
+        self.known = {t.untyped_storage().data_ptr(): True for t in there}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.numel() and t.ndim]
-        there = [t.untyped_storage().data_ptr() in self.storages for t in tensors]
-        if len(set(there)) > 1:
+        leaves = tree_leaves((args, kwargs))
+        tensors = [t for t in leaves if isinstance(t, torch.Tensor) and t.numel() and t.ndim]
+        places = {self.known.get(t.untyped_storage().data_ptr()) for t in tensors} - {None}
+        device = any(isinstance(leaf, torch.device) for leaf in leaves)
+        brought = function is torch.Tensor.cpu or (function is torch.Tensor.to and device)
+        if len(places) > 1 and not brought:
             raise Mixed(str(function))
         result = function(*args, **kwargs)
-        if any(there) or (not tensors and kwargs.get("device") is not None):
+        if brought:
+            result = result.clone()
+        if brought or places or not tensors:
+            place = function is not torch.Tensor.cpu if brought else places.pop() if places else device
             for made in tree_leaves(result):
-                if isinstance(made, torch.Tensor) and made.numel():
-                    self.storages.add(made.untyped_storage().data_ptr())
+                if isinstance(made, torch.Tensor) and made.numel() and made.ndim:
+                    self.known[made.untyped_storage().data_ptr()] = place
                     self.kept.append(made)
         return result
 
@@ -132,9 +143,10 @@ def test_mixed_devices_are_noticed():
     with OneDevice([a]):
         assert float(((a + 1) * 2).sum()) == 12
         torch.zeros(3, device=a.device).add_(a)
-        for other in (b, torch.zeros(3), torch.arange(3)):
+        for other in (torch.zeros(3), torch.arange(3), a.cpu()):
             with pytest.raises(Mixed):
                 a * 2 + other
+        assert float((a + b.to(a.device)).sum()) == 6
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.gate_proj.weight", "model.layers.0.mlp.experts.gate_up_proj"])
@@ -162,3 +174,19 @@ def test_trimming_and_norms_leave_their_device_for_numbers_only():
         found = trim(values, 0.3), squared_norm(values), squared_distance(values, other)
     assert torch.equal(found[0], expected[0])
     assert found[1:] == expected[1:]
+
+
+@pytest.mark.parametrize("labels", ["inputs", "sampled"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_the_engine_leaves_its_device_for_numbers_only(kind, labels):
+    model = tiny.build(tiny.config(kind))
+    layers = list(model.transformer.h if hasattr(model, "transformer") else model.model.layers)
+    samples = draw_samples(FisherSettings(3, 12, 0, labels), tiny.VOCAB)
+    expected = batched_engine(model, layers, samples, lambda _n: None)
+    parts = [samples.input_ids] if samples.uniforms is None else [samples.input_ids, samples.uniforms]
+    mode = OneDevice([*model.parameters(), *model.buffers()])
+    mode.known |= {part.untyped_storage().data_ptr(): False for part in parts}
+    with mode:
+        found = batched_engine(model, layers, samples, lambda _n: None)
+    assert torch.equal(found, expected)
+    assert len(mode.known) > 100
