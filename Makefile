@@ -1,11 +1,14 @@
-# Two commands: `make demo` runs the main job on real weights, `make test` checks everything.
+# `make demo` runs the main job on real weights, `make test` checks everything, `make gpu` does what needs a GPU.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := .demo/sums
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint architectures clean
+DEVICE ?= cuda
+SHAPES ?= 1.5b 7b
+
+.PHONY: demo test gpu lint architectures clean
 
 demo: $(VENV)/demo.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python example_configs/demo.py models $(DEMO)
@@ -17,6 +20,14 @@ demo: $(VENV)/demo.installed
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
+# The tests for accelerators, then what the pre-pass and the merges cost there, beside what they may cost. About 45 GB of
+# disk for the pair of 7B, which is made on the spot, and what is merged of it.
+gpu: $(VENV)/test.installed
+	@status=0; \
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu -rs || status=1; \
+	for shape in $(SHAPES); do $(BIN)/python benchmarks/cost.py --device $(DEVICE) --shape $$shape || status=1; done; \
+	exit $$status
 
 lint: $(VENV)/test.installed
 	$(BIN)/ruff format --check .

@@ -3,9 +3,11 @@
     python benchmarks/cost.py                        # the shape of Qwen2.5-1.5B: 7 GB of disk, about 15 minutes
     python benchmarks/cost.py --shape 7b --only fim_ties,ties
     python benchmarks/cost.py --layers 56 --only fast
+    python benchmarks/cost.py --device cuda          # on a GPU, with the bars that the figures are held against
 
 Every side runs in a process of its own, with the pair in the system's file cache where half the memory holds it. Memory
 is the peak of anonymous pages, sampled every 20 ms: mapped files, which the system can drop at any time, don't count.
+On an accelerator, times are taken when it has done its work, and its memory is the peak of torch's allocator.
 """
 
 import argparse
@@ -27,6 +29,10 @@ SHAPES = {
     "7b": {"vocab": 152064, "hidden": 3584, "inter": 18944, "layers": 28, "heads": 28, "kv": 4, "tied": False},
 }
 SIDES = ["matmul", "paper", "reference", "fast", "ties", "by_hand", "fim_ties", "task_arithmetic", "fim_ta"]
+# On an accelerator also: the base by transformers, the pre-pass with weights streamed to 8 GB, and by several at once.
+ON_ACCELERATORS = ["load", "streamed", "several"]
+MEASURING = ["matmul", "paper", "reference", "fast", *ON_ACCELERATORS]
+LITTLE_MEMORY = 8e9
 SEQUENCES, LENGTH = 8, 64
 
 
@@ -94,8 +100,8 @@ def worker(side: str, folder: Path, dtype_name: str, device: str) -> dict:
     dtype = getattr(torch, dtype_name)
     if side == "matmul":
         return {"gflops": {d: rate(folder, getattr(torch, d), device) for d in {"float32", dtype_name}}}
-    if side == "fast":
-        return fast(folder, dtype_name, device)
+    if side in ("fast", "streamed", "several"):
+        return fast(folder, dtype_name, device, side) | on_device(device)
     from mergekit_fim.config.settings import FisherSettings
     from mergekit_fim.fisher.engine import autograd_engine
     from mergekit_fim.fisher.measure import measure
@@ -104,7 +110,9 @@ def worker(side: str, folder: Path, dtype_name: str, device: str) -> dict:
     transformers.utils.logging.disable_progress_bar()
     begin = time.perf_counter()
     model = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=dtype, device_map=device)
-    loaded = time.perf_counter()
+    loaded = now(device)
+    if side == "load":
+        return {"load": loaded - begin} | on_device(device)
     settings = FisherSettings(SEQUENCES, LENGTH)
     layers = list(model.model.layers)
     if side == "reference":
@@ -117,34 +125,72 @@ def worker(side: str, folder: Path, dtype_name: str, device: str) -> dict:
             model(input_ids=ids[None], labels=ids[None]).loss.backward()
             columns.append([sum(float(p.grad.float().square().sum()) for p in layer.parameters()) for layer in layers])
         norms = [list(row) for row in zip(*columns, strict=True)]
-    return {"load": loaded - begin, "measure": time.perf_counter() - loaded, "norms": norms}
+    return {"load": loaded - begin, "measure": now(device) - loaded, "norms": norms} | on_device(device)
 
 
-def fast(folder: Path, dtype_name: str, device: str) -> dict:
+def now(device: str) -> float:
+    """Seconds, when the device has done what it was given."""
+    import torch
+
+    if device != "cpu":
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+def on_device(device: str) -> dict:
+    """Which accelerator it was, and the peak of its memory in GB."""
+    import torch
+
+    if torch.device(device).type != "cuda":
+        return {}
+    return {"accelerator": torch.cuda.get_device_name(device), "gpu_gb": torch.cuda.max_memory_allocated(device) / 1e9}
+
+
+def fast(folder: Path, dtype_name: str, device: str, side: str = "fast") -> dict:
     """The pre-pass; `run` is the measurement without loading, which for streamed weights can't be told apart."""
+    import torch
     from mergekit.io.tasks import LoaderCache
     from mergekit.options import MergeOptions
 
     from mergekit_fim.config.settings import FisherSettings
+    from mergekit_fim.fisher import loading
+    from mergekit_fim.fisher.batched import batched_engine
     from mergekit_fim.fisher.loading import load_model, placement
     from mergekit_fim.fisher.measure import measure
+    from mergekit_fim.fisher.replicas import over_replicas
     from mergekit_fim.models.inputs import open_model
     from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
 
-    options = MergeOptions(device=device, quiet=True)
+    options = MergeOptions(device=device, quiet=True, multi_gpu=side == "several")
     LoaderCache().setup(options)
+    where = placement(options)
+    if device != "cpu":
+        torch.zeros(1, device=device)  # the driver's own start
+    if side == "streamed" and device != "cpu":
+        module = torch.get_device_module(device)
+        module.set_per_process_memory_fraction(LITTLE_MEMORY / module.mem_get_info()[1])
+        free = loading._free
+        loading._free = lambda devices: [min(size, int(LITTLE_MEMORY)) for size in free(devices)]
     begin = time.perf_counter()
     base, tuned = (open_model(str(folder / which), None, options) for which in ("base", "long"))
     pairs = [LayerPair(layer.index, layer.index) for layer in base.layout.layers]
-    sweep = TaskVectorSweep(base, {tuned: pairs}, dtype_name)
-    loaded = load_model(base, dtype_name, options, placement(options), beside=sweep)
-    ready = time.perf_counter()
+    sweep = TaskVectorSweep(base, {tuned: pairs}, dtype_name, where.devices())
+    loaded = load_model(base, dtype_name, options, where, sequences=SEQUENCES, beside=sweep)
+    ready = now(device)
     settings = FisherSettings(SEQUENCES, LENGTH)
-    found = measure(loaded.model, loaded.layers, settings, weights=loaded.weights, quiet=True)
+    engine = over_replicas(loaded.replicas, batched_engine)
+    found = measure(loaded.model, loaded.layers, settings, engine=engine, weights=loaded.weights, quiet=True)
+    measured = now(device)
     sweep.norms(quiet=True)
-    end = time.perf_counter()
-    norms = [layer.squared_norms for layer in found.layers]
-    return {"load": ready - begin, "run": end - ready, "measure": end - begin, "dtype": found.dtype, "norms": norms}
+    end = now(device)
+    return {
+        "load": ready - begin,
+        "run": measured - ready,
+        "measure": end - begin,
+        "dtype": found.dtype,
+        "streamed": loaded.placement.streamed,
+        "norms": [layer.squared_norms for layer in found.layers],
+    }
 
 
 def rate(folder: Path, dtype: "object", device: str) -> float:
@@ -230,7 +276,7 @@ def warm(folder: Path) -> bool:
 def measure_side(side: str, folder: Path, args: argparse.Namespace) -> dict:
     log = folder / f"{side}.log"
     warm(folder)
-    if side in ("matmul", "paper", "reference", "fast"):
+    if side in MEASURING:
         result = folder / f"{side}.json"
         options = ["--dtype", args.dtype, "--device", args.device]
         command = [sys.executable, __file__, "--worker", side, "--folder", str(folder), *options]
@@ -252,11 +298,15 @@ def difference(found: list, expected: list) -> float:
 
 
 def table(results: dict, shape: dict, device: str) -> str:
-    lines = ["| side | seconds | of which measuring | peak anonymous memory |", "| --- | --- | --- | --- |"]
+    on_gpu = any("gpu_gb" in found for found in results.values())
+    more = (" peak memory on the accelerator |", " --- |") if on_gpu else ("", "")
+    lines = [f"| side | seconds | of which measuring | peak anonymous memory |{more[0]}"]
+    lines.append(f"| --- | --- | --- | --- |{more[1]}")
     for side, found in results.items():
         if side != "matmul":
             own = f"{found['measure']:.1f}" if "measure" in found else ""
-            lines.append(f"| {side} | {found['whole']:.1f} | {own} | {found['peak_gb']:.2f} GB |")
+            last = f" {found['gpu_gb']:.2f} GB |" if "gpu_gb" in found else " |" * on_gpu
+            lines.append(f"| {side} | {found['whole']:.1f} | {own} | {found['peak_gb']:.2f} GB |{last}")
     lines.append("")
 
     def ratio(text: str, a: float, b: float) -> None:
@@ -265,13 +315,12 @@ def table(results: dict, shape: dict, device: str) -> str:
     have = results.keys()
     if {"fast", "paper"} <= have:
         ratio("pre-pass / the paper's eight passes", results["fast"]["measure"], results["paper"]["measure"])
-    if {"fast", "paper"} <= have and device != "cpu":
-        lines.append(f"- pre-pass without loading: {results['fast']['run']:.2f} s")
-        ratio("pre-pass / loading the checkpoint", results["fast"]["measure"], results["paper"]["load"])
     if {"fast", "reference"} <= have:
         ratio("pre-pass / reference engine", results["fast"]["measure"], results["reference"]["measure"])
-        worst = difference(results["fast"]["norms"], results["reference"]["norms"])
-        lines.append(f"- largest difference of a layer's Fisher information from the reference engine: {worst:.1e}")
+    for side in ("fast", "streamed", "several"):
+        if {side, "reference"} <= have:
+            worst = difference(results[side]["norms"], results["reference"]["norms"])
+            lines.append(f"- {side}: largest difference of a layer's Fisher from the reference engine's: {worst:.1e}")
     if {"fast", "matmul"} <= have:
         rates = results["matmul"]["gflops"]
         lines.append("- matrix products: " + ", ".join(f"{r:.0f} GFLOP/s in {d}" for d, r in sorted(rates.items())))
@@ -284,7 +333,56 @@ def table(results: dict, shape: dict, device: str) -> str:
     if {"fim_ta", "task_arithmetic", "fast"} <= have:
         both = results["task_arithmetic"]["whole"] + results["fast"]["measure"]
         ratio("fim_ta / (task_arithmetic + pre-pass), whole commands", results["fim_ta"]["whole"], both)
+    if device != "cpu":
+        lines += ["", *bars(results)]
     return "\n".join(lines)
+
+
+def bars(results: dict) -> list[str]:
+    """What was measured on an accelerator beside what it may be; of the sides that were run."""
+    rows = []
+
+    def row(text: str, found: float, bar: float | None, unit: str) -> None:
+        held = "" if bar is None else "yes" if found <= bar else "**no**"
+        rows.append(f"| {text} | {found:.2f}{unit} | {'' if bar is None else f'{bar:g}{unit}'} | {held} |")
+
+    load = results.get("load", {}).get("load")
+    for side in ("fast", "several", "streamed"):
+        if side not in results:
+            continue
+        found = results[side]
+        kind = {"streamed": f"within {LITTLE_MEMORY / 1e9:g} GB", "several": "all accelerators"}.get(
+            side, "one accelerator"
+        )
+        kind += ", streamed" if found["streamed"] else ", resident"
+        if not found["streamed"]:
+            row(f"{kind}: measurement without loading", found["run"], 2.0 if side == "fast" else None, " s")
+        if load:
+            bar = {"fast": 1.5, "streamed": 2.0}.get(side)
+            row(f"{kind}: pre-pass / loading the base ({load:.2f} s)", found["measure"] / load, bar, "")
+    if "streamed" in results and "fast" in results:
+        both = results["streamed"]["measure"] / results["fast"]["measure"]
+        row("streamed / resident pre-pass", both, None, "")
+    return ["| on the accelerator | measured | at most | held |", "| --- | --- | --- | --- |", *rows] if rows else []
+
+
+def sides(device: str) -> list[str]:
+    """All that make sense on a device, which is there."""
+    if device == "cpu":
+        return SIDES
+    import torch
+
+    current = torch.accelerator.current_accelerator(check_available=True)
+    if current is None or current.type != torch.device(device).type:
+        raise SystemExit(f"--device {device}: torch sees {current.type if current else 'no accelerator'}")
+    return [
+        *SIDES[:3],
+        "load",
+        *SIDES[3:4],
+        "streamed",
+        *["several"] * (torch.accelerator.device_count() > 1),
+        *SIDES[4:],
+    ]
 
 
 def main() -> None:
@@ -292,19 +390,20 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1.5b")
     parser.add_argument("--layers", type=int, help="another number of decoder layers")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", default=",".join(SIDES), help="some of " + ",".join(SIDES))
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--only", help="some of " + ",".join([*SIDES, *ON_ACCELERATORS]))
     parser.add_argument("--folder", type=Path, help="where to make the pair, or where one is (kept)")
     parser.add_argument(
         "--json", type=Path, help="write the figures here too, and the norms of every layer and sequence"
     )
-    parser.add_argument("--worker", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=MEASURING, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     if args.worker:
         found = worker(args.worker, args.folder, args.dtype, args.device)
         (args.folder / f"{args.worker}.json").write_text(json.dumps(found))
         return
+    wanted = args.only.split(",") if args.only else sides(args.device)
     shape = SHAPES[args.shape] | ({"layers": args.layers} if args.layers else {})
     with tempfile.TemporaryDirectory() as scratch:
         folder = (args.folder or Path(scratch)).absolute()
@@ -312,11 +411,20 @@ def main() -> None:
             print(f"making a pair of shape {args.shape} with {shape['layers']} layers in {folder}", file=sys.stderr)
             make_pair(folder, shape, args.dtype)
         results = {}
-        for side in args.only.split(","):
+        for side in wanted:
             print(f"{side} ...", file=sys.stderr, flush=True)
-            results[side] = measure_side(side, folder, args)
+            try:
+                results[side] = measure_side(side, folder, args)
+            except SystemExit as error:
+                if args.device == "cpu":
+                    raise
+                print(
+                    f"  left out: {error}", file=sys.stderr, flush=True
+                )  # a small GPU doesn't hold the gradients of 7B
+                continue
             print(f"  {results[side]['whole']:.1f} s", file=sys.stderr, flush=True)
-    print(f"{args.shape}, {shape['layers']} layers, {args.dtype}, {args.device}, {os.cpu_count()} cores\n")
+    device = next((found["accelerator"] for found in results.values() if "accelerator" in found), args.device)
+    print(f"{args.shape}, {shape['layers']} layers, {args.dtype}, {device}, {os.cpu_count()} cores\n")
     print(table(results, shape, args.device))
     machine = {"platform": platform.platform(), "cores": os.cpu_count(), "memory": psutil.virtual_memory().total}
     content = {"shape": shape, "dtype": args.dtype, "device": args.device, "machine": machine, "results": results}

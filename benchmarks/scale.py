@@ -2,12 +2,13 @@
 
     python benchmarks/scale.py
 
-Nothing is run. The constants come from benchmarks/cost.py on two CPU cores; the machines' rates are assumptions,
+Nothing is run here. The constants come from benchmarks/cost.py on two CPU cores; the machines' rates are assumptions,
 printed with the table.
 """
 
 from dataclasses import dataclass
 
+from mergekit_fim.fisher.devices import RESERVE, RESERVED_PART
 from mergekit_fim.tools.explain import PRE_PASS_MEMORY, PROGRAM_MEMORY, activation_memory
 
 GB = 1e9
@@ -70,6 +71,12 @@ MACHINES = [
     Machine("eight 80 GB GPUs, 64 cores", 8, 80 * GB, 350e12, 64, 5 * GB, 40 * GB),
 ]
 
+# What was run: the arithmetic's rate there is the one at which the pair of 1.5B would take 10.8 s, the disk's that at
+# which the pair of 7B was read. Seconds of the pre-pass and of the merge after it, imports included.
+SMALL = Shape("1.5B", 28, 1536, 8960, 256, 151936)
+AS_MEASURED = Machine("two cores, 24 GB, no GPU", 0, 0, SMALL.operations / 10.8, 2, 1.6 * GB, 0)
+MEASURED = {"7B": (83.3, 135.2 - 83.3)}
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -83,18 +90,22 @@ def estimate(shape: Shape, machine: Machine) -> Estimate:
     """Seconds and bytes of one merge of a base and one fine-tuned model by `fim_ties`, nothing in the file cache.
 
     The base is read once where it stays on the accelerators, else twice, for the forward and for the backward pass;
-    the fine-tuned model once. GPUs hold the model together and work in turn; where it doesn't fit, one
-    of them has it streamed. Merging is on the CPU.
+    the fine-tuned model once. What is read goes over the bus, of one GPU where weights are streamed, else of all at
+    once. GPUs that hold a replica each share the sequences; GPUs that hold the model together work in turn. Merging is
+    on the CPU.
     """
     activations = activation_memory(shape.layers, shape.hidden, shape.intermediate, SEQUENCES * LENGTH, WIDTH)
-    resident = 1.1 * shape.size + GB < machine.gpus * machine.gpu
+    room = max(0.0, (machine.gpu - RESERVE) / (1 + RESERVED_PART))
+    replicas = min(machine.gpus, SEQUENCES) if shape.size <= room else 1
+    resident = shape.size <= machine.gpus * room
     reads = shape.size * ((1 if resident else 2) + 1)
-    arithmetic = OVER_ARITHMETIC * shape.operations / machine.rate
-    moved = shape.size * (1 if resident else 2) / machine.bus if machine.gpus else 0.0
+    arithmetic = OVER_ARITHMETIC * shape.operations / machine.rate / max(1, replicas)
+    moved = reads / machine.bus / (machine.gpus if resident else 1) if machine.gpus else 0.0
     merge = 2 * shape.size / machine.disk + shape.size / machine.disk
     merge += MERGE_CORE_SECONDS * shape.size / GB / machine.cores
     on_gpu = activations + PRE_PASS_MEMORY / 2
-    on_gpu += shape.size / machine.gpus if resident else WIDTH * shape.layer if machine.gpus else 0
+    held = shape.size if shape.size <= room else shape.size / max(1, machine.gpus)
+    on_gpu += held if resident else WIDTH * shape.layer
     return Estimate(
         reads / machine.disk + moved + arithmetic,
         merge,
@@ -104,14 +115,19 @@ def estimate(shape: Shape, machine: Machine) -> Estimate:
 
 
 def table() -> str:
-    lines = ["| model | machine | pre-pass | merge | memory | on each GPU |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = ["| model | machine | pre-pass | merge | memory | on each GPU | run? |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for shape in SHAPES:
-        for machine in MACHINES:
+        machines = [AS_MEASURED, *MACHINES] if shape.name in MEASURED else MACHINES
+        for machine in machines:
             found = estimate(shape, machine)
             gpu = f"{found.gpu_memory / GB:.0f} GB" if machine.gpus else ""
+            run = "**not run**"
+            if machine is AS_MEASURED:
+                run = "measured: {}, {}".format(*map(_time, MEASURED[shape.name]))
             lines.append(
                 f"| {shape.name}, {shape.size / GB:.0f} GB | {machine.name} | {_time(found.pre_pass)} | "
-                f"{_time(found.merge)} | {found.memory / GB:.0f} GB | {gpu} |"
+                f"{_time(found.merge)} | {found.memory / GB:.0f} GB | {gpu} | {run} |"
             )
     return "\n".join(lines)
 

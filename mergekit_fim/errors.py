@@ -30,9 +30,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out: torch has a class for that on accelerators only, and on the CPU nothing but a message."""
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):
         return True
-    # torch's allocator and its mapping of files, and the C++ library under them
+    # torch's allocator and its mapping of files, and the C++ library under them; then what CUDA's libraries ask for
+    # beside torch's allocator.
     messages = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "std::bad_alloc")
-    return isinstance(error, (RuntimeError, OSError)) and any(message in str(error) for message in messages)
+    cuda = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, (RuntimeError, OSError)) and any(message in str(error) for message in messages + cuda)
 
 
 def check_own_code(error: Exception) -> None:

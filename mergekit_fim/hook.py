@@ -11,6 +11,8 @@ All that this package uses of mergekit beyond its public names:
   processes one merges, and the others have a part in the pre-pass; and mergekit writes the model's card when its tasks
   have run, and our section comes after it. Whoever took the function from there before this
   package was imported gets the card without it.
+- `MultiGPUExecutor.__init__` is wrapped, in `merging.executor`, at the first merge by one of the two with
+  `--multi-gpu`, and acts for such merges only. Guard: there.
 - `mergekit.merge._model_out_config`, in `tools.plan`, which plans a merge as `run_merge` does. Guard: there.
 """
 
@@ -43,10 +45,13 @@ def _hook_planner() -> None:
         if self.config.merge_method not in METHODS:
             return to_disk(self, out_path)
         from mergekit_fim import launched, report
+        from mergekit_fim.merging.executor import deliver_all
         from mergekit_fim.merging.output_folder import check_output
 
         if launched.is_main():
             check_output(out_path, self.config)
+        if self.options.multi_gpu:
+            deliver_all()
         targets = to_disk(self, out_path)
         report.show(self.fim_pre_pass, quiet=self.options.quiet)
         return report.with_report(targets, self.fim_pre_pass, out_path)
@@ -71,6 +76,9 @@ def _normalize_and_run(planner: Any, normalize: Any) -> None:
     # The caller's own config stays as it was: coefficients written into it would be taken for set by hand next time.
     planner.config = planner.config.model_copy(deep=True)
     normalize(planner)
+    # The executor brings every tensor to the device that merges it. With --read-to-gpu it would first be read to the
+    # first one, or be brought back to the CPU in between.
+    planner.options = planner.options.model_copy(update={"read_to_gpu": False})
     planner.fim_pre_pass = prepass.run(
         planner.config, settings, planner.arch_info, planner.options, planner.out_model_config
     )

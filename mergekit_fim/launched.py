@@ -148,8 +148,10 @@ def options_of_process(options: MergeOptions) -> MergeOptions:
     state = together()
     if state is None:
         return options
-    device = options.device if state.device.type == "cpu" else str(state.device)
-    return options.model_copy(update={"device": device, "quiet": options.quiet or not state.is_main_process})
+    own: dict[str, Any] = {"quiet": options.quiet or not state.is_main_process}
+    if state.device.type != "cpu":
+        own |= {"device": str(state.device), "multi_gpu": False}  # the others' accelerators are theirs
+    return options.model_copy(update=own)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """One base's measurement: saved, kept from an earlier time, or made now. No other module decides which of the three."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.config.settings import Settings
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher.engine import autograd_engine
+from mergekit_fim.fisher.loading import Beside
 from mergekit_fim.fisher.measure import check_measurable, dtypes, measure_checkpoint
 from mergekit_fim.fisher.processes import in_all, shared_engine
 from mergekit_fim.measurements.record import Experts, FisherMeasurement, Measurement
@@ -63,7 +64,7 @@ def measured(
     *,
     saved: Measured | None = None,
     cache: bool = True,
-    beside: Iterator[object] | None = None,
+    beside: Beside | None = None,
     state: PartialState | None = None,
 ) -> Measured:
     """A base model's measurement on random tokens, in every process the same.
@@ -76,7 +77,7 @@ def measured(
         options: mergekit's, for the device and for loading.
         saved: taken where it is of this base.
         cache: use a measurement that was kept, and keep this one.
-        beside: takes a step before each decoder layer is first read, if the base is measured now.
+        beside: is shown every tensor that is read whole, if the base is measured now; from several threads.
         state: the processes that share the work.
 
     Raises:

@@ -2,8 +2,9 @@
 
 import torch
 
-# Elements that are converted to float32 at a time: small enough to stay in the caches.
-_CHUNK = 1 << 20
+# Elements that are converted to float32 at a time: on a CPU few enough to stay in its caches, on an accelerator enough
+# to be worth a launch, and so few that they take no memory to speak of.
+_CHUNK, _CHUNK_ON_ACCELERATORS = 1 << 20, 1 << 23
 
 # Elements that are summed in float32, pairwise, so that the sum keeps seven digits; these in float64. Each is
 # one thread's: how torch shares a longer sum out, and with it the last digits, depends on the number of threads.
@@ -13,17 +14,22 @@ _ROW = 1 << 12
 def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
     """‖t‖² as a float64 scalar on the tensor's device, from float32 (for float64 tensors: float64) sums over rows."""
     total = torch.zeros((), dtype=torch.float64, device=tensor.device)
-    for chunk in tensor.detach().reshape(-1).split(_CHUNK):
+    for chunk in tensor.detach().reshape(-1).split(_chunk(tensor.device)):
         total += _sum_of_rows(chunk.to(_sum_dtype(chunk)).square())
     return total
 
 
 def squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """‖a − b‖² of two tensors of one shape, as `squared_norm` computes it."""
-    total = 0.0
-    for x, y in zip(a.reshape(-1).split(_CHUNK), b.reshape(-1).split(_CHUNK), strict=True):
-        total += float(_sum_of_rows((x.to(_sum_dtype(x)) - y.to(_sum_dtype(y))).square_()))
-    return total
+    """‖a − b‖² of two tensors of one shape, as `squared_norm` has it, where `b` is; `a` comes there part by part."""
+    total = torch.zeros((), dtype=torch.float64, device=b.device)
+    for x, y in zip(*(t.reshape(-1).split(_chunk(b.device)) for t in (a, b)), strict=True):
+        x = x.to(b.device)
+        total += _sum_of_rows((x.to(_sum_dtype(x)) - y.to(_sum_dtype(y))).square_())
+    return float(total)
+
+
+def _chunk(device: torch.device) -> int:
+    return _CHUNK if device.type == "cpu" else _CHUNK_ON_ACCELERATORS
 
 
 def _sum_of_rows(values: torch.Tensor) -> torch.Tensor:

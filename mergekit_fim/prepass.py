@@ -222,7 +222,8 @@ def _measured(
     key = (base.reference, dtype, settings.fisher, settings.saved, *((m.reference, *p) for m, p in pairs.items()))
     if shared is None or key not in shared:
         state, options = launched.together(), launched.options_of_process(options)
-        sweep = TaskVectorSweep(base, pairs, dtype) if launched.is_main() else None
+        devices = loading.placement(options).devices()
+        sweep = TaskVectorSweep(base, pairs, dtype, devices) if launched.is_main() else None
         found = measured(
             lambda: base,
             settings.fisher,

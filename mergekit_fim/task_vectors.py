@@ -11,6 +11,7 @@ from mergekit_fim.errors import FimError
 from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.models.layout import DecoderLayer
 from mergekit_fim.norms import squared_distance
+from mergekit_fim.parallel import in_threads, readers
 
 
 @dataclass(frozen=True)
@@ -37,41 +38,50 @@ class TaskVectorNorms:
 class TaskVectorSweep:
     """Measures the task vectors of all fine-tuned models of one base, reading every tensor once.
 
-    An iterator: each step measures those of the base's next decoder layer. The measurement of the base, which reads its
-    layers in the same order, takes a step before each, so that a base larger than memory is read once for both.
+    The measurement of the base, which reads its tensors too, shows each to this: a base larger than memory is read once
+    for both, and goes once to an accelerator. What it didn't show is read at the end.
     """
 
-    def __init__(self, base: InputModel, models: Mapping[InputModel, Sequence[LayerPair]], dtype: str | None) -> None:
-        """Measure the tensors outside the layers, and be ready for the layers.
+    def __init__(
+        self,
+        base: InputModel,
+        models: Mapping[InputModel, Sequence[LayerPair]],
+        dtype: str | None,
+        devices: Sequence[torch.device] = (torch.device("cpu"),),
+    ) -> None:
+        """Be ready to measure.
 
         Args:
             base: the base model.
             models: the fine-tuned models, each with the pairs of layers that its merge needs.
             dtype: what the merge casts every tensor to when it reads it, or None for the checkpoints' own.
+            devices: which share the work.
 
         Raises:
-            FimError: layers of a pair don't have the same tensors, or a task vector isn't finite.
+            FimError: layers of a pair don't have the same tensors.
         """
-        self._base, self._dtype = base, dtype
-        self._work = [_layer_work(base, layer, models) for layer in base.layout.layers]
-        self._other = _outside(base, list(models), dtype)
-        self._sums = {model: dict.fromkeys(pairs, 0.0) for model, pairs in models.items()}
+        self._base, self._dtype, self._devices = base, dtype, devices
+        self._models = {model: tuple(pairs) for model, pairs in models.items()}
+        parts = [
+            *_outside(base, list(models)),
+            *(p for layer in base.layout.layers for p in _parts(base, layer, models)),
+        ]
+        self._work = {part.tensor.name: part for part in parts if part.users}
+        self._found: dict[str, list[float | None]] = {}
 
-    def __iter__(self) -> "TaskVectorSweep":
-        return self
+    def __call__(self, tensor: WeightInfo, values: torch.Tensor) -> None:
+        """Measure the task vectors of a tensor of the base, on the device that its values are on.
 
-    def __next__(self) -> None:
-        if not self._work:
-            raise StopIteration
-        sums: list[tuple[InputModel, LayerPair, float]] = []
-        for base_tensor, users in self._work[0]:
-            reference = self._base.load(base_tensor, self._dtype) if users else None
-            for model, pair, tensor in users:
-                where = f"decoder layer {pair.source_layer}"
-                sums.append((model, pair, _distance(self._base, reference, model, tensor, self._dtype, where) or 0.0))
-        for model, pair, distance in sums:  # all or none: where memory ran out, the step is taken again
-            self._sums[model][pair] += distance
-        del self._work[0]
+        Raises:
+            FimError: one isn't finite, or of another shape.
+        """
+        part = self._work.get(tensor.name)
+        if part is None or tensor.name in self._found:
+            return
+        # All or none: where memory runs out, the tensor is measured again.
+        self._found[tensor.name] = [
+            _distance(self._base, values, model, its, self._dtype, _where(pair)) for model, pair, its in part.users
+        ]
 
     def norms(self, *, quiet: bool) -> dict[InputModel, TaskVectorNorms]:
         """The squared norms per model, after measuring whatever is left, with a progress bar unless `quiet`.
@@ -79,29 +89,57 @@ class TaskVectorSweep:
         Raises:
             FimError: a task vector that isn't finite.
         """
-        count = len(self._work)
-        list(tqdm.tqdm(self, total=count, desc="Measuring task vectors", unit="layer", disable=quiet or not count))
-        return {model: TaskVectorNorms(sums, self._other[model]) for model, sums in self._sums.items()}
+        left = [part for name, part in self._work.items() if name not in self._found]
+        measuring = in_threads(readers(self._devices), self._read, left)
+        bar = {"desc": "Measuring task vectors", "unit": "tensor", "total": len(left), "disable": quiet or not left}
+        for _ in tqdm.tqdm(measuring, **bar):
+            pass
+        sums = {model: dict.fromkeys(pairs, 0.0) for model, pairs in self._models.items()}
+        other: dict[InputModel, float | None] = dict.fromkeys(self._models, 0.0)
+        for name, part in self._work.items():
+            for (model, pair, _), distance in zip(part.users, self._found[name], strict=True):
+                so_far = other[model]
+                if pair is not None:
+                    sums[model][pair] += distance or 0.0
+                else:
+                    other[model] = None if distance is None or so_far is None else so_far + distance
+        return {model: TaskVectorNorms(layers, other[model]) for model, layers in sums.items()}
+
+    def _read(self, part: "_Part") -> None:
+        values = self._base.load(part.tensor, self._dtype)
+        if values is None:
+            self._found[part.tensor.name] = [0.0] * len(part.users)
+        else:
+            self(part.tensor, values.to(self._devices[part.share % len(self._devices)]))
 
 
-def _outside(base: InputModel, models: Sequence[InputModel], dtype: str | None) -> dict[InputModel, float | None]:
-    """‖δ‖² over the tensors outside the layers; None where the vocabularies' sizes differ."""
-    other: dict[InputModel, float | None] = dict.fromkeys(models, 0.0)
-    for base_tensor in base.layout.other:
-        if not any(m.stored_name(base_tensor, tied=False) is not None for m in (base, *models)):
-            continue  # a head that is tied in all the models: it is their embeddings
-        reference = base.load(base_tensor, dtype)
-        for model in models:
-            distance = _distance(base, reference, model, base_tensor, dtype, "the tensors outside the layers")
-            so_far = other[model]
-            other[model] = None if distance is None or so_far is None else so_far + distance
-    return other
+@dataclass(frozen=True)
+class _Part:
+    """A tensor of the base, and the fine-tuned tensors that it is compared with, for a pair of layers or outside them.
+
+    `share`: the number of its layer; a device takes the parts of every so-manieth.
+    """
+
+    share: int
+    tensor: WeightInfo
+    users: list[tuple[InputModel, LayerPair | None, WeightInfo]]
 
 
-def _layer_work(
-    base: InputModel, layer: DecoderLayer, models: Mapping[InputModel, Sequence[LayerPair]]
-) -> list[tuple[WeightInfo, list[tuple[InputModel, LayerPair, WeightInfo]]]]:
-    """Every tensor of one of the base's layers, with the fine-tuned tensors that it is compared with."""
+def _where(pair: LayerPair | None) -> str:
+    return "the tensors outside the layers" if pair is None else f"decoder layer {pair.source_layer}"
+
+
+def _outside(base: InputModel, models: Sequence[InputModel]) -> list[_Part]:
+    """The tensors outside the layers, without a head that is tied in all the models: it is their embeddings."""
+    return [
+        _Part(share, tensor, [(model, None, tensor) for model in models])
+        for share, tensor in enumerate(base.layout.other)
+        if any(m.stored_name(tensor, tied=False) is not None for m in (base, *models))
+    ]
+
+
+def _parts(base: InputModel, layer: DecoderLayer, models: Mapping[InputModel, Sequence[LayerPair]]) -> list[_Part]:
+    """The tensors of one of the base's layers."""
     users = [(m, pair) for m, pairs in models.items() for pair in pairs if pair.base_layer == layer.index]
     for model, pair in users:
         source = model.layout.layers[pair.source_layer]
@@ -113,7 +151,7 @@ def _layer_work(
                 "that the slices pair it with; pair layers of the same kind"
             )
     return [
-        (tensor, [(m, pair, m.layout.layers[pair.source_layer].tensors[k]) for m, pair in users])
+        _Part(layer.index, tensor, [(m, pair, m.layout.layers[pair.source_layer].tensors[k]) for m, pair in users])
         for k, tensor in enumerate(layer.tensors)
     ]
 
@@ -124,7 +162,7 @@ def _held(model: InputModel, layer: DecoderLayer) -> set[str]:
 
 def _distance(
     base: InputModel,
-    reference: torch.Tensor | None,
+    reference: torch.Tensor,
     model: InputModel,
     tensor: WeightInfo,
     dtype: str | None,
@@ -132,7 +170,7 @@ def _distance(
 ) -> float | None:
     """‖θ_model − θ_base‖² of one tensor; 0 where a model lacks an optional one, None where vocabularies differ."""
     tuned = model.load(tensor, dtype)
-    if reference is None or tuned is None:
+    if tuned is None:
         return 0.0
     if reference.shape != tuned.shape:
         if tensor.vocabulary_axis is None:

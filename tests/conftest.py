@@ -2,18 +2,15 @@ import contextlib
 import logging
 import os
 import pickle
-import queue
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import venv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TypeVar
 
 import pytest
@@ -259,25 +256,8 @@ def trim(delta: torch.Tensor, density: float) -> torch.Tensor:
 
 @pytest.fixture
 def two_accelerators(monkeypatch):
-    """mergekit's executor for `--multi-gpu`, over two stand-ins on the CPU.
-
-    mergekit 0.1.5 loses what its progress thread hasn't taken from its queue when the last worker ends, by `ties` as by
-    any method ("Base input is not present"): tensors this small come faster than that. Here the end waits for it.
-    """
-    queues: list[queue.Queue] = []
-
-    class Watched(queue.Queue):
-        def __init__(self) -> None:
-            super().__init__()
-            queues.append(self)
-
-    class Drained(threading.Event):
-        def is_set(self) -> bool:
-            return super().is_set() and all(q.empty() for q in queues)
-
+    """mergekit's executor for `--multi-gpu`, over two stand-ins on the CPU."""
     module = "mergekit.multigpu_executor"
-    monkeypatch.setattr(f"{module}.queue", SimpleNamespace(Queue=Watched, Empty=queue.Empty))
-    monkeypatch.setattr(f"{module}.threading", SimpleNamespace(Event=Drained, Thread=threading.Thread))
     monkeypatch.setattr(f"{module}.get_torch_accelerator_type", lambda: "cpu")
     monkeypatch.setattr(f"{module}.get_torch_accelerator_count", lambda: 2)
     cpu = Placement(torch.device("cpu"), spread=False, streamed=True)

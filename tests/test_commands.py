@@ -101,14 +101,23 @@ def test_plan_says_whose_the_output_head_is(tied, says, merge, config, tmp_path)
     assert "is kept" not in text  # fim_ta keeps everything
 
 
-def test_plan_says_what_an_accelerator_holds(pair):
+def test_plan_says_what_an_accelerator_holds(pair, monkeypatch):
     from mergekit.options import MergeOptions
 
+    from mergekit_fim.fisher import loading
     from mergekit_fim.tools.explain import explain
 
     plan = mergekit_fim.resolve(config_for(pair))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 3)
+    monkeypatch.setattr(loading, "_free", lambda devices: [80 << 30, 1 << 30, 80 << 30][: len(devices)])
     on_cpu, on_gpu = (" ".join(explain(plan, MergeOptions(device=device)).split()) for device in ("cpu", "cuda"))
     assert "accelerator" not in on_cpu
+    assert "accelerator 0 holds the base whole and measures all sequences" in on_gpu
+    on_several = " ".join(explain(plan, MergeOptions(multi_gpu=True)).split())
+    assert "accelerators 0, 2 hold a replica of the base each, and share the sequences" in on_several
+    kept = mergekit_fim.resolve(config_for(pair))  # measured before
+    assert "replica" not in explain(kept, MergeOptions(multi_gpu=True))
     assert f"accelerator: the base's {(pair.base / 'model.safetensors').stat().st_size / 1e6:.1f}"[:-1] in on_gpu
 
 

@@ -268,6 +268,7 @@ OPTIONS = {
     "--random-seed": ["--random-seed", "7"],
     "--multi-gpu": ["--multi-gpu"],
     "--multi-gpu --low-cpu-memory": ["--multi-gpu", "--low-cpu-memory"],
+    "--multi-gpu --gpu-rich": ["--gpu-rich"],  # --cuda and --read-to-gpu, too, for which there is no device here
     "--multi-gpu --async-write": ["--multi-gpu", "--async-write", "--out-shard-size", "60k"],
 }
 

@@ -1,11 +1,13 @@
 """The examples of the documentation run, and its numbers are those of the package."""
 
+import contextlib
 import importlib.util
 import re
 import shutil
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
 
 import mergekit_fim
@@ -42,13 +44,19 @@ def test_the_python_interface_is_what_the_docs_name():
         mergekit_fim.nothing()
 
 
-@pytest.fixture(scope="module")
-def scale():
-    spec = importlib.util.spec_from_file_location("scale", ROOT / "benchmarks" / "scale.py")
+@contextlib.contextmanager
+def benchmark(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
     del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def scale():
+    with benchmark("scale") as module:
+        yield module
 
 
 SCALE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
@@ -67,26 +75,34 @@ def test_the_costs_on_paper_are_those_by_hand(scale):
     size = 2 * (layers + 2 * head)  # bytes
     assert shapes["70B"].size == pytest.approx(size, rel=1e-3)
     found = scale.estimate(shapes["70B"], eight_gpus)
-    seconds = 2 * size / 5e9 + size / 40e9 + 1.4 * 512 * (6 * layers + 4 * head) / 350e12  # disk, bus, arithmetic
-    assert seconds == pytest.approx(60.8, rel=1e-3)
+    # disk, the buses of all eight, arithmetic of one after the other
+    seconds = 2 * size / 5e9 + 2 * size / 40e9 / 8 + 1.4 * 512 * (6 * layers + 4 * head) / 350e12
+    assert seconds == pytest.approx(58.2, rel=1e-3)
     assert found.pre_pass == pytest.approx(seconds, rel=1e-3)
     seconds = 3 * size / 5e9 + 8 * size / 1e9 / 64  # disk, cores
     assert seconds == pytest.approx(102.3, rel=1e-3)
     assert found.merge == pytest.approx(seconds, rel=1e-3)
     assert found.gpu_memory == pytest.approx(size / 8 + 1e9, rel=0.1)
-    # 405B, which one GPU of 24 GB doesn't: everything is read twice, and goes over the bus twice.
+    # 7B, of which each of the eight has a replica: their arithmetic is done at once, and each GPU holds all of it.
+    layers, head = 6.525e9, 0.545e9
+    size = 2 * (layers + 2 * head)
+    found = scale.estimate(shapes["7B"], eight_gpus)
+    seconds = 2 * size / 5e9 + 2 * size / 40e9 / 8 + 1.4 * 512 * (6 * layers + 4 * head) / 350e12 / 8
+    assert found.pre_pass == pytest.approx(seconds, rel=1e-3)
+    assert size < found.gpu_memory < size + 1e9
+    # 405B, which one GPU of 24 GB doesn't hold: the base is read twice, the fine-tuned model once, over the one bus.
     layers, head = 401.65e9, 2.1013e9
     size = 2 * (layers + 2 * head)
     found = scale.estimate(shapes["405B"], one_gpu)
-    seconds = 3 * size / 3e9 + 2 * size / 20e9 + 1.4 * 512 * (6 * layers + 4 * head) / 70e12
-    assert seconds == pytest.approx(917.6, rel=1e-3)
+    seconds = 3 * size / 3e9 + 3 * size / 20e9 + 1.4 * 512 * (6 * layers + 4 * head) / 70e12
+    assert seconds == pytest.approx(958.2, rel=1e-3)
     assert found.pre_pass == pytest.approx(seconds, rel=1e-3)
     seconds = 3 * size / 3e9 + 8 * size / 1e9 / 16
     assert seconds == pytest.approx(1217.6, rel=1e-3)
     assert found.merge == pytest.approx(seconds, rel=1e-3)
     assert found.gpu_memory < 24e9
-    assert "| 70B, 141 GB | eight 80 GB GPUs, 64 cores | 61 s | 2 min |" in SCALE
-    assert "| 405B, 812 GB | one 24 GB GPU, 16 cores | 15 min | 20 min |" in SCALE
+    assert "| 70B, 141 GB | eight 80 GB GPUs, 64 cores | 58 s | 2 min |" in SCALE
+    assert "| 405B, 812 GB | one 24 GB GPU, 16 cores | 16 min | 20 min |" in SCALE
 
 
 def test_the_cost_model_gives_what_was_measured(scale):
@@ -97,13 +113,42 @@ def test_the_cost_model_gives_what_was_measured(scale):
         return [float(cell) if cell.strip() else 0.0 for cell in cells.split("|")]
 
     arithmetic = measured("arithmetic of one forward.*rate")
-    small = scale.Shape("1.5B", 28, 1536, 8960, 256, 151936)
     (large,) = (shape for shape in scale.SHAPES if shape.name == "7B")
-    rate = small.operations / arithmetic[0]
+    rate = scale.SMALL.operations / arithmetic[0]
     assert large.operations / rate == pytest.approx(arithmetic[2], rel=0.1)
     disk = float(re.search(r"waits for the disk \(([\d.]+) GB/s\)", SCALE)[1]) * 1e9
-    found = scale.estimate(large, scale.Machine("as measured", 0, 0, rate, 2, disk, 0))
+    assert (scale.AS_MEASURED.rate, scale.AS_MEASURED.disk) == (rate, disk)
+    found = scale.estimate(large, scale.AS_MEASURED)
     pre_pass, whole = measured("pre-pass, with imports")[2], measured("whole `fim_ties`")[2]
+    assert scale.MEASURED["7B"] == (pre_pass, whole - pre_pass)
     assert pre_pass / 1.3 < found.pre_pass < pre_pass * 1.3
     assert (whole - pre_pass) / 2 < found.merge < (whole - pre_pass) * 2  # it takes reading and writing for no overlap
     assert large.size == pytest.approx(15.2e9, rel=0.01)
+
+
+def test_figures_on_an_accelerator_stand_beside_the_bars_of_the_page(monkeypatch):
+    bars = re.findall(r"^\| (?:measurement|whole pre-pass).* \| ([\d.]+) (?:s|times) \|$", SCALE, re.M)
+    assert bars == ["2", "1.5", "2"]
+    with benchmark("cost") as cost:
+        measured = {"run": 1.0, "measure": 7.0, "streamed": False}
+        results = {"load": {"load": 5.0}, "fast": measured, "several": measured}
+        results["streamed"] = {"run": 3.0, "measure": 11.0, "streamed": True}
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in cost.bars(results)[2:]]
+        held = [row[1:] for row in rows if row[2]]
+        assert held == [
+            ["1.00 s", "2 s", "yes"],
+            ["1.40", "1.5", "yes"],
+            ["2.20", "2", "**no**"],
+        ]
+        assert len(rows) == 6
+        assert cost.bars({"ties": {"whole": 3.0}}) == []
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+        with pytest.raises(SystemExit, match="--device cuda: torch sees no accelerator"):
+            cost.sides("cuda")
+        assert cost.sides("cpu") == cost.SIDES
+        monkeypatch.setattr(
+            torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")
+        )
+        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+        assert sorted(cost.sides("cuda")) == sorted([*cost.SIDES, *cost.ON_ACCELERATORS])
+        assert "several" in cost.sides("cuda")

@@ -15,7 +15,6 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.fisher.weights import StreamedWeights
 from mergekit_fim.models.inputs import InputModel, open_model
 from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
 
@@ -117,22 +116,34 @@ def test_memory_that_runs_out_in_a_step_costs_no_part_of_it(pair, monkeypatch):
 
     monkeypatch.setattr(InputModel, "load", load)
     with pytest.raises(MemoryError):
-        next(sweep)
+        sweep.norms(quiet=True)
     assert sweep.norms(quiet=True)[long].layers == expected
-    taken = iter([MemoryError(), None])
 
-    class Beside:
-        def __next__(self):
-            if isinstance(error := next(taken), MemoryError):
-                raise error
 
-    model = torch.nn.Sequential(torch.nn.Linear(1, 1))
-    weights = StreamedWeights(model.state_dict(), model, torch.device("cpu"), Beside())
-    with pytest.raises(MemoryError), weights.layer(model[0]):
-        pass
-    with weights.layer(model[0]):
-        pass
-    assert list(taken) == []
+@pytest.mark.parametrize("count", [1, 2])  # of accelerators: threads as many times four
+def test_task_vectors_of_what_the_measurement_read_and_of_the_rest(count, pair, monkeypatch):
+    """Whoever reads a tensor first, and in however many threads: the same sums, and nothing of the base read twice."""
+    base, long, third = (open_model(str(path), None, MergeOptions()) for path in (pair.base, pair.long, pair.third))
+    pairs = [LayerPair(i, i) for i in range(5)]
+    models = {long: pairs, third: [*pairs, LayerPair(1, 3)]}
+    expected = TaskVectorSweep(base, models, None).norms(quiet=True)
+    monkeypatch.setattr("mergekit_fim.task_vectors.readers", lambda devices: 4 * len(devices))
+    sweep, original, read = TaskVectorSweep(base, models, None, [torch.device("cpu")] * count), InputModel.load, []
+
+    def load(self, tensor, dtype):
+        read.append((self, tensor.name))
+        return original(self, tensor, dtype)
+
+    monkeypatch.setattr(InputModel, "load", load)
+    shown = [tensor for layer in base.layout.layers[1:3] for tensor in layer.tensors]
+    for tensor in (*shown, *shown, base.layout.other[0]):
+        sweep(tensor, original(base, tensor, None))
+    assert {model for model, _ in read} == {long, third}
+    found = sweep.norms(quiet=True)
+    assert found == expected
+    of_base = [name for model, name in read if model is base]
+    rest = [*base.layout.other[1:], *(t for i in (0, 3, 4) for t in base.layout.layers[i].tensors)]
+    assert sorted(of_base) == sorted(t.name for t in rest)
 
 
 def test_layers_of_two_shapes(pair, tmp_path):

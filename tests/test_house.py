@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mergekit_fim"
 # Each may import what stands before it, and itself. Those of one line don't know one another.
 FLOORS = [
     {"errors", "coefficients"},
-    {"files", "norms", "config.parameters"},
+    {"files", "norms", "parallel", "config.parameters"},
     {"config", "measurements", "card"},
     {"models"},
     {"fisher", "merging", "task_vectors"},
@@ -139,9 +139,13 @@ def private_parts() -> set[str]:
 
 def test_the_private_parts_of_mergekit_are_those_that_the_hook_lists():
     page = ast.get_docstring(modules()["hook"]) or ""
-    listed = set(re.findall(r"`(?:mergekit\.merge|MergePlanner)?\.(\w+)`", page))
-    assert listed == {"normalize_config", "plan_to_disk", "run_merge", "_model_out_config"}
-    assert private_parts() == {"run_merge: run_merge", "tools.plan: _model_out_config"}
+    listed = set(re.findall(r"`(?:mergekit\.merge|MergePlanner|MultiGPUExecutor)?\.(\w+)`", page))
+    assert listed == {"normalize_config", "plan_to_disk", "run_merge", "__init__", "_model_out_config"}
+    assert private_parts() == {
+        "run_merge: run_merge",
+        "merging.executor: __init__",
+        "tools.plan: _model_out_config",
+    }
     source = (PACKAGE / "hook.py").read_text(encoding="utf-8")
     assert set(re.findall(r"planner\.(\w+) = \1$", source, re.M)) == {"normalize_config", "plan_to_disk"}
 

@@ -52,14 +52,16 @@ def test_the_same_merge_as_one_process_makes(processes, command, method, pair, w
 SHARED = """
 import mergekit_fim.fisher.batched as batched
 import mergekit_fim.task_vectors as task_vectors
-original, step = batched._Run.measure, task_vectors.TaskVectorSweep.__next__
+original, step = batched._Run.measure, task_vectors.TaskVectorSweep.__call__
 def measure(self, samples, *args):
     print(len(samples.input_ids), "sequences")
     return original(self, samples, *args)
-def next(self):
-    step(self)
-    print("a layer's task vectors")
-batched._Run.measure, task_vectors.TaskVectorSweep.__next__ = measure, next
+def call(self, tensor, values):
+    is_new = tensor.name not in self._found
+    step(self, tensor, values)
+    if is_new and tensor.name.endswith("q_proj.weight"):
+        print("a layer's task vectors")
+batched._Run.measure, task_vectors.TaskVectorSweep.__call__ = measure, call
 """
 
 
@@ -167,3 +169,22 @@ def test_the_stock_command_by_torchrun(pair, tmp_path):
     assert done.stdout.count("Fisher information of") == 1
     assert done.stderr.count("Executing graph") >= 1
     assert (tmp_path / "out" / WEIGHTS).exists()
+
+
+def test_every_process_has_an_accelerator_of_its_own(monkeypatch):
+    """`--multi-gpu` is for the merge by the main process: in the pre-pass the others' accelerators are theirs."""
+    from types import SimpleNamespace
+
+    import torch
+    from mergekit.options import MergeOptions
+
+    from mergekit_fim import launched
+
+    options = MergeOptions(multi_gpu=True)
+    for device, expected in (("cuda:1", ("cuda:1", False, True)), ("cpu", ("cpu", True, True))):
+        state = SimpleNamespace(device=torch.device(device), is_main_process=False)
+        monkeypatch.setattr(launched, "together", lambda state=state: state)
+        own = launched.options_of_process(options)
+        assert (own.device, own.multi_gpu, own.quiet) == expected
+    monkeypatch.setattr(launched, "together", lambda: None)
+    assert launched.options_of_process(options) is options

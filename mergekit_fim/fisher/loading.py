@@ -8,7 +8,7 @@ import copy
 import fnmatch
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,6 @@ import accelerate
 import torch
 import tqdm
 import transformers
-from accelerate.utils import get_balanced_memory, get_max_memory, infer_auto_device_map
 from mergekit.architecture import WeightInfo
 from mergekit.common import dtype_from_name
 from mergekit.io.tasks import LoaderCache
@@ -25,17 +24,19 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mergekit_fim.errors import FimError
+from mergekit_fim.fisher.devices import DevicePlan, Way, plan_devices
+from mergekit_fim.fisher.replicas import Replica
 from mergekit_fim.fisher.weights import ResidentWeights, StreamedWeights, Weights, put
 from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.models.layout import tensor_names
+from mergekit_fim.parallel import in_threads, readers
 
 # On the CPU a 16-bit dtype must be this many times faster than float32 to be worth its lost digits. The known CPUs are
 # far from it on either side: 0.002 and 0.6 without matrix units, 3 and more with them.
 _WORTH_IT = 1.5
 
-# What an accelerator needs beside the weights, for activations and chunks of logits, in bytes and as a part of the
-# weights. Where it turns out to be more, the measurement starts again with streamed weights.
-_RESERVE, _RESERVED_PART = 1 << 30, 0.1
+# (a tensor of the base, by mergekit's definition, and its values as the merge reads them) -> whatever is done with them
+Beside = Callable[[WeightInfo, torch.Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class Placement:
     device: torch.device  # or the first of several
     spread: bool  # over all visible accelerators
     streamed: bool  # weights are brought to the device layer by layer
+
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that may be used."""
+        if not self.spread:
+            return (self.device,)
+        return tuple(torch.device(self.device.type, index) for index in range(torch.accelerator.device_count()))
 
 
 def placement(options: MergeOptions) -> Placement:
@@ -110,9 +117,16 @@ def _seconds(dtype: torch.dtype) -> float:
 class CheckpointTensors(Mapping[str, torch.Tensor]):
     """A checkpoint's tensors by the names in transformers' state dict, each read when asked for."""
 
-    def __init__(self, base: InputModel, model: PreTrainedModel, dtype: str | None, options: MergeOptions) -> None:
+    def __init__(
+        self,
+        base: InputModel,
+        model: PreTrainedModel,
+        dtype: str | None,
+        options: MergeOptions,
+        beside: Beside | None = None,
+    ) -> None:
         """Read `base` for `model`, in the merge's `dtype` or, if None, the checkpoint's own."""
-        self._base, self._dtype, self._options = base, dtype, options
+        self._base, self._dtype, self._options, self._beside = base, dtype, options, beside
         planned = {
             name: tensor
             for tensor in base.layout.all_tensors()
@@ -137,6 +151,18 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
             raise FimError(f"{self._base}: the checkpoint lacks the parameter {name}; download or save the model again")
         return tensor
 
+    def on(self, name: str, device: torch.device) -> torch.Tensor:
+        """A tensor on a device, for the model, after whatever is done beside with it there: one way over the bus."""
+        tensor = self[name].to(device)
+        if self._beside is not None:
+            self._beside(self._tensors[name], tensor)
+        return tensor
+
+    def show(self, name: str) -> None:
+        """Have done on the CPU what is done beside with a tensor of which the model gets rows only."""
+        if self._beside is not None:
+            self._beside(self._tensors[name], self[name])
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
@@ -146,12 +172,16 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model that can be run, in evaluation mode, without streamed weights; `placement` as it was chosen."""
+    """A model that can be run, in evaluation mode, without streamed weights; `placement` as it was chosen.
+
+    `replicas`: the model itself and its like on other devices, where there are any.
+    """
 
     model: PreTrainedModel
     layers: list[nn.Module]
     weights: Weights
     placement: Placement
+    replicas: tuple[Replica, ...] = ()
 
 
 def load_model(
@@ -161,7 +191,8 @@ def load_model(
     where: Placement,
     *,
     running: torch.dtype | None = None,
-    beside: Iterator[object] | None = None,
+    sequences: int = 1,
+    beside: Beside | None = None,
 ) -> LoadedModel:
     """Make the base model ready to be run.
 
@@ -172,47 +203,70 @@ def load_model(
         where: the device, and whether to stream. Without `streamed`, weights are streamed all the same to an
             accelerator that they don't fit on.
         running: what to run it in; by default the `running_dtype` for the dtype in which it is read.
-        beside: takes a step before each decoder layer is first read.
+        sequences: on how many it is to be measured: as many replicas can be of use.
+        beside: is shown every tensor that is read whole, on the device that it is for; from several threads.
 
     Raises:
         FimError: it can't be built or read.
+        torch.OutOfMemoryError: an accelerator has less memory than it said.
     """
-    running = running or running_dtype(dtype_from_name(dtype) or base.stored_dtype(), where.device)
+    running = running or _running(base, dtype, where)
     model = _without_weights(base, running, options.trust_remote_code)
     layers = decoder_layers(model, base)
-    tensors = CheckpointTensors(base, model, dtype, options)
+    tensors = CheckpointTensors(base, model, dtype, options, beside)
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     plain = type(ends[1]) is nn.Linear and isinstance(ends[0], nn.Embedding)  # of which single rows can be used
-    streamed = where.streamed and plain
-    device_map: dict[str, Any] | None = None
-    if not streamed and where.device.type != "cpu":
-        device_map = _fitting(model, layers, where)
-        streamed = device_map is None
-    where = replace(where, streamed=streamed, spread=where.spread and not streamed)
-    if streamed:
-        by_layer = {id(p) for layer in layers for p in layer.parameters()}
-        kept = by_layer | {id(end.weight) for end in ends if end is not None}
-        _fill(model, tensors, lambda _name: where.device, skip=kept)
-        weights: Weights = StreamedWeights(tensors, model, where.device, beside)
-    else:
-        for _ in beside or ():
-            pass
-        spread = device_map or {"": where.device}
-        names = sorted(spread, key=len, reverse=True)
-        total = len(list(model.parameters()))
-        with tqdm.tqdm(total=total, desc="Loading the base model", unit="tensor", disable=options.quiet) as progress:
-            _fill(
-                model,
-                tensors,
-                lambda name: torch.device(
-                    next(spread[n] for n in names if n == "" or name == n or name.startswith(n + "."))
-                ),
-                progress=progress.update,
-            )
-        if device_map is not None and len(set(device_map.values())) > 1:
-            accelerate.dispatch_model(model, device_map, main_device=next(iter(device_map.values())))
-        weights = ResidentWeights()
-    return LoadedModel(model, layers, weights, where)
+    if where.streamed and plain:
+        return _streamed(model, layers, tensors, where)
+    if where.device.type == "cpu":
+        _fill([(model, lambda _name: where.device)], tensors, quiet=options.quiet)
+        return LoadedModel(model, layers, ResidentWeights(), replace(where, streamed=False))
+    devices, blocks = where.devices(), _blocks(model, layers)
+    plan = plan_devices(_free(devices), [block.size for block in blocks], sequences)
+    chosen = [devices[index] for index in plan.devices]
+    if plan.way is Way.STREAMED:
+        return _streamed(model, layers, tensors, Placement(chosen[0], spread=False, streamed=True))
+    where = replace(where, device=chosen[0], streamed=False)
+    if plan.way is Way.SPREAD:
+        device_map = _device_map(blocks, [devices[index] for index in plan.holders])
+        _fill([(model, _by_map(device_map))], tensors, quiet=options.quiet)
+        accelerate.dispatch_model(model, device_map, main_device=where.device)
+        return LoadedModel(model, layers, ResidentWeights(), where)
+    models = [model, *(_without_weights(base, running, options.trust_remote_code) for _ in chosen[1:])]
+    _fill([(m, _by_map({"": d})) for m, d in zip(models, chosen, strict=True)], tensors, quiet=options.quiet)
+    replicas = tuple(Replica(m, decoder_layers(m, base), d) for m, d in zip(models, chosen, strict=True))
+    return LoadedModel(model, layers, ResidentWeights(), where, replicas)
+
+
+def device_plan(base: InputModel, dtype: str | None, options: MergeOptions, sequences: int) -> DevicePlan | None:
+    """What `load_model` will choose, with the memory that is free now; None on the CPU.
+
+    Raises:
+        FimError: an accelerator was asked for that torch doesn't see.
+    """
+    where = placement(options)
+    if where.device.type == "cpu":
+        return None
+    model = _without_weights(base, _running(base, dtype, where), options.trust_remote_code)
+    blocks = _blocks(model, decoder_layers(model, base))
+    return plan_devices(_free(where.devices()), [block.size for block in blocks], sequences)
+
+
+def _running(base: InputModel, dtype: str | None, where: Placement) -> torch.dtype:
+    return running_dtype(dtype_from_name(dtype) or base.stored_dtype(), where.device)
+
+
+def _streamed(
+    model: PreTrainedModel, layers: list[nn.Module], tensors: CheckpointTensors, where: Placement
+) -> LoadedModel:
+    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
+    by_layer = {id(p) for layer in layers for p in layer.parameters()}
+    kept = by_layer | {id(end.weight) for end in ends if end is not None}
+    _fill([(model, lambda _name: where.device)], tensors, skip=kept)
+    for name, parameter in model.named_parameters():
+        if id(parameter) in kept - by_layer:
+            tensors.show(name)
+    return LoadedModel(model, layers, StreamedWeights(tensors, model, where.device), replace(where, spread=False))
 
 
 def _without_weights(base: InputModel, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -233,42 +287,100 @@ def _without_weights(base: InputModel, dtype: torch.dtype, trust_remote_code: bo
     return model.eval()
 
 
-def _fitting(model: PreTrainedModel, layers: list[nn.Module], where: Placement) -> dict[str, Any] | None:
-    """accelerate's device map of the whole model on the accelerator or accelerators, or None if it doesn't fit."""
-    needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    if not where.spread:  # accelerate would take some memory on every accelerator to ask for what is free
-        free, _ = torch.get_device_module(where.device).mem_get_info(where.device)
-        return {"": where.device} if needed * (1 + _RESERVED_PART) + _RESERVE < free else None
-    sizes = {index: size for index, size in get_max_memory().items() if index != "cpu"}
-    classes = sorted({type(layer).__name__ for layer in layers})
-    limits = {index: max(0, int(size * (1 - _RESERVED_PART)) - _RESERVE) for index, size in sizes.items()}
-    balanced = get_balanced_memory(model, max_memory=limits | {"cpu": 0}, no_split_module_classes=classes)
-    device_map: dict[str, Any] = infer_auto_device_map(model, max_memory=balanced, no_split_module_classes=classes)
-    if {"cpu", "disk"} & {str(place) for place in device_map.values()}:
-        return None
-    return {name: torch.device(where.device.type, int(place)) for name, place in device_map.items()}
+def _free(devices: Sequence[torch.device]) -> list[int]:
+    """Bytes that are free on each accelerator."""
+    return [torch.get_device_module(device).mem_get_info(device)[0] for device in devices]
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A part of a model that a device map doesn't divide: a decoder layer, or a module outside them with its tensors.
+
+    `size`: bytes that no block before it has. `home`: where it has none, as a tied head, the block that has them.
+    """
+
+    name: str
+    size: int
+    home: int
+
+
+def _blocks(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[_Block]:
+    """All of the model, in its order."""
+    within = {module for layer in layers for module in layer.modules()} - set(layers)
+    found: list[_Block] = []
+    owner: dict[int, int] = {}
+    for name, module in model.named_modules():
+        if module in within:
+            continue
+        is_layer = module in layers
+        parameters = {id(p): p for p in module.parameters(recurse=is_layer)}
+        if is_layer or parameters or next(module.buffers(recurse=False), None) is not None:
+            size = sum(p.numel() * p.element_size() for key, p in parameters.items() if key not in owner)
+            tied = [owner[key] for key in parameters if key in owner]
+            owner |= {key: len(found) for key in parameters if key not in owner}
+            found.append(_Block(name, size, tied[0] if tied and not size else len(found)))
+    return found
+
+
+def _device_map(blocks: Sequence[_Block], devices: Sequence[torch.device]) -> dict[str, torch.device]:
+    """accelerate's device map of a whole model, whose blocks go to these devices."""
+    return {block.name: devices[block.home] for block in blocks}
+
+
+def _by_map(device_map: Mapping[str, torch.device]) -> Callable[[str], torch.device]:
+    """The device of a parameter or buffer, by the innermost module that a device map names."""
+    modules = sorted(device_map, key=len, reverse=True)
+    return lambda name: device_map[next(m for m in modules if m in ("", name) or name.startswith(f"{m}."))]
 
 
 def _fill(
-    model: PreTrainedModel,
-    tensors: Mapping[str, torch.Tensor],
-    device_of: Callable[[str], torch.device],
+    replicas: Sequence[tuple[PreTrainedModel, Callable[[str], torch.device]]],
+    tensors: CheckpointTensors,
     *,
     skip: set[int] = frozenset(),  # type: ignore[assignment]
-    progress: Callable[[], object] = lambda: None,
+    quiet: bool = True,
 ) -> None:
-    """Load all parameters but those in `skip`, and put the buffers on their devices."""
-    filled: dict[int, torch.Tensor] = {}
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        if id(parameter) not in skip:
-            is_tied = id(parameter) in filled  # as BERT's biases are: `put` makes a new one
-            put(model, name, device_of(name), filled[id(parameter)] if is_tied else tensors[name], parameter.dtype)
-            filled[id(parameter)] = operator.attrgetter(name)(model).detach()
-            progress()
-    for name, buffer in list(model.named_buffers()):
-        put(model, name, device_of(name), tensors.get(name, buffer), buffer.dtype)
-    if not skip:
-        model.tie_weights()
+    """Load all parameters but those in `skip`, and put the buffers on their devices.
+
+    Every tensor is read once and goes over one accelerator's bus: the replicas take turns, and copy from each other.
+
+    Args:
+        replicas: models, each with the device of a parameter or buffer by its name.
+        tensors: the weights.
+        skip: parameters of the one model.
+        quiet: no progress bar.
+    """
+    first_names: dict[int, str] = {}
+    names: list[tuple[str, torch.dtype]] = []
+    aliases: list[tuple[str, str, torch.dtype]] = []
+    for name, parameter in replicas[0][0].named_parameters(remove_duplicate=False):
+        if id(parameter) in skip:
+            continue
+        if (known := first_names.setdefault(id(parameter), name)) == name:
+            names.append((name, parameter.dtype))
+        else:
+            aliases.append((name, known, parameter.dtype))
+    devices = {device_of(name) for _, device_of in replicas for name, _ in names}
+
+    def load(numbered: tuple[int, tuple[str, torch.dtype]]) -> None:
+        number, (name, dtype) = numbered
+        first = number % len(replicas)
+        value: torch.Tensor | None = None
+        for model, device_of in (*replicas[first:], *replicas[:first]):
+            device = device_of(name)
+            value = tensors.on(name, device) if value is None else value.to(device)
+            put(model, name, device, value, dtype)
+
+    loading = in_threads(readers(devices), load, enumerate(names))
+    for _ in tqdm.tqdm(loading, desc="Loading the base model", unit="tensor", total=len(names), disable=quiet):
+        pass
+    for model, device_of in replicas:
+        for name, known, dtype in aliases:  # as BERT's biases are: `put` has made a new one of the first name
+            put(model, name, device_of(name), operator.attrgetter(known)(model).detach(), dtype)
+        for name, buffer in list(model.named_buffers()):
+            put(model, name, device_of(name), tensors.get(name, buffer), buffer.dtype)
+        if not skip:
+            model.tie_weights()
 
 
 def decoder_layers(model: PreTrainedModel, base: InputModel) -> list[nn.Module]:

@@ -21,6 +21,7 @@ from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.engine import FisherEngine, ForwardError, NotSupportedError, autograd_engine
 from mergekit_fim.fisher.experts import ReachedExperts
 from mergekit_fim.fisher.loading import Placement, load_model
+from mergekit_fim.fisher.replicas import over_replicas
 from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.fisher.weights import ResidentWeights, Weights
 from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher
@@ -161,7 +162,7 @@ def measure_checkpoint(
     engine: FisherEngine = batched_engine,
     reference: FisherEngine = autograd_engine,
     running: torch.dtype | None = None,
-    beside: Iterator[object] | None = None,
+    beside: loading.Beside | None = None,
 ) -> FisherMeasurement:
     """Load the base model, measure it, and let it go.
 
@@ -172,7 +173,7 @@ def measure_checkpoint(
         options: the merge's options, which say where it runs.
         engine: see `measure`; likewise `reference`, with all of the model in memory.
         running: what to run it in; by default as `dtypes` has it.
-        beside: takes a step before each decoder layer is first read, for not more than all of them.
+        beside: is shown every tensor that is read whole, on the device that it is for; from several threads.
 
     Raises:
         FimError: it can't be loaded, doesn't fit, or a value isn't finite.
@@ -183,22 +184,25 @@ def measure_checkpoint(
     loaded = None
     try:
         while True:
-            loaded = load_model(base, dtype, options, where, running=running, beside=beside)
             try:
+                loaded = load_model(
+                    base, dtype, options, where, running=running, sequences=settings.samples, beside=beside
+                )
                 if whole and loaded.placement.streamed:
                     raise torch.OutOfMemoryError
                 found = measure(
                     loaded.model,
                     loaded.layers,
                     settings,
-                    engine=engine,
-                    reference=reference,
+                    engine=over_replicas(loaded.replicas, engine),
+                    reference=over_replicas(loaded.replicas, reference),
                     weights=loaded.weights,
                     name=str(base),
                     quiet=options.quiet,
                 )
                 return replace(found, warnings=(*warnings, *found.warnings))
             except NotFiniteError:
+                assert loaded is not None
                 if loaded.model.dtype is not torch.float16:
                     raise
                 running = torch.float32 if where.device.type == "cpu" else torch.bfloat16
@@ -213,17 +217,20 @@ def measure_checkpoint(
                     f"{base} can't be run layer by layer{why}: its Fisher information was measured with all of it in "
                     "memory"
                 )
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 if whole and where.device.type != "cpu":
                     warnings.append(f"{base} doesn't fit on {where.device}, and was measured on the CPU")
                     where = Placement(torch.device("cpu"), spread=False, streamed=False)
                     running = loading.running_dtype(dtype_from_name(dtype) or base.stored_dtype(), where.device)
-                elif loaded.placement.streamed or where.device.type == "cpu":
+                elif (loaded.placement if loaded else where).streamed or where.device.type == "cpu":
                     raise
                 else:
                     where = replace(where, streamed=True, spread=False)
-            device, loaded = loaded.placement.device, None
-            _free_memory(device)
+            loaded = None
+            for device in first.devices():
+                _free_memory(device)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -235,7 +242,8 @@ def measure_checkpoint(
         ) from None
     finally:
         loaded = None  # or its memory couldn't be given back
-        _free_memory(first.device)
+        for device in first.devices():
+            _free_memory(device)
 
 
 def _free_memory(device: torch.device) -> None:

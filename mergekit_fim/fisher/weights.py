@@ -1,7 +1,7 @@
 """Where the engine finds a model's weights: in the model, or brought from the checkpoint when they are needed."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Protocol
 
@@ -9,10 +9,24 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
+from mergekit_fim.parallel import in_threads, readers
+
 
 def put(module: nn.Module, name: str, device: torch.device, value: torch.Tensor, dtype: torch.dtype) -> None:
     """Set a module's parameter or buffer; accelerate would empty the allocator's cache each time."""
     set_module_tensor_to_device(module, name, device, value=value, dtype=dtype, clear_cache=False)
+
+
+class Tensors(Protocol):
+    """A checkpoint's tensors by their names in a model's state dict."""
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """One of them, on the CPU."""
+        ...
+
+    def on(self, name: str, device: torch.device) -> torch.Tensor:
+        """One of them, whole, on a device."""
+        ...
 
 
 class Weights(Protocol):
@@ -47,38 +61,35 @@ class StreamedWeights:
     On the CPU, tensors of safetensors files that need no conversion are mapped, not copied.
     """
 
-    def __init__(
-        self,
-        tensors: Mapping[str, torch.Tensor],
-        model: nn.Module,
-        device: torch.device,
-        beside: Iterator[object] | None = None,
-    ) -> None:
+    def __init__(self, tensors: Tensors, model: nn.Module, device: torch.device) -> None:
         """Stream weights.
 
         Args:
             tensors: the weights by their names in the model's state dict.
             model: the model.
             device: where it runs.
-            beside: takes a step before a decoder layer is loaded for the first time.
         """
-        self._tensors, self._beside = tensors, beside or iter(())
-        self._loaded: set[nn.Module] = set()
+        self._tensors, self._device = tensors, device
         self._names = {module: name for name, module in model.named_modules()}
-        self._device = device
 
     @contextlib.contextmanager
     def layer(self, module: nn.Module) -> Iterator[None]:
         """Load the weights of a decoder layer, and let them go at the end."""
-        if module not in self._loaded:
-            next(self._beside, None)
-            self._loaded.add(module)
-        loaded = []
+        loaded: list[tuple[nn.Module, str, nn.Parameter]] = []
+
+        def load(wanted: tuple[nn.Module, str, str, nn.Parameter]) -> None:
+            part, name, whole_name, parameter = wanted
+            put(part, name, self._device, self._tensors.on(whole_name, self._device), parameter.dtype)
+            loaded.append((part, name, parameter))
+
+        wanted = [
+            (part, name, f"{prefix}.{name}", parameter)
+            for prefix, part in module.named_modules(prefix=self._names[module])
+            for name, parameter in part.named_parameters(recurse=False)
+        ]
         try:
-            for prefix, part in module.named_modules(prefix=self._names[module]):
-                for name, parameter in part.named_parameters(recurse=False):
-                    put(part, name, self._device, self._tensors[f"{prefix}.{name}"], parameter.dtype)
-                    loaded.append((part, name, parameter))
+            for _ in in_threads(readers([self._device]), load, wanted):
+                pass
             yield
         finally:
             for part, name, parameter in loaded:

@@ -78,7 +78,7 @@ def find_threshold(part: Part, entries: int, density: float, device: torch.devic
             return None
         low, high = 0.0, math.inf
     near = torch.cat(magnitudes)
-    threshold = near.kthvalue(count - (keep - above) + 1).values
+    threshold = _smallest(near, count - (keep - above) + 1)
     kept = keep - above - int(torch.count_nonzero(near > threshold))
     del near
     equal = [where[magnitude == threshold] for magnitude, where in zip(magnitudes, positions, strict=True)]
@@ -99,8 +99,15 @@ def _dropped(equal: list[torch.Tensor], kept: int) -> Iterator[torch.Tensor]:
 
 
 def _compare(comparison: Callable[..., torch.Tensor], entries: torch.Tensor, value: float) -> torch.Tensor:
-    """1 or 0 in the entries' dtype, which torch writes several times faster than booleans."""
+    """1 or 0 in the entries' dtype, which torch on a CPU writes several times faster than booleans."""
+    if entries.device.type != "cpu":
+        return comparison(entries, value).to(entries.dtype)
     return comparison(entries, value, out=torch.empty_like(entries))
+
+
+def _smallest(values: torch.Tensor, k: int) -> torch.Tensor:
+    """The k-th smallest. CUDA selects with a single block of threads, and refuses to if it is to be deterministic."""
+    return values.kthvalue(k).values if values.device.type == "cpu" else values.sort().values[k - 1]
 
 
 def _bracket(part: Part, entries: int, keep: int) -> tuple[float, float]:
@@ -119,10 +126,10 @@ def trim_run(delta: torch.Tensor, run: slice, threshold: Threshold | None) -> to
     """Set the entries of a run of a task vector, [entry], that are not kept to zero; `delta` may be overwritten."""
     if threshold is None:
         return delta
-    ends = torch.tensor([run.start, run.stop], dtype=threshold.dropped.dtype, device=delta.device)
-    first, last = torch.searchsorted(threshold.dropped, ends).tolist()
+    span = torch.tensor([run.start, run.stop], dtype=threshold.dropped.dtype, device=delta.device)
+    first, last = torch.searchsorted(threshold.dropped, span).tolist()
     if first < last:
         delta.index_fill_(0, threshold.dropped[first:last].long() - run.start, 0)
     # The largest number below, in the entries' dtype: `hardshrink` keeps what is larger than its argument.
-    below = torch.nextafter(torch.tensor(threshold.magnitude, dtype=delta.dtype), torch.tensor(0, dtype=delta.dtype))
-    return F.hardshrink(delta, float(below))
+    ends = (torch.tensor(value, dtype=delta.dtype, device="cpu") for value in (threshold.magnitude, 0.0))
+    return F.hardshrink(delta, float(torch.nextafter(*ends)))

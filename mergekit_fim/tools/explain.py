@@ -10,6 +10,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_fim.errors import size, wrapped
 from mergekit_fim.fisher.batched import micro_batch
+from mergekit_fim.fisher.loading import device_plan
 from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.result import BaseCoefficients
 from mergekit_fim.tools.plan import MergePlan, PlannedTensor
@@ -69,9 +70,13 @@ def _cost(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
     )
     if options.multi_gpu or options.device != "cpu":
         yield (
-            f"memory on the accelerator: the base's {size(sizes[base.reference])} in the pre-pass, or one decoder "
-            "layer at a time where they don't fit; in the merge a tensor of every model at a time"
+            f"memory on an accelerator: the base's {size(sizes[base.reference])} in the pre-pass where they fit, and "
+            "in the merge a tensor of every model at a time"
         )
+        settings = plan.pre_pass.settings.fisher
+        for found in (found for found in plan.pre_pass.coefficients if not found.origin):
+            chosen = device_plan(found.base, plan.config.dtype, options, settings.samples)
+            yield f"the measurement of {found.base}, with the memory that is free now: {chosen}"
     yield (
         f"memory on the CPU, beside the mapped checkpoints: about {size(memory + pickled)} in the pre-pass, up to "
         f"{size(merge_memory)} in the merge, {size(shard)} of it collected for a file (--out-shard-size)"
