@@ -50,9 +50,9 @@ def _hook_planner() -> None:
 
         if launched.is_main():
             check_output(out_path, self.config)
+        targets = to_disk(self, out_path)
         if self.options.multi_gpu:
             deliver_all()
-        targets = to_disk(self, out_path)
         report.show(self.fim_pre_pass, quiet=self.options.quiet)
         return report.with_report(targets, self.fim_pre_pass, out_path)
 
@@ -71,7 +71,6 @@ def _normalize_and_run(planner: Any, normalize: Any) -> None:
     from mergekit_fim import launched, prepass  # everything heavy: merges by other methods don't pay for it
 
     launched.inputs_are_there()
-
     settings = prepass.check(planner.config, planner.arch_info, planner.options)
     # The caller's own config stays as it was: coefficients written into it would be taken for set by hand next time.
     planner.config = planner.config.model_copy(deep=True)

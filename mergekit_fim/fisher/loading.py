@@ -154,14 +154,18 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
     def on(self, name: str, device: torch.device) -> torch.Tensor:
         """A tensor on a device, for the model, after whatever is done beside with it there: one way over the bus."""
         tensor = self[name].to(device)
-        if self._beside is not None:
-            self._beside(self._tensors[name], tensor)
+        self._show(name, tensor)
         return tensor
 
     def show(self, name: str) -> None:
         """Have done on the CPU what is done beside with a tensor of which the model gets rows only."""
         if self._beside is not None:
-            self._beside(self._tensors[name], self[name])
+            self._show(name, self[name])
+
+    def _show(self, name: str, tensor: torch.Tensor) -> None:
+        known = self._tensors[name]
+        if self._beside is not None and not isinstance(known, str):  # else the merge reads it in other parts
+            self._beside(known, tensor)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
