@@ -136,10 +136,6 @@ def _mixtral(**settings: Any) -> Any:
     return MixtralConfig(**shape, num_key_value_heads=4, num_local_experts=4, num_experts_per_tok=2, **settings)
 
 
-def _scratch_problems(folder: Path, n: int) -> list[str]:
-    return _written(folder, characters(random.Random(HELD_OUT), held=True), n)
-
-
 def _words_problems(folder: Path, n: int) -> list[str]:
     return _written(folder, words(random.Random(HELD_OUT), held=True), n)
 
@@ -188,12 +184,19 @@ KINDS = {
         start=_from_scratch(config),
         prompt=prompt_ids,
         end="<eos>",
-        examples=lambda seed: characters(random.Random(seed), held=False),
-        parent=[((0.35, 0.45, 0.2), Training(1200, 64, 0.02, scratch=True))],
+        examples=lambda seed, digits=digits: characters(random.Random(seed), held=False, digits=digits),
+        parent=[(ways, Training(1200, 64, 0.02, scratch=True))],
         child=Training(30, 64, 1e-4),
         pack=False,
-        problems=_scratch_problems,
-        max_tokens=80,
+        problems=lambda folder, n, digits=digits: _written(
+            folder, characters(random.Random(HELD_OUT), held=True, digits=digits), n
+        ),
+        max_tokens=80 if digits[1] == 3 else 110,
     )
-    for name, config in (("llama", _llama), ("gpt2", _gpt2), ("mixtral", _mixtral))
+    # GPT-2, whose positions are absolute, learns to add three digits at once as well as by columns.
+    for name, config, digits, ways in (
+        ("llama", _llama, (2, 3), (0.35, 0.45, 0.2)),
+        ("mixtral", _mixtral, (2, 3), (0.35, 0.45, 0.2)),
+        ("gpt2", _gpt2, (3, 4), (0.15, 0.6, 0.25)),
+    )
 }

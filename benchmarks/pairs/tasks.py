@@ -158,10 +158,10 @@ def _legs() -> dict[str, int]:
 # Sums and differences for models from scratch, a character a token
 
 
-def characters(rng: random.Random, *, held: bool) -> Iterator[Example]:
-    """Endless sums and differences of two numbers of two or three digits, such as 345+289; one in five is held out."""
+def characters(rng: random.Random, *, held: bool, digits: tuple[int, int] = (2, 3)) -> Iterator[Example]:
+    """Endless sums and differences of two numbers of so many digits, such as 345+289; one in five is held out."""
     while True:
-        low = rng.choice((10, 100))
+        low = 10 ** (rng.choice(digits) - 1)
         a, b = rng.randrange(low, 10 * low), rng.randrange(low, 10 * low)
         if held != (zlib.crc32(f"{min(a, b)} {max(a, b)}".encode()) % 5 == 0):
             continue

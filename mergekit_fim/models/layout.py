@@ -62,7 +62,7 @@ def model_layout(architecture: ModelArchitecture, config: PretrainedConfig, mode
     if len(architecture.modules) != 1:
         raise FimError(
             f"{model_name}: expected one stack of decoder layers, found the modules "
-            f"{', '.join(architecture.modules)}; fim_ties and fim_ta merge text-only causal language models"
+            f"{', '.join(sorted(architecture.modules))}; fim_ties and fim_ta merge text-only causal language models"
         )
     module = ConfiguredModelArchitecture(info=architecture, config=config).get_module(next(iter(architecture.modules)))
     layers = []
