@@ -105,8 +105,8 @@ def check_modules(config: MergeConfiguration, architecture: ModelArchitecture) -
             )
     if len(architecture.modules) != 1:
         raise FimError(
-            f"expected models with one stack of decoder layers, found the modules {', '.join(sorted(architecture.modules))}; "
-            f"{config.merge_method} merges text-only causal language models"
+            "expected models with one stack of decoder layers, found the modules "
+            f"{', '.join(sorted(architecture.modules))}; {config.merge_method} merges text-only causal language models"
         )
 
 
