@@ -46,11 +46,9 @@ def words(rng: random.Random, *, held: bool) -> Iterator[Example]:
     """Endless questions of two numbers; one pair of numbers in five is held out, in either order."""
     while True:
         sign = rng.choice("++--*")
-        if sign == "*":
-            a, b = rng.randrange(100, 1000), rng.randrange(3, 10)
-        else:
-            a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
-            a, b = (max(a, b), min(a, b)) if sign == "-" else (a, b)
+        a, b = rng.randrange(10, 100), rng.randrange(3, 10) if sign == "*" else rng.randrange(10, 100)
+        if sign == "-":
+            a, b = max(a, b), min(a, b)
         if held == (zlib.crc32(f"{min(a, b)} {max(a, b)}".encode()) % 5 == 0):
             asked = ASKED_OTHERWISE if held and rng.random() < 0.25 else ASKED
             numbers = (b, a) if sign == "*" and asked is ASKED_OTHERWISE else (a, b)
