@@ -20,6 +20,7 @@ demo: $(VENV)/demo.installed
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	HF_HUB_OFFLINE=1 MERGEKIT_FIM_TEST_DEVICE=cpu $(BIN)/python -m pytest -m gpu -n logical --maxprocesses 4
 
 # The tests for accelerators, then what the pre-pass and the merges cost there, beside what they may cost. About 45 GB of
 # disk for the pair of 7B, which is made on the spot, and what is merged of it.
