@@ -154,10 +154,8 @@ def fast(folder: Path, dtype_name: str, device: str, side: str = "fast") -> dict
 
     from mergekit_fim.config.settings import FisherSettings
     from mergekit_fim.fisher import loading
-    from mergekit_fim.fisher.batched import batched_engine
     from mergekit_fim.fisher.loading import load_model, placement
     from mergekit_fim.fisher.measure import measure
-    from mergekit_fim.fisher.replicas import over_replicas
     from mergekit_fim.models.inputs import open_model
     from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
 
@@ -178,8 +176,7 @@ def fast(folder: Path, dtype_name: str, device: str, side: str = "fast") -> dict
     loaded = load_model(base, dtype_name, options, where, sequences=SEQUENCES, beside=sweep)
     ready = now(device)
     settings = FisherSettings(SEQUENCES, LENGTH)
-    engine = over_replicas(loaded.replicas, batched_engine)
-    found = measure(loaded.model, loaded.layers, settings, engine=engine, weights=loaded.weights, quiet=True)
+    found = measure(loaded.model, loaded.layers, settings, weights=loaded.weights, replicas=loaded.replicas, quiet=True)
     measured = now(device)
     sweep.norms(quiet=True)
     end = now(device)

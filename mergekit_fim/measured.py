@@ -1,6 +1,5 @@
 """One base's measurement: saved, kept from an earlier time, or made now. No other module decides which of the three."""
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -129,9 +128,8 @@ def measured(
 
 def _together(found: Sequence[FisherMeasurement]) -> FisherMeasurement:
     """What several processes measured, each with the norms of all and the experts that its own sequences reached."""
-    first, *others = found
-    layers = []
-    for index, layer in enumerate(first.layers):
-        seen = [experts for f in found if (experts := f.layers[index].experts) is not None]
-        layers.append(replace(layer, experts=functools.reduce(Experts.also, seen) if seen else None))
-    return replace(first, layers=tuple(layers)) if others else first
+    layers = (
+        replace(layer, experts=Experts.together(its.layers[index].experts for its in found))
+        for index, layer in enumerate(found[0].layers)
+    )
+    return replace(found[0], layers=tuple(layers))

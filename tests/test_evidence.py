@@ -17,6 +17,7 @@ from benchmarks.evidence.subspace import without_top_directions
 from benchmarks.evidence.variants import VARIANTS
 from benchmarks.pairs.recipes import KINDS
 from benchmarks.pairs.tasks import characters, columns, gym, words
+from example_configs.demo import prompt_ids
 from mergekit_fim.tools.plan import merge_whole
 
 FEW = Inputs(samples=3, length=12)
@@ -180,7 +181,7 @@ def test_the_tokenizer_of_models_from_scratch_keeps_every_character(name):
     model, tokenizer = kind.start(0)
     text = "<think>\n13-9=4\n</think>\n4"
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids) == text
-    assert len(kind.prompt(tokenizer, "13-9")) == 6
+    assert len(prompt_ids(tokenizer, "13-9")) == 6
     assert sum(p.numel() for p in model.parameters()) > 1e6
 
 

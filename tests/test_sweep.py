@@ -696,7 +696,7 @@ def contents(sweep: Sweep) -> dict[str, Any]:
 
 
 def test_killed_at_any_moment(warm: Warm, talkers, tmp_path):
-    """20 moments, spread over all calls, those that touch files, and those by which answers are kept."""
+    """28 moments, spread over all calls, those that touch files, and, every other one, those that keep answers."""
     problems = tmp_path / "three.jsonl"
     problems.write_text("".join(talkers.problems.read_text().splitlines(keepends=True)[:3]))
     options = ("--problems", str(problems), "--set", "alpha_mean=0.5", "--keep", "all", "--batch", "2")
@@ -717,7 +717,7 @@ def test_killed_at_any_moment(warm: Warm, talkers, tmp_path):
     assert done.status == 0, done.stderr
     expected = contents(sweeps[0])
     assert not any(name.endswith(PART) for name in expected["files"])
-    parts = {"all": 6, "file": 6, "answers": 8}
+    parts = {"all": 6, "file": 6, "answers": 16}
     moments = [(kind, 1 + done.calls[kind] * (2 * i + 1) // (2 * n)) for kind, n in parts.items() for i in range(n)]
     begun = 0
     for i in range(0, len(moments), 2):

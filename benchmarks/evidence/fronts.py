@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tqdm
 from mergekit.options import MergeOptions
@@ -22,12 +21,13 @@ from mergekit.options import MergeOptions
 from benchmarks.evidence.variants import Variant
 from benchmarks.pairs.recipes import Kind
 from mergekit_fim.evaluate.answering import Decoding, Questions, by_model
+from mergekit_fim.evaluate.findings import outcomes
 from mergekit_fim.evaluate.folder import append_answer, file_name, read_answers
 from mergekit_fim.evaluate.front import Outcomes
 from mergekit_fim.evaluate.generation import load_model, load_tokenizer
 from mergekit_fim.evaluate.problems import open_problems
 from mergekit_fim.evaluate.prompts import chat_template
-from mergekit_fim.evaluate.records import LENGTH, Answer, Key
+from mergekit_fim.evaluate.records import Answer, Key
 from mergekit_fim.evaluate.refine import Point, next_strength
 from mergekit_fim.prepass import measured_once
 from mergekit_fim.tools.plan import merge_whole
@@ -54,16 +54,9 @@ class Pair:
         with measured_once():
             self.base, self.long = (self._run(name, folder / name) for name in ("base", "long"))
 
-    def point(self, strength: float, answers: Mapping[Key, Answer]) -> Point:
-        """Where answers came out."""
-        found = list(answers.values())
-        return Point(
-            strength, float(np.mean([a.correct is True for a in found])), float(np.mean([a.tokens for a in found]))
-        )
-
     def ends(self) -> dict[str, Point]:
         """Where base and long came out."""
-        return {"base": self.point(0.0, self.base), "long": self.point(1.0, self.long)}
+        return {"base": Point.of(0.0, self.base.values()), "long": Point.of(1.0, self.long.values())}
 
     def end_outcomes(self) -> tuple[Outcomes, Outcomes]:
         """Their answers."""
@@ -95,8 +88,8 @@ class Pair:
     def _next(self, variant: Variant, found: Mapping[float, Mapping[Key, Answer]]) -> float | None:
         if not variant.ends_long and variant.high not in found:
             return variant.high
-        base, long = self.point(0.0, self.base), self.point(variant.high, self.long)
-        points = [base, *(self.point(value, answers) for value, answers in found.items())]
+        base, long = Point.of(0.0, self.base.values()), Point.of(variant.high, self.long.values())
+        points = [base, *(Point.of(value, answers.values()) for value, answers in found.items())]
         return next_strength([*points, *([long] if variant.ends_long else [])], base, long)
 
     def _run(self, name: str, model, strength: float | None = None) -> dict[Key, Answer]:
@@ -124,7 +117,7 @@ class Pair:
             if self.kind.prose:
                 with open(self.folder / "prose.jsonl", "a", encoding="utf-8") as file:
                     file.write(json.dumps({"run": name, "nats": prose(loaded.model, tokenizer)}) + "\n")
-        point = self.point(strength or 0.0, answers)
+        point = Point.of(strength or 0.0, answers.values())
         print(f"{self.folder.name}: {name}: {point.accuracy:.3f} @ {point.tokens:.1f}", flush=True)
         return answers
 
@@ -132,17 +125,9 @@ class Pair:
         self, name: str, method: str | None, strength: float | None, answers: Mapping[Key, Answer]
     ) -> Outcomes:
         """Answers as statistics take them."""
-        rows = [[answers[key] for key in problem] for problem in self.questions.gradable()]
-        return Outcomes(
-            run=name,
-            method=method,
-            settings={} if strength is None else {"strength": strength},
-            correct=np.array([[a.correct is True for a in row] for row in rows]),
-            tokens=np.array([[a.tokens for a in row] for row in rows]),
-            truncated=np.array([[a.ended == LENGTH for a in row] for row in rows]),
-            unclosed=np.array([[a.unclosed for a in row] for row in rows]),
-            empty=np.array([[not a.text.strip() for a in row] for row in rows]),
-        )
+        settings = {} if strength is None else {"strength": strength}
+        run = {"run": name, "method": method, "settings": settings}
+        return outcomes(run, answers, self.questions.gradable())
 
 
 @torch.inference_mode()

@@ -2,7 +2,6 @@
 
     python -m benchmarks.evidence.strength KIND FOLDER
 
-
 Of a pair that has been run: how far its merges are on the way from base to long, in tokens, against what each measure
 says of their coefficients. Merges by mappings of different shapes are taken together; a measure that holds for all has
 one curve for all. Printed is how far they are from the rising curve that fits best, and from the measure itself, both
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+from scipy.optimize import isotonic_regression
 
 from benchmarks.evidence import mappings
 from benchmarks.evidence.fronts import RUNS, Pair
@@ -58,17 +58,6 @@ def measures(pair: Path) -> Iterator[tuple[str, Measure]]:
             yield f"αᵀGα / 1ᵀG1, {inputs}, {end}", form
 
 
-def rising(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The rising curve through points that is nearest to them."""
-    blocks: list[tuple[float, int]] = []
-    for value in y[np.argsort(x)]:
-        blocks.append((float(value), 1))
-        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
-            (a, n), (b, m) = blocks.pop(-2), blocks.pop()
-            blocks.append(((a * n + b * m) / (n + m), n + m))
-    return np.concatenate([np.full(n, value) for value, n in blocks])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=KINDS)
@@ -88,7 +77,8 @@ def main() -> None:
     print(f"{pair.folder.name}: {len(share)} merges\n\n| measure | from its curve | from itself |\n| --- | --- | --- |")
     for name, measure in measures(pair.folder):
         x = np.array([measure(its) for its in alphas])
-        away = np.sqrt(np.mean(np.square(rising(x, share) - share[np.argsort(x)])))
+        ordered = share[np.argsort(x)]
+        away = np.sqrt(np.mean(np.square(isotonic_regression(ordered).x - ordered)))
         print(f"| {name} | {away:.3f} | {np.sqrt(np.mean(np.square(x - share))):.3f} |")
 
 

@@ -18,10 +18,10 @@ class Kind:
 
     Attributes:
         start: the untrained model and its tokenizer, by seed.
-        prompt: a question's tokens.
         end: what ends an answer.
         examples: endless questions to train on, by seed.
-        parent: how the parent is trained, in stages, each with how often it answers each way, in the order of `WAYS`.
+        ways: how often the parent answers each way, in the order of `WAYS`.
+        parent: how the parent is trained.
         child: how base and long are.
         pack: see `train`.
         problems: writes what the pair is asked into a folder, and returns the sources as a sweep takes them.
@@ -30,10 +30,10 @@ class Kind:
     """
 
     start: Callable[[int], tuple[Any, Any]]
-    prompt: Callable[[Any, str], list[int]]
     end: str
     examples: Callable[[int], Iterator[Example]]
-    parent: Sequence[tuple[Sequence[float], Training]]
+    ways: Sequence[float]
+    parent: Training
     child: Training
     pack: bool
     problems: Callable[[Path, int], list[str]]
@@ -57,10 +57,10 @@ def make(kind: Kind, name: str, seed: int, folder: Path) -> None:
         else:
             tokenizer = AutoTokenizer.from_pretrained(folder / "parent")
             model = AutoModelForCausalLM.from_pretrained(folder / "parent", dtype="float32")
-        own = [float(way == CHILDREN.get(child)) for way in WAYS]
-        for stage, (ways, how) in enumerate(kind.parent if child == "parent" else [(own, kind.child)]):
-            questions = _questions(kind, tokenizer, seed + 100 * stage + 1000 * (child != "parent"), ways)
-            train(model, f"{name} {seed}: {child}", questions, how, pack=kind.pack)
+        ways, how, first = kind.ways, kind.parent, seed
+        if child != "parent":
+            ways, how, first = [float(way == CHILDREN[child]) for way in WAYS], kind.child, seed + 1000
+        train(model, f"{name} {seed}: {child}", _questions(kind, tokenizer, first, ways), how, pack=kind.pack)
         for part in (model, tokenizer):
             part.save_pretrained(folder / f"{child}.part")
         (folder / f"{child}.part").rename(folder / child)
@@ -73,7 +73,7 @@ def _questions(
     for example in kind.examples(seed):
         chosen = rng.choices(WAYS, ways)[0]
         reply = f"{example.ways[chosen]}{kind.end}"
-        yield kind.prompt(tokenizer, example.question), [tokenizer(reply, add_special_tokens=False).input_ids]
+        yield prompt_ids(tokenizer, example.question), [tokenizer(reply, add_special_tokens=False).input_ids]
 
 
 # SmolLM2's own adds a system prompt to every question, which is twice as long as what is asked here.
@@ -155,48 +155,33 @@ def _gym_problems(folder: Path, n: int) -> list[str]:
     return [f"reasoning-gym:{name}:{json.dumps(settings)}" for name, settings in GYM.items()]
 
 
+def _of_smollm2(
+    examples: Callable[[int], Iterator[Example]],
+    problems: Callable[[Path, int], list[str]],
+    max_tokens: int,
+    *,
+    prose: bool = False,
+) -> Kind:
+    ways, parent, child = (0.3, 0.5, 0.2), Training(280, 10, 4e-4), Training(40, 10, 1.5e-5)
+    return Kind(_smollm2, "<|im_end|>", examples, ways, parent, child, True, problems, max_tokens, prose)
+
+
+def _of_scratch(config: Callable[..., Any], digits: tuple[int, int], ways: Sequence[float], max_tokens: int) -> Kind:
+    def examples(seed: int) -> Iterator[Example]:
+        return characters(random.Random(seed), held=False, digits=digits)
+
+    def problems(folder: Path, n: int) -> list[str]:
+        return _written(folder, characters(random.Random(HELD_OUT), held=True, digits=digits), n)
+
+    parent, child = Training(1200, 64, 0.02, scratch=True), Training(30, 64, 1e-4)
+    return Kind(_from_scratch(config), "<eos>", examples, ways, parent, child, False, problems, max_tokens)
+
+
 KINDS = {
-    "words": Kind(
-        start=_smollm2,
-        prompt=prompt_ids,
-        end="<|im_end|>",
-        examples=lambda seed: words(random.Random(seed), held=False),
-        parent=[((0.3, 0.5, 0.2), Training(280, 10, 4e-4))],
-        child=Training(40, 10, 1.5e-5),
-        pack=True,
-        problems=_words_problems,
-        max_tokens=96,
-    ),
-    "gym": Kind(
-        start=_smollm2,
-        prompt=prompt_ids,
-        end="<|im_end|>",
-        examples=lambda seed: gym(random.Random(seed), seed=seed),
-        parent=[((0.3, 0.5, 0.2), Training(280, 10, 4e-4))],
-        child=Training(40, 10, 1.5e-5),
-        pack=True,
-        problems=_gym_problems,
-        max_tokens=128,
-        prose=True,
-    ),
-} | {
-    f"scratch-{name}": Kind(
-        start=_from_scratch(config),
-        prompt=prompt_ids,
-        end="<eos>",
-        examples=lambda seed, digits=digits: characters(random.Random(seed), held=False, digits=digits),
-        parent=[(ways, Training(1200, 64, 0.02, scratch=True))],
-        child=Training(30, 64, 1e-4),
-        pack=False,
-        problems=lambda folder, n, digits=digits: _written(
-            folder, characters(random.Random(HELD_OUT), held=True, digits=digits), n
-        ),
-        max_tokens=80 if digits[1] == 3 else 110,
-    )
+    "words": _of_smollm2(lambda seed: words(random.Random(seed), held=False), _words_problems, 96),
+    "gym": _of_smollm2(lambda seed: gym(random.Random(seed), seed=seed), _gym_problems, 128, prose=True),
+    "scratch-llama": _of_scratch(_llama, (2, 3), (0.35, 0.45, 0.2), 80),
+    "scratch-mixtral": _of_scratch(_mixtral, (2, 3), (0.35, 0.45, 0.2), 80),
     # GPT-2, whose positions are absolute, learns to add three digits at once as well as by columns.
-    for name, config, digits, ways in (
-        ("llama", _llama, (2, 3), (0.35, 0.45, 0.2)),
-        ("mixtral", _mixtral, (2, 3), (0.35, 0.45, 0.2)),
-        ("gpt2", _gpt2, (3, 4), (0.15, 0.6, 0.25)),
-    )
+    "scratch-gpt2": _of_scratch(_gpt2, (3, 4), (0.15, 0.6, 0.25), 110),
 }

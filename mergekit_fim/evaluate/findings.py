@@ -59,8 +59,7 @@ def find(
 
     def summary(source: str | None) -> Summary:
         keys = questions.gradable(source)
-        outcomes = [_outcomes(entry, answers[entry["run"]], keys) for entry in entries]
-        return summarize(outcomes, base, long, seed=seed)
+        return summarize([outcomes(e, answers[e["run"]], keys) for e in entries], base, long, seed=seed)
 
     every = [key for problem in questions.gradable() for key in problem]
     long = max(tuned, key=lambda run: sum(answers[run][key].tokens for key in every))
@@ -87,7 +86,14 @@ def _sorted(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return sorted(entries, key=place)
 
 
-def _outcomes(entry: Mapping[str, Any], answers: Mapping[Key, Answer], keys: Sequence[Sequence[Key]]) -> Outcomes:
+def outcomes(entry: Mapping[str, Any], answers: Mapping[Key, Answer], keys: Sequence[Sequence[Key]]) -> Outcomes:
+    """A run's answers as the statistics take them.
+
+    Args:
+        entry: the run's `run`, `method` and `settings`.
+        answers: all of its answers.
+        keys: of those that can be graded [problem, sample].
+    """
     rows = [[answers[key] for key in problem] for problem in keys]
     return Outcomes(
         run=entry["run"],

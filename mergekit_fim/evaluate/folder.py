@@ -16,7 +16,7 @@ from mergekit_fim.evaluate.records import Answer, Key
 from mergekit_fim.files import PART, read_json, write_json, written_whole
 
 FORMAT, VERSION = "mergekit-fim/sweep", 1
-LOCKS = (".lock", ".record.lock")
+_LOCK, _RECORD_LOCK = ".lock", ".record.lock"  # of a sweep, and of what is written to sweep.json
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,14 @@ def opened(folder: SweepFolder, identity: Mapping[str, Any]) -> Iterator[None]:
         raise FimError(f"{path}: expected a folder for the sweep, found a file; name another")
     with writing(path):
         names = os.listdir(path) if os.path.isdir(path) else []
-        others = [name for name in names if name not in LOCKS and not name.endswith(PART)]
+        others = [name for name in names if name not in (_LOCK, _RECORD_LOCK) and not name.endswith(PART)]
         if others and "sweep.json" not in others:
             raise FimError(
                 f"{path}: expected an empty folder or one of a sweep, found {brief(sorted(others)[0])} and no "
                 "sweep.json; name another"
             )
         os.makedirs(os.path.join(path, "answers"), exist_ok=True)
-        lock = filelock.FileLock(os.path.join(path, ".lock"), timeout=0)
+        lock = filelock.FileLock(os.path.join(path, _LOCK), timeout=0)
         try:
             lock.acquire()
         except filelock.Timeout:
@@ -119,7 +119,7 @@ def note_run(folder: SweepFolder, identity: Mapping[str, Any], entry: Mapping[st
     """
     import filelock
 
-    with filelock.FileLock(os.path.join(folder.path, ".record.lock")):
+    with filelock.FileLock(os.path.join(folder.path, _RECORD_LOCK)):
         runs = {run["run"]: run for run in earlier_runs(folder, identity)}
         write_record(folder, identity, {"runs": list((runs | {entry["run"]: dict(entry)}).values())})
 

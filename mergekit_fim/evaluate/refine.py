@@ -5,8 +5,11 @@ grid of strengths may step over it. So each further run goes to the middle of th
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+
+from mergekit_fim.evaluate.records import Answer
 
 # A gap of strengths that isn't halved any more, in parts of the largest.
 _NARROWEST = 0.01
@@ -21,6 +24,12 @@ class Point:
     strength: float
     accuracy: float
     tokens: float
+
+    @staticmethod
+    def of(strength: float, answers: Iterable[Answer]) -> "Point":
+        """Where these answers came out."""
+        found = list(answers)
+        return Point(strength, fmean(answer.correct is True for answer in found), fmean(a.tokens for a in found))
 
 
 def next_strength(points: Sequence[Point], base: Point, long: Point) -> float | None:

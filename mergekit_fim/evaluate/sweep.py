@@ -157,6 +157,7 @@ def _sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeO
         under_way = _Sweep(
             config, folder, identity, wanted, options, template, questions, inputs[BASE], fingerprints, servers, tuned
         )
+        under_way.read(runs)
         under_way.check_before(runs)
         under_way.answer_all(runs)
         for _ in range(wanted.refine):
@@ -166,6 +167,7 @@ def _sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeO
                 if (value := under_way.next_strength(its)) is not None
             ]
             runs = list({run.name: run for run in [*runs, *more]}.values())
+            under_way.read(runs)
             under_way.answer_all(runs)
         return under_way.conclude(runs) if main else None
 
@@ -291,8 +293,7 @@ class _Sweep:
                 )
 
     def check_before(self, runs: Sequence[Run]) -> None:
-        """Read what there is, and find what would fail later: templates, questions, and the merge itself."""
-        self.read(runs)
+        """Find what would fail later: templates, questions, and the merge itself."""
         self.running = in_all(launched.together(), lambda: self.dtype() if launched.is_main() else None)[0]
         missing = [run for run in runs if run.name not in self.servers and not self.is_done(run.name)]
         for run in missing:
@@ -329,15 +330,15 @@ class _Sweep:
 
     def answer_all(self, runs: Sequence[Run]) -> None:
         """Let every run answer what it hasn't answered yet, each in one of the processes."""
-        self.read(runs)
         launched.meet()  # all have read the same
         main, own = launched.is_main(), launched.share_of([run for run in runs if not self.is_done(run.name)])
         with launched.alone():
             for run in runs:
                 if run in own or (main and self.is_done(run.name)):
                     self.answer(run)
-        launched.meet()
-        self.read(runs)  # what the others have answered, too
+        if launched.together() is not None:
+            launched.meet()
+            self.read(runs)  # what the others have answered, too
 
     def next_strength(self, its: Sequence[Run]) -> float | None:
         """Where one more of these merges would show most."""
@@ -350,9 +351,7 @@ class _Sweep:
 
     def point(self, run: str, at: float) -> Point:
         """Where a run that is of this strength came out."""
-        answers = [self.answers[run][key] for problem in self.questions.gradable() for key in problem]
-        accuracy = float(np.mean([answer.correct is True for answer in answers]))
-        return Point(at, accuracy, float(np.mean([answer.tokens for answer in answers])))
+        return Point.of(at, (self.answers[run][key] for problem in self.questions.gradable() for key in problem))
 
     def is_done(self, run: str) -> bool:
         """Whether a run has all its answers."""
@@ -506,10 +505,8 @@ class _Sweep:
 
     def pareto(self, runs: Sequence[str]) -> Any:
         """Which of these runs are on the Pareto set of them [run]."""
-        keys = [key for problem in self.questions.gradable() for key in problem]
-        correct = [[self.answers[run][key].correct is True for key in keys] for run in runs]
-        tokens = [[self.answers[run][key].tokens for key in keys] for run in runs]
-        return pareto_set(np.mean(correct, axis=1), np.mean(tokens, axis=1))
+        points = [self.point(run, 0.0) for run in runs]
+        return pareto_set(np.array([point.accuracy for point in points]), np.array([point.tokens for point in points]))
 
     # What came out
 

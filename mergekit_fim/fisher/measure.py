@@ -21,7 +21,7 @@ from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.engine import FisherEngine, ForwardError, NotSupportedError, autograd_engine
 from mergekit_fim.fisher.experts import ReachedExperts
 from mergekit_fim.fisher.loading import Placement, load_model
-from mergekit_fim.fisher.replicas import over_replicas
+from mergekit_fim.fisher.replicas import Replica, over_replicas
 from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.fisher.weights import ResidentWeights, Weights
 from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher
@@ -64,6 +64,7 @@ def measure(
     engine: FisherEngine = batched_engine,
     reference: FisherEngine = autograd_engine,
     weights: Weights | None = None,
+    replicas: Sequence[Replica] = (),
     name: str = "the base model",
     quiet: bool = False,
 ) -> FisherMeasurement:
@@ -76,6 +77,7 @@ def measure(
         engine: how the gradient norms are computed.
         reference: how they are computed of a model that `engine` can't run.
         weights: where the model's weights are; by default in the model.
+        replicas: the model and its like on other devices, which share the sequences.
         name: what to call the model in an error.
         quiet: no progress bar.
 
@@ -87,7 +89,8 @@ def measure(
     weights = weights or ResidentWeights()
     samples = draw_samples(settings, vocab_size)
     warnings: list[str] = []
-    experts = ReachedExperts(layers)
+    engine, reference = (over_replicas(replicas, each) for each in (engine, reference))
+    experts = ReachedExperts(layers, *(replica.layers for replica in replicas[1:]))  # the first is the model itself
     steps = 2 * len(layers) * len(samples.input_ids)
     with (
         tqdm.tqdm(total=steps, desc="Measuring Fisher information", unit="step", disable=quiet) as progress,
@@ -194,9 +197,10 @@ def measure_checkpoint(
                     loaded.model,
                     loaded.layers,
                     settings,
-                    engine=over_replicas(loaded.replicas, engine),
-                    reference=over_replicas(loaded.replicas, reference),
+                    engine=engine,
+                    reference=reference,
                     weights=loaded.weights,
+                    replicas=loaded.replicas,
                     name=str(base),
                     quiet=options.quiet,
                 )

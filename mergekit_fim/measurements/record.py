@@ -2,7 +2,7 @@
 
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -22,9 +22,13 @@ class Experts:
     count: int
     not_reached: tuple[int, ...]
 
-    def also(self, other: "Experts") -> "Experts":
-        """The same layer's on other tokens as well."""
-        return Experts(self.count, tuple(i for i in self.not_reached if i in other.not_reached))
+    @staticmethod
+    def together(found: Iterable["Experts | None"]) -> "Experts | None":
+        """One layer's on all the tokens that it was seen on in parts; None where nothing was seen."""
+        seen = [experts for experts in found if experts is not None]
+        if not seen:
+            return None
+        return Experts(seen[0].count, tuple(sorted(set.intersection(*(set(its.not_reached) for its in seen)))))
 
 
 @dataclass(frozen=True)
