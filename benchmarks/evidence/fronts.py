@@ -33,6 +33,7 @@ from mergekit_fim.prepass import measured_once
 from mergekit_fim.tools.plan import merge_whole
 
 RUNS = 8  # merges of a variant
+ROWS = 128  # a small model's at once: 1.4 times as fast as 32
 OPTIONS = MergeOptions(quiet=True, write_model_card=False)
 
 
@@ -106,7 +107,7 @@ class Pair:
                     merge_whole(model(self.folder, strength), None, str(folder), OPTIONS)
             tokenizer = load_tokenizer(name, str(folder), None, False)
             loaded = load_model(name, str(folder), tokenizer, OPTIONS, torch.float32)
-            decoding = Decoding(self.kind.max_tokens, 0.0, 0, None)
+            decoding = Decoding(self.kind.max_tokens, 0.0, 0, ROWS)
             written = by_model(loaded, self.questions, missing, chat_template(name, tokenizer), decoding)
             bar = tqdm.tqdm(written, total=len(missing), desc=f"{self.folder.name}: {name}", leave=False)
             with open(path, "ab") as file:
