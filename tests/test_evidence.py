@@ -1,5 +1,6 @@
 """What the evidence rests on: benchmarks/pairs and benchmarks/evidence, on tiny models."""
 
+import json
 import random
 
 import numpy as np
@@ -11,13 +12,15 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM
 
-from benchmarks.evidence import mappings
+from benchmarks.evidence import mappings, tables
 from benchmarks.evidence.signals import BASE, LONG, Inputs, Signals, signals
 from benchmarks.evidence.subspace import without_top_directions
+from benchmarks.evidence.summary import rows, save
 from benchmarks.evidence.variants import VARIANTS
 from benchmarks.pairs.recipes import KINDS
 from benchmarks.pairs.tasks import characters, columns, gym, words
 from example_configs.demo import prompt_ids
+from mergekit_fim.evaluate.front import Outcomes
 from mergekit_fim.tools.plan import merge_whole
 
 FEW = Inputs(samples=3, length=12)
@@ -211,3 +214,35 @@ def test_the_stock_methods_that_are_left_out(folder, tmp_path):
     for share, end in ((1.0, long), (0.5, base)):
         found = merged("sce", (None, None), select_topk=share)
         assert all(found[name] == pytest.approx(end[name], abs=1e-6) for name in base)
+
+
+def outcomes(run: str, method: str | None, strength: float | None, right: int, tokens: int) -> Outcomes:
+    """Of twenty problems, of which the first are answered right, at one length."""
+    correct = (np.arange(20) < right)[:, None]
+    none, settings = np.zeros((20, 1), bool), {} if strength is None else {"strength": strength}
+    return Outcomes(run, method, settings, correct, np.full((20, 1), tokens), none, none, none)
+
+
+def test_the_tables_say_which_variant_is_above_the_chord(tmp_path):
+    ends = outcomes("base", None, None, 4, 10), outcomes("long", None, None, 20, 50)
+    fronts = {
+        "task_arithmetic": [outcomes("task_arithmetic @0.50000", "task_arithmetic", 0.5, 12, 30)],
+        "fim_ties": [outcomes("fim_ties @1.00000", "fim_ties", 1.0, 18, 30)],
+    }
+    prose = {"base": 3.0, "long": 3.25, "task_arithmetic @0.50000": 3.125, "fim_ties @1.00000": 3.5}
+    found = rows(*ends, fronts, prose)
+    assert [row.best for row in found] == pytest.approx([0, 0.3])
+    assert [row.prose for row in found] == [3.125, 3.5]
+    assert found[0].against is None
+    assert found[1].against is not None
+    assert found[1].against[0] == pytest.approx(0.15)
+    save(tmp_path / "summary.json", "words", 7, {"base": (0.2, 10.0), "long": (1.0, 50.0)}, found, prose)
+    pair = json.loads((tmp_path / "summary.json").read_text())
+    assert "| words 7 | 0.20 @ 10.0 | 1.00 @ 50.0 | 0.50: 0.60 @ 30 |" in tables.pairs_table([pair])
+    assert "0.750, fim_ties | 80.0% |" in tables.aims_table([pair])
+    lines = tables.variants_table([pair]).splitlines()
+    assert len(lines) == 2 + len(VARIANTS)
+    assert "| slerp | not run |" in "\n".join(lines)
+    assert "| base | 3.0000 |\n| long | 3.2500 |\n| task_arithmetic | 3.1250 |" in tables.prose_table([pair])
+    tables.draw({"words": [pair]}, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 5000

@@ -29,6 +29,8 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200, help="problems (200)")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"merges of each variant ({RUNS})")
     arguments = parser.parse_args()
+    if unknown := ", ".join(set(arguments.variants) - set(VARIANTS)):
+        parser.error(f"expected some of {', '.join(VARIANTS)}, found {unknown}")
     transformers.utils.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     kind = KINDS[arguments.kind]
@@ -44,8 +46,8 @@ def main() -> None:
     fronts = {name: runs for name, runs in fronts.items() if runs}
     if REFERENCE in fronts:
         ends = {name: (p.accuracy, p.tokens) for name, p in pair.ends().items()}
-        found = rows(*pair.end_outcomes(), fronts)
-        save(arguments.folder / "summary.json", arguments.kind, arguments.seed, ends, found)
+        found = rows(*pair.end_outcomes(), fronts, pair.prose())
+        save(arguments.folder / "summary.json", arguments.kind, arguments.seed, ends, found, pair.prose())
     print(f"{arguments.folder.name}: {time.time() - began:.0f} s", flush=True)
 
 

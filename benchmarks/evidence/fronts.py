@@ -10,6 +10,7 @@ import io
 import json
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class Pair:
 
     def _run(self, name: str, model, strength: float | None = None) -> dict[Key, Answer]:
         """The answers of a model's folder, or of a merge by a variant's config."""
-        path, answers = self._path(name), self._answered(name)
+        path, answers, began = self._path(name), self._answered(name), time.time()
         missing = [key for key in self.questions.keys if key not in answers]
         if not missing:
             return answers
@@ -115,12 +116,18 @@ class Pair:
                     answer = self.questions.graded(its, 0.0)
                     append_answer(file, answer)
                     answers[answer.source, answer.index, answer.sample] = answer
-            if self.kind.prose:
-                with open(self.folder / "prose.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"run": name, "nats": prose(loaded.model, tokenizer)}) + "\n")
+            nats = prose(loaded.model, tokenizer) if self.kind.prose else None
+        with open(self.folder / LOG, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"run": name, "seconds": time.time() - began, "nats": nats}) + "\n")
         point = Point.of(strength or 0.0, answers.values())
         print(f"{self.folder.name}: {name}: {point.accuracy:.3f} @ {point.tokens:.1f}", flush=True)
         return answers
+
+    def prose(self) -> dict[str, float]:
+        """What an unrelated text costs every model that was asked, in nats a token."""
+        log = self.folder / LOG
+        lines = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.exists() else [])
+        return {line["run"]: line["nats"] for line in lines if line["nats"] is not None}
 
     def outcomes(
         self, name: str, method: str | None, strength: float | None, answers: Mapping[Key, Answer]
@@ -141,5 +148,6 @@ def prose(model: Any, tokenizer: Any) -> float:
     return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
+LOG = "runs.jsonl"  # of a pair: what each run took, and its prose
 SEED = 1_000_000  # of the problems of reasoning-gym
 SCRATCH = "/dev/shm" if os.path.isdir("/dev/shm") else None

@@ -24,6 +24,7 @@ class Row:
         against: the area minus that of uniform task arithmetic [value, low, high]; None for itself.
         best: the most that a single merge is above the chord.
         points: every merge's strength, accuracy and mean tokens.
+        prose: the most that any of the merges takes for an unrelated text, in nats a token; None where not measured.
     """
 
     variant: str
@@ -34,9 +35,12 @@ class Row:
     against: tuple[float, float, float] | None
     best: float
     points: list[tuple[float, float, float]]
+    prose: float | None
 
 
-def rows(base: Outcomes, long: Outcomes, fronts: Mapping[str, Sequence[Outcomes]]) -> list[Row]:
+def rows(
+    base: Outcomes, long: Outcomes, fronts: Mapping[str, Sequence[Outcomes]], prose: Mapping[str, float]
+) -> list[Row]:
     """Every variant's row, each beside the reference alone, so that no row depends on what else was run."""
     found = []
     for variant, runs in fronts.items():
@@ -55,6 +59,7 @@ def rows(base: Outcomes, long: Outcomes, fronts: Mapping[str, Sequence[Outcomes]
                 _triple(summary.differences[0].difference) if others else None,
                 max(run.above_chord.value for run in its if run.above_chord is not None),
                 [(float(run.settings["strength"]), run.accuracy.value, run.tokens_mean) for run in its],
+                max((prose[run.run] for run in its if run.run in prose), default=None),
             )
         )
     return found
@@ -66,7 +71,10 @@ def _triple(estimate: Estimate) -> tuple[float, float, float]:
     return estimate.value, estimate.low, estimate.high
 
 
-def save(path: Path, kind: str, seed: int, ends: Mapping[str, Any], rows: Sequence[Row]) -> None:
-    """What a pair shows, for the tables over pairs."""
-    content = {"kind": kind, "seed": seed, "ends": dict(ends), "rows": [asdict(row) for row in rows]}
+def save(
+    path: Path, kind: str, seed: int, ends: Mapping[str, Any], rows: Sequence[Row], prose: Mapping[str, float]
+) -> None:
+    """What a pair shows, for the tables over pairs; of prose only what it costs the ends."""
+    its = {name: prose[name] for name in ends if name in prose}
+    content = {"kind": kind, "seed": seed, "ends": dict(ends), "prose": its, "rows": [asdict(row) for row in rows]}
     path.write_text(json.dumps(content, indent=1), encoding="utf-8")

@@ -183,5 +183,5 @@ KINDS = {
     "scratch-llama": _of_scratch(_llama, (2, 3), (0.35, 0.45, 0.2), 80),
     "scratch-mixtral": _of_scratch(_mixtral, (2, 3), (0.35, 0.45, 0.2), 80),
     # GPT-2, whose positions are absolute, learns to add three digits at once as well as by columns.
-    "scratch-gpt2": _of_scratch(_gpt2, (3, 4), (0.15, 0.6, 0.25), 110),
+    "scratch-gpt2": _of_scratch(_gpt2, (3, 4), (0.3, 0.45, 0.25), 110),
 }
