@@ -1,12 +1,13 @@
 """Does a signal predict what moving a part of the model does? Measured KL against each signal, of a pair.
 
-    python -m benchmarks.fidelity FOLDER...
+    python -m benchmarks.fidelity FOLDER... [--write docs/evidence.md]
 
-FOLDER is a pair that `python -m benchmarks.evidence` has answered base and long for. One layer is moved, or one block
-of one (attention or MLP), all the way to the other model, or all layers at once by coefficients drawn at random; what
-is measured is the mean KL divergence of the next token's distribution from the unmoved model's, on the answers of base
-and long to the problems. A cell is the correlation of ln KL with ln signal, at the base / at the long model. The
-ceiling is the correlation of ln KL on base's answers with that on long's.
+FOLDER is a pair that `python -m benchmarks.evidence` has answered base and long for; what was found is kept there. One
+layer is moved, or one block of one (attention or MLP), all the way to the other model, or all layers at once by
+coefficients drawn at random; what is measured is the mean KL divergence of the next token's distribution from the
+unmoved model's, on the answers of base and long to the problems. A cell is the correlation of ln KL with ln signal, the
+mean of that at the base and at the long model: of layers / of blocks / of all at once. The ceiling is the correlation
+of ln KL on base's answers with that on long's.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.evidence import mappings
 from benchmarks.evidence.signals import BASE, LONG, Inputs, Signals, signals
+from benchmarks.pages import head, line, put
 
 INPUTS = (
     Inputs(),
@@ -123,18 +125,31 @@ def rows(pair: Path) -> dict[str, dict[str, list[float]]]:
     return found
 
 
+def table(found: dict[str, dict[str, dict[str, list[float]]]]) -> Iterator[str]:
+    """Signals by pairs."""
+    yield from head("signal", *found)
+    for signal in next(iter(found.values())):
+        yield line(
+            signal, *(" / ".join(f"{np.mean(values):.2f}" for values in its[signal].values()) for its in found.values())
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path)
-    folders = parser.parse_args().folders
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into this page")
+    arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    for folder in folders:
-        found = rows(folder)
-        (folder / "fidelity.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-        print(f"\n{folder.name}\n\n| signal | layers | blocks | all at once |\n| --- | --- | --- | --- |")
-        for signal, its in found.items():
-            cells = (" / ".join(f"{value:.2f}" for value in its[what]) for what in ("layers", "blocks", "all at once"))
-            print(f"| {signal} | {' | '.join(cells)} |", flush=True)
+    found = {}
+    for folder in arguments.folders:
+        kept = folder / "fidelity.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(rows(folder), indent=1), encoding="utf-8")
+        found[folder.name] = json.loads(kept.read_text(encoding="utf-8"))
+    if arguments.write:
+        put(arguments.write, "python -m benchmarks.fidelity", ["", *table(found), ""])
+    else:
+        print("\n".join(table(found)))
 
 
 if __name__ == "__main__":

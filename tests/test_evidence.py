@@ -17,6 +17,7 @@ from benchmarks.evidence.signals import BASE, LONG, Inputs, Signals, signals
 from benchmarks.evidence.subspace import without_top_directions
 from benchmarks.evidence.summary import rows, save
 from benchmarks.evidence.variants import VARIANTS
+from benchmarks.pages import put
 from benchmarks.pairs.recipes import KINDS
 from benchmarks.pairs.tasks import characters, columns, gym, words
 from example_configs.demo import prompt_ids
@@ -238,11 +239,19 @@ def test_the_tables_say_which_variant_is_above_the_chord(tmp_path):
     assert found[1].against[0] == pytest.approx(0.15)
     save(tmp_path / "summary.json", "words", 7, {"base": (0.2, 10.0), "long": (1.0, 50.0)}, found, prose)
     pair = json.loads((tmp_path / "summary.json").read_text())
-    assert "| words 7 | 0.20 @ 10.0 | 1.00 @ 50.0 | 0.50: 0.60 @ 30 |" in tables.pairs_table([pair])
-    assert "0.750, fim_ties | 80.0% |" in tables.aims_table([pair])
-    lines = tables.variants_table([pair]).splitlines()
-    assert len(lines) == 2 + len(VARIANTS)
-    assert "| slerp | not run |" in "\n".join(lines)
-    assert "| base | 3.0000 |\n| long | 3.2500 |\n| task_arithmetic | 3.1250 |" in tables.prose_table([pair])
+    page = tmp_path / "page.md"
+    command = f"<!-- {tables.COMMAND}: "
+    page.write_text(f"Before.\n{command}begin -->\nold\n{command}end -->\nAfter.\n")
+    put(page, tables.COMMAND, list(tables.page({"words": [pair]})))
+    text = page.read_text()
+    assert text.startswith("Before.\n")
+    assert text.endswith("After.\n")
+    assert "old" not in text
+    assert "| words 7 | 0.20 @ 10.0 | 1.00 @ 50.0 | 0.50: 0.60 @ 30 |" in text
+    assert "| words 7 | 0.750, fim_ties | " in text
+    assert ", 80.0% | not run | not run | " in text
+    assert "\n| fim_ties | +0.150, 1 up |\n" in text
+    assert all(text.count(f"\n| {name} | ") == 2 for name in VARIANTS if name not in fronts)
+    assert "| base | 3.0000 |\n| long | 3.2500 |\n| task_arithmetic | 3.1250 |" in text
     tables.draw({"words": [pair]}, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000

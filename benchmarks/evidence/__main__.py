@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", default=list(VARIANTS))
     parser.add_argument("--n", type=int, default=200, help="problems (200)")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"merges of each variant ({RUNS})")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     if unknown := ", ".join(set(arguments.variants) - set(VARIANTS)):
         parser.error(f"expected some of {', '.join(VARIANTS)}, found {unknown}")
     transformers.utils.logging.set_verbosity_error()
