@@ -149,6 +149,7 @@ VARIANTS: dict[str, Variant] = {
     # What mergekit has
     "task_arithmetic": stock("task_arithmetic", high=1.0),
     "slerp": Variant(_slerp),
+    "ties density 0.02": stock("ties", density=0.02, high=6.0),
     "ties density 0.05": stock("ties", density=0.05, high=4.0),
     "ties density 0.1": stock("ties", density=0.1, high=3.0),
     "ties density 0.2": stock("ties", density=0.2, high=2.0),
@@ -177,6 +178,7 @@ VARIANTS: dict[str, Variant] = {
     "fim_ties neither": ours("fim_ties", 2.0, False, density=0.2, gate_scale=1.0, norm_tolerance=0.0),
     "fim_ties sharpness 0": ours("fim_ties", 2.0, False, density=0.2, sharpness=0.0),
     "fim_ties sharpness -1": ours("fim_ties", 2.0, False, density=0.2, sharpness=-1.0),
+    "fim_ties density 0.01": ours("fim_ties", 8.0, False, density=0.01),
     "fim_ties density 0.02": ours("fim_ties", 6.0, False, density=0.02),
     "fim_ties density 0.05": ours("fim_ties", 4.0, False, density=0.05),
     "fim_ties density 0.1": ours("fim_ties", 3.0, False, density=0.1),
