@@ -152,7 +152,7 @@ def _gates(pre_pass: PrePass, is_one: Callable[[str], bool]) -> list[str]:
 
 
 def _protected_halves(pre_pass: PrePass) -> list[str]:
-    model_type = pre_pass.base.config.model_type
+    model_type = pre_pass.base.text_config.model_type
     return [name for name in _gates(pre_pass, is_fused) if is_layout_known(name, model_type)]
 
 

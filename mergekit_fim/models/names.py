@@ -51,6 +51,10 @@ class Loading:
         """The keys that a tensor of this name in a checkpoint is loaded into, whole or as a part."""
         return self._expanded(*self._renamed(name))
 
+    def keys_of(self, name: str) -> list[str]:
+        """The keys of a tensor by mergekit's definition, which may have its name from the checkpoints or the model."""
+        return [key for key in dict.fromkeys((name, *self.targets(name))) if key in self.keys]
+
     def is_whole(self, name: str) -> bool:
         """Whether it is loaded as it is, under its own name or another one."""
         return self._renamed(name)[1] is None

@@ -1,0 +1,62 @@
+"""Where the language model is in a model that sees or hears, too; of a text-only model it is everything."""
+
+import copy
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+_KINDS = {
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "AutoModelForImageTextToText": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "AutoModelForMultimodalLM": "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+}
+
+
+def auto_class(config: PretrainedConfig, trust_remote_code: bool) -> Any:
+    """transformers' auto class for the model that a config names, or None where it is no language model."""
+    name = next(iter(config.architectures or ()), None)
+    for kind, table in _KINDS.items():
+        if name in getattr(modeling_auto, table, {}).values():
+            return getattr(transformers, kind)
+    own = getattr(config, "auto_map", None) or {}
+    return next((getattr(transformers, k) for k in _KINDS if k in own), None) if trust_remote_code else None
+
+
+def without_weights(config: PretrainedConfig, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
+    """transformers' model; on which device its weights are made is the caller's to say."""
+    cls = auto_class(config, trust_remote_code)
+    model: PreTrainedModel = cls.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, **options)
+    return model
+
+
+def decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
+    """The module that holds the language model's decoder layers, and its name in the model."""
+    found: Any = model.get_decoder()
+    while isinstance(found, PreTrainedModel) and found.base_model is not found:  # it has an output head
+        inner: Any = found.base_model
+        found = inner.get_decoder()
+    return next(name for name, module in model.named_modules() if module is found), found
+
+
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """What is to be run on tokens alone: the model, or within it a language model with an output head of its own."""
+    inner = model.get_decoder() if is_composite(model) else model
+    has_head = isinstance(inner, PreTrainedModel) and inner.base_model is not inner
+    return inner if has_head and inner.get_output_embeddings() is not None else model
+
+
+def is_composite(model: PreTrainedModel) -> bool:
+    """Whether the language model is a part of the model."""
+    return model.config.get_text_config() is not model.config
+
+
+def outside(model: PreTrainedModel) -> frozenset[str]:
+    """The names, in the state dict, of what isn't the language model's: of vision and audio towers and projectors."""
+    if not is_composite(model):
+        return frozenset()
+    parts = (decoder(model)[1], model.get_input_embeddings(), model.get_output_embeddings())
+    own = {id(t) for part in parts if part is not None for t in part.state_dict(keep_vars=True).values()}
+    return frozenset(name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in own)
