@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from mergekit_fim import coefficients
 from mergekit_fim.config.parameters import FLOAT_DTYPES, PARAMETERS, FisherSettings, Scope
-from mergekit_fim.errors import FimError, brief, reason, shown
+from mergekit_fim.errors import FimError, brief, shown
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,13 @@ def check_modules(config: MergeConfiguration, architecture: ModelArchitecture, m
             f"slices: these models have the modules {', '.join(names)}, and mergekit can't tell which one is "
             "meant; use `modules:`, with `slices:` in that of the decoder layers and `models:` in the others"
         )
-    for name, module in architecture.modules.items():
+    for module in architecture.modules.values():
         try:
             module.architecture.num_layers(model_config)
-        except Exception as error:  # mergekit's own, of a config that lacks the key
+        except Exception as error:  # mergekit's own
             raise FimError(
-                f"mergekit's definition of {kind} doesn't fit this config.json ({name}: "
-                f"{reason(error)}); this version of mergekit can't merge such a model"
+                f"mergekit's definition of {kind} doesn't fit its config.json, which has no "
+                f"{module.architecture.num_layers_config_key()}: this version of mergekit can't merge such a model"
             ) from error
 
 

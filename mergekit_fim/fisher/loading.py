@@ -197,6 +197,7 @@ def load_model(
     *,
     running: torch.dtype | None = None,
     sequences: int = 1,
+    rows: bool = True,
     beside: Beside | None = None,
 ) -> LoadedModel:
     """Make the base model ready to be run.
@@ -209,6 +210,7 @@ def load_model(
             accelerator that they don't fit on.
         running: what to run it in; by default the `running_dtype` for the dtype in which it is read.
         sequences: on how many it is to be measured: as many replicas can be of use.
+        rows: whether streaming may leave out the input embeddings, of which the engine loads the rows that occur.
         beside: is shown every tensor that is read whole, on the device that it is for; from several threads.
 
     Raises:
@@ -222,7 +224,7 @@ def load_model(
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     plain = type(ends[1]) is nn.Linear and isinstance(ends[0], nn.Embedding)  # of which single rows can be used
     if where.streamed and plain:
-        return _streamed(model, layers, tensors, where)
+        return _streamed(model, layers, tensors, where, rows)
     if where.device.type == "cpu":
         _fill([(model, lambda _name: where.device)], tensors, quiet=options.quiet)
         return LoadedModel(language_model(model), layers, ResidentWeights(), replace(where, streamed=False))
@@ -230,7 +232,7 @@ def load_model(
     plan = plan_devices(_free(devices), [block.size for block in blocks], sequences)
     chosen = [devices[index] for index in plan.devices]
     if plan.way is Way.STREAMED:
-        return _streamed(model, layers, tensors, Placement(chosen[0], spread=False, streamed=True))
+        return _streamed(model, layers, tensors, Placement(chosen[0], spread=False, streamed=True), rows)
     where = replace(where, device=chosen[0], streamed=False)
     if plan.way is Way.SPREAD:
         device_map = _device_map(blocks, [devices[index] for index in plan.holders])
@@ -264,11 +266,13 @@ def _running(base: InputModel, dtype: str | None, where: Placement) -> torch.dty
 
 
 def _streamed(
-    model: PreTrainedModel, layers: list[nn.Module], tensors: CheckpointTensors, where: Placement
+    model: PreTrainedModel, layers: list[nn.Module], tensors: CheckpointTensors, where: Placement, rows: bool
 ) -> LoadedModel:
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     by_layer = {id(p) for layer in layers for p in layer.parameters()}
     kept = by_layer | {id(end.weight) for end in ends if end is not None}
+    if not rows:
+        kept -= {id(ends[0].weight)}
     _fill([(model, lambda _name: where.device)], tensors, skip=kept)
     for name, parameter in model.named_parameters():
         if id(parameter) in kept - by_layer:

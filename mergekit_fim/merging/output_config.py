@@ -92,7 +92,7 @@ def _has_own_head(model: InputModel) -> bool:
         own = model.stored_name(tensor, tied=False)
         if not tensor.tied_names or own is None:
             continue
-        if not model.text_config.tie_word_embeddings:
+        if not model.is_tied:
             return True
         # Declared tied, and stored all the same: a copy, or a head that was trained on its own.
         embedding = next((name for name in tensor.tied_names if name in model.headers), None)

@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from mergekit_fim.errors import FimError, check_own_code, reason
 from mergekit_fim.models.checkpoint import TensorHeader, model_config, read_headers
 from mergekit_fim.models.completion import Changes, changed, check_same, left_out, unneeded
-from mergekit_fim.models.language import auto_class, outside, without_weights
+from mergekit_fim.models.language import auto_class, is_tied, outside, without_weights
 from mergekit_fim.models.layout import DecoderLayer, ModelLayout, model_layout, stack_of, tensor_names
 from mergekit_fim.models.names import Loading
 
@@ -72,6 +72,11 @@ class InputModel:
     def text_config(self) -> PretrainedConfig:
         """The config of the language model, which for text-only models is the whole config."""
         return self.config.get_text_config()
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether its config ties the output head to the input embeddings."""
+        return is_tied(self.config)
 
     def num_layers(self, module: str) -> int:
         """How many layers one of mergekit's modules has."""

@@ -25,6 +25,11 @@ def auto_class(config: PretrainedConfig, trust_remote_code: bool) -> Any:
     return next((getattr(transformers, k) for k in _KINDS if k in own), None) if trust_remote_code else None
 
 
+def is_tied(config: PretrainedConfig) -> bool:
+    """Whether a config ties the output head to the input embeddings: where it has parts, they don't count."""
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
 def without_weights(config: PretrainedConfig, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
     """transformers' model; on which device its weights are made is the caller's to say."""
     cls = auto_class(config, trust_remote_code)
@@ -34,18 +39,18 @@ def without_weights(config: PretrainedConfig, trust_remote_code: bool, **options
 
 def decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """The module that holds the language model's decoder layers, and its name in the model."""
-    found: Any = model.get_decoder()
-    while isinstance(found, PreTrainedModel) and found.base_model is not found:  # it has an output head
-        inner: Any = found.base_model
-        found = inner.get_decoder()
+    start: Any = model.get_decoder()
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    stacks = (m for m in start.modules() if any(len(c) == count for c in m.children() if isinstance(c, nn.ModuleList)))
+    found = next(stacks, start)
     return next(name for name, module in model.named_modules() if module is found), found
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
     """What is to be run on tokens alone: the model, or within it a language model with an output head of its own."""
     inner = model.get_decoder() if is_composite(model) else model
-    has_head = isinstance(inner, PreTrainedModel) and inner.base_model is not inner
-    return inner if has_head and inner.get_output_embeddings() is not None else model
+    has_head = isinstance(inner, PreTrainedModel) and inner.get_output_embeddings() is not None
+    return inner if has_head else model
 
 
 def is_composite(model: PreTrainedModel) -> bool:
