@@ -193,7 +193,8 @@ def _kept(config: MergeConfiguration, base: InputModel) -> dict[str, str]:
     for name, module in (config.modules or {}).items():
         for out_slice in module.slices or []:
             given = settings_of(ConfigReader(config=config, t=0, slice_out=out_slice, module=module), "other_modules")
-            own = [tensor.name for tensor in base.layout.modules[name] if tensor.name in base.other_modules]
+            names = [tensor.name for tensor in base.layout.modules[name]]
+            own = [tensor for tensor in names if tensor in base.other_modules - base.absent]
             found = {tensor: evaluate_setting(tensor, given, validate=str) or "merge" for tensor in own}
             tuned = [source.model for source in out_slice.sources if source.model != base_of(config, out_slice)]
             if len(tuned) > 1 and "tuned" in found.values():

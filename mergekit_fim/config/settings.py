@@ -182,6 +182,8 @@ def _check_parameter(name: str, setting: Any, where: str, scope: Scope, method: 
     given = [condition.value for condition in conditions(setting)]
     if [] in given:
         raise FimError(f"{where}: `{name}` is an empty list; give a value, a gradient or filters")
+    if parameter.type is str and any(isinstance(item, list) for item in given):
+        raise FimError(f"{where}: `{name}` is {parameter.expected}, found a gradient; give one value, or filters")
     for value in (v for item in given for v in (item if isinstance(item, list) else [item])):
         try:
             parameter.parse(value)

@@ -190,7 +190,10 @@ def _changes(
         for tensor in (layer.tensors if layer else layout.other)
         if not tensor.optional
         and stored.isdisjoint((tensor.name, *(tensor.aliases or ()), *(tensor.tied_names or ())))
-        and not _is_convertible(config.model_type, headers, tensor, layer)
+        and (
+            not _is_convertible(config.model_type, headers, tensor, layer)
+            or any(loading.is_reordered(key) for key in loading.keys_of(tensor.name))
+        )
     ]
     without = unneeded(layout, lacking, loading, tensors)
     layout = model_layout(changed(architecture, Changes(unneeded=without), stack), config, str(reference), stack)

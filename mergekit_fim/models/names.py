@@ -10,6 +10,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 
+# What a converter does that keeps entries in their order, or that mergekit does likewise.
+_PLAIN = {"Chunk", "Concatenate", "Interleave", "MergeModulelist", "Split", "SplitModulelist", "Transpose"}
+
+
 class Loading:
     """Where transformers' loader puts the tensors of a checkpoint.
 
@@ -58,6 +62,12 @@ class Loading:
     def is_whole(self, name: str) -> bool:
         """Whether it is loaded as it is, under its own name or another one."""
         return self._renamed(name)[1] is None
+
+    def is_reordered(self, key: str) -> bool:
+        """Whether entries change their places, by a rule that mergekit's own conversion leaves out without a word."""
+        _, pattern = self._renamed(next(iter(self.sources.get(key, ())), ""))
+        operations = self._converters[pattern].operations if pattern is not None else ()
+        return any(type(operation).__name__ not in _PLAIN for operation in operations)
 
     def loaded(self, names: Iterable[str]) -> set[str]:
         """The keys that are complete where a checkpoint holds just these tensors."""
