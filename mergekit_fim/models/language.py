@@ -1,6 +1,7 @@
 """Where the language model is in a model that sees or hears, too; of a text-only model it is everything."""
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import transformers
@@ -38,12 +39,26 @@ def without_weights(config: PretrainedConfig, trust_remote_code: bool, **options
 
 
 def decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
-    """The module that holds the language model's decoder layers, and its name in the model."""
+    """The module that holds the language model's decoder layers, and its name in the model.
+
+    Where several may be it, that is the one around them.
+    """
     start: Any = model.get_decoder()
-    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    stacks = (m for m in start.modules() if any(len(c) == count for c in m.children() if isinstance(c, nn.ModuleList)))
-    found = next(stacks, start)
+    text = model.config.get_text_config()
+    stacks = [*_stacks(start, type(text), getattr(text, "num_hidden_layers", None))]
+    found = stacks[0] if len(stacks) == 1 else start
     return next(name for name, module in model.named_modules() if module is found), found
+
+
+def _stacks(module: nn.Module, kind: type, count: int | None) -> Iterator[nn.Module]:
+    """The modules with a list of as many layers, without those of parts with a config of another kind: of towers."""
+    if any(len(child) == count for child in module.children() if isinstance(child, nn.ModuleList)):
+        yield module
+        return
+    for child in module.children():
+        own = getattr(child, "config", None)
+        if isinstance(own, kind) or not isinstance(own, PretrainedConfig):
+            yield from _stacks(child, kind, count)
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
