@@ -1,4 +1,4 @@
-"""Every causal language model of the installed transformers, tiny: merged by mergekit's own method and by ours.
+"""Every language model of the installed transformers, tiny: merged by mergekit's own method and by ours.
 
     make architectures
     PYTHONPATH=tests python benchmarks/architectures.py qwen3_5 jamba   # these, again
@@ -17,6 +17,7 @@ import signal
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -237,14 +238,24 @@ def made_of(found: dict[str, Any] | None, base_generates: str) -> str:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """All the models as a table, and how many there are of which kind."""
+    """All the models as two tables, those that see by themselves, and how many there are of which kind."""
+    by = ", ".join(f"{package} {number}" for package, number in versions().items())
+    text = [*part({name: found for name, found in rows.items() if name not in zoo.VISION}, f"models ({by})")]
+    vision = [*part({name: found for name, found in rows.items() if name in zoo.VISION}, "models that see, too")]
+    return "\n".join([*text, "", *vision])
+
+
+def part(rows: dict[str, dict[str, Any]], what: str) -> Iterator[str]:
+    """One of the tables, after a line that counts its rows."""
     lines, counts = [], dict.fromkeys(("unmade", "both", "ours", "stock", "neither"), 0)
     for name in sorted(rows):
         found = rows[name]
+        modules = [", ".join(sorted(found["modules"]))] if isinstance(found.get("modules"), dict) else ["none"]
+        first = f"| `{name}` | " if name not in zoo.VISION else f"| `{name}` | {modules[0]} | "
         if found.get("made", found.get("died", "died")):
             counts["unmade"] += 1
-            reason = re.sub(r"\s+", " ", found.get("made") or found["died"])[:150]
-            lines.append(f"| `{name}` | not made: {reason} | | | |")
+            reason = re.sub(r"\s+", " ", found.get("made") or found["died"])[:150].replace("|", "\\|").replace("`", "'")
+            lines.append(f"{first}not made: {reason} | | | |")
             continue
         stock, *ours = (made_of(found.get(method), found["generates"]) for method in METHODS)
         fisher = found.get("fisher", {})
@@ -254,6 +265,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         notes = ["measured with all of it in memory"] if fisher.get("warnings") else []
         notes += ["neither base nor merged model generates" if found["generates"] else ""]
         notes += [found.get("died", "")]
+        for method in METHODS:
+            by_modules = found.get(method + BY_MODULES)
+            if by_modules and made_of(by_modules, found["generates"]) != made_of(found[method], found["generates"]):
+                notes.append(f"{method}{BY_MODULES}: {made_of(by_modules, found['generates'])}")
         alike = sorted(ours[0].split()) == sorted(ours[1].split())  # modules are listed in any order
         shown = (
             ours[0]
@@ -262,19 +277,17 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         )
         number = f"{differs:.0e}" if "difference" in fisher and not fisher["warnings"] else ""
         cells = (stock, shown, number, "; ".join(note for note in notes if note))
-        lines.append(f"| `{name}` | " + " | ".join(cell.replace("|", "\\|").replace("`", "'") for cell in cells) + " |")
-    by = ", ".join(f"{package} {number}" for package, number in versions().items())
-    return "\n".join(
-        [
-            f"{len(rows)} models ({by}): {counts['both']} are merged whole by all three methods, {counts['ours']} by "
-            f"`fim_ta` and `fim_ties` only, {counts['stock']} by `task_arithmetic` only, {counts['neither']} by none; "
-            f"{counts['unmade']} could not be made so small, or not at all.",
-            "",
-            "| model | `task_arithmetic` | `fim_ta` and `fim_ties` | difference | |",
-            "| --- | --- | --- | --- | --- |",
-            *lines,
-        ]
+        lines.append(first + " | ".join(cell.replace("|", "\\|").replace("`", "'") for cell in cells) + " |")
+    yield (
+        f"{len(rows)} {what}: {counts['both']} are merged whole by all three methods, {counts['ours']} by "
+        f"`fim_ta` and `fim_ties` only, {counts['stock']} by `task_arithmetic` only, {counts['neither']} by none; "
+        f"{counts['unmade']} could not be made so small, or not at all."
     )
+    yield ""
+    of_modules = ["| mergekit's modules ", "| --- "] if rows.keys() & zoo.VISION.keys() else ["", ""]
+    yield f"| model {of_modules[0]}| `task_arithmetic` | `fim_ta` and `fim_ties` | difference | |"
+    yield f"| --- {of_modules[1]}| --- | --- | --- | --- |"
+    yield from lines
 
 
 def main() -> None:
