@@ -218,13 +218,13 @@ def measure_checkpoint(
             except NotSupportedError as error:
                 if rows and loaded is not None and loaded.placement.streamed:  # Gemma 4's code looks into them
                     rows = False
-                    continue
-                why = f" ({reason(error.__cause__)})" if error.__cause__ is not None else ""
-                where, engine, whole = replace(where, streamed=False), reference, True
-                warnings.append(
-                    f"{base} can't be run layer by layer{why}: its Fisher information was measured with all of it in "
-                    "memory"
-                )
+                else:
+                    why = f" ({reason(error.__cause__)})" if error.__cause__ is not None else ""
+                    where, engine, whole = replace(where, streamed=False), reference, True
+                    warnings.append(
+                        f"{base} can't be run layer by layer{why}: its Fisher information was measured with all of it "
+                        "in memory"
+                    )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
