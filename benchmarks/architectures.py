@@ -1,4 +1,4 @@
-"""Every causal language model of the installed transformers, tiny: merged by mergekit's own method and by ours.
+"""Every language model of the installed transformers, tiny: merged by mergekit's own method and by ours.
 
     make architectures
     PYTHONPATH=tests python benchmarks/architectures.py qwen3_5 jamba   # these, again
@@ -17,6 +17,7 @@ import signal
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ import transformers
 import yaml
 import zoo
 from click.testing import CliRunner
+from mergekit.architecture import get_architecture_info
+from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
@@ -37,6 +40,7 @@ from mergekit_fim.models.inputs import open_model
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("task_arithmetic", "fim_ta", "fim_ties")
+BY_MODULES = " by modules"  # the same with every module by itself, where a model has several
 SETTINGS = FisherSettings(samples=2, seq_len=8, seed=2)
 SECONDS = 120
 BEGIN, END = "<!-- make architectures: begin -->", "<!-- make architectures: end -->"
@@ -46,14 +50,27 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def merged(method: str, folder: Path) -> dict[str, Any]:
+def modules(folder: Path) -> dict[str, int]:
+    """mergekit's definition of a model: its modules with their numbers of layers."""
+    models = [{"model": str(folder / "long")}]
+    config = {"merge_method": "fim_ta", "base_model": str(folder / "base"), "models": models}
+    definition = get_architecture_info(MergeConfiguration.model_validate(config), MergeOptions())
+    own = transformers.AutoConfig.from_pretrained(folder / "base")
+    return {name: module.architecture.num_layers(own) for name, module in definition.modules.items()}
+
+
+def merged(kind: str, folder: Path, auto: Any) -> dict[str, Any]:
     """A merge by the stock command, and what becomes of it."""
+    method = kind.removesuffix(BY_MODULES)
     config: dict[str, Any] = {"merge_method": method, "base_model": str(folder / "base"), "dtype": "float32"}
     config["models"] = [{"model": str(folder / "long"), "parameters": {} if "fim" in method else {"weight": 0.5}}]
     if "fim" in method:
         config["parameters"] = {"fisher_samples": SETTINGS.samples, "fisher_seq_len": SETTINGS.seq_len}
+    if kind != method:
+        models = config.pop("models")
+        config["modules"] = {name: {"models": models} for name in modules(folder)}
     (folder / "config.yml").write_text(yaml.safe_dump(config))
-    out = folder / method
+    out = folder / kind
     result = CliRunner().invoke(
         mergekit_yaml, [str(folder / "config.yml"), str(out), "--no-write-model-card", "--no-copy-tokenizer"]
     )
@@ -63,7 +80,7 @@ def merged(method: str, folder: Path) -> dict[str, Any]:
         if not own and result.exc_info:
             traceback.print_exception(*result.exc_info)
         return {"error": error.replace(str(folder) + "/", ""), "traceback": not own}
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    model, info = auto.from_pretrained(out, output_loading_info=True)
     found = {key: sorted(map(str, names)) for key, names in info.items() if names}
     found_report = out / "fim_report.json"
     report = json.loads(found_report.read_text()) if found_report.exists() else {}
@@ -71,7 +88,7 @@ def merged(method: str, folder: Path) -> dict[str, Any]:
         "info": found,
         "generates": generates(model),
         "added": len(report.get("added_tensors", [])),
-        "unlike": unlike(model, folder) if method != "fim_ties" else [],
+        "unlike": unlike(model, folder, auto) if method != "fim_ties" else [],
     }
 
 
@@ -86,10 +103,9 @@ def generates(model: Any) -> str:
     return ""
 
 
-def unlike(model: Any, folder: Path) -> list[str]:
+def unlike(model: Any, folder: Path, auto: Any) -> list[str]:
     """The tensors that aren't the base's plus a multiple of the task vector, as transformers loads all three."""
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    base, long = (load(folder / name).state_dict() for name in ("base", "long"))
+    base, long = (auto.from_pretrained(folder / name).state_dict() for name in ("base", "long"))
     found = []
     for name, value in model.state_dict().items():
         if value.is_floating_point():
@@ -147,12 +163,20 @@ def row(name: str, tell: Any) -> None:
             tell({"made": said(error)})
             return
         tell({"made": ""})
-        for method in METHODS:
+        kinds = [*METHODS]
+        if name in zoo.VISION:
             try:
-                tell({method: merged(method, folder)})
+                found = modules(folder)
+                tell({"modules": found})
+                kinds += [kind + BY_MODULES for kind in METHODS[:2] if len(found) > 1]
+            except Exception as error:
+                tell({"modules": said(error)})
+        for kind in kinds:
+            try:
+                tell({kind: merged(kind, folder, zoo.auto_class(name))})
             except Exception as error:
                 traceback.print_exc()
-                tell({method: {"error": f"loading: {said(error)}", "traceback": True}})
+                tell({kind: {"error": f"loading: {said(error)}", "traceback": True}})
         try:
             tell({"fisher": difference(folder)})
         except Exception as error:
@@ -214,14 +238,24 @@ def made_of(found: dict[str, Any] | None, base_generates: str) -> str:
 
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
-    """All the models as a table, and how many there are of which kind."""
+    """All the models as two tables, those that see by themselves, and how many there are of which kind."""
+    by = ", ".join(f"{package} {number}" for package, number in versions().items())
+    text = [*part({name: found for name, found in rows.items() if name not in zoo.VISION}, f"models ({by})")]
+    vision = [*part({name: found for name, found in rows.items() if name in zoo.VISION}, "models that see, too")]
+    return "\n".join([*text, "", *vision])
+
+
+def part(rows: dict[str, dict[str, Any]], what: str) -> Iterator[str]:
+    """One of the tables, after a line that counts its rows."""
     lines, counts = [], dict.fromkeys(("unmade", "both", "ours", "stock", "neither"), 0)
     for name in sorted(rows):
         found = rows[name]
+        modules = [", ".join(sorted(found["modules"]))] if isinstance(found.get("modules"), dict) else ["none"]
+        first = f"| `{name}` | " if name not in zoo.VISION else f"| `{name}` | {modules[0]} | "
         if found.get("made", found.get("died", "died")):
             counts["unmade"] += 1
-            reason = re.sub(r"\s+", " ", found.get("made") or found["died"])[:150]
-            lines.append(f"| `{name}` | not made: {reason} | | | |")
+            reason = re.sub(r"\s+", " ", found.get("made") or found["died"])[:150].replace("|", "\\|").replace("`", "'")
+            lines.append(f"{first}not made: {reason} | | | |")
             continue
         stock, *ours = (made_of(found.get(method), found["generates"]) for method in METHODS)
         fisher = found.get("fisher", {})
@@ -231,6 +265,10 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         notes = ["measured with all of it in memory"] if fisher.get("warnings") else []
         notes += ["neither base nor merged model generates" if found["generates"] else ""]
         notes += [found.get("died", "")]
+        for method in METHODS:
+            by_modules = found.get(method + BY_MODULES)
+            if by_modules and made_of(by_modules, found["generates"]) != made_of(found[method], found["generates"]):
+                notes.append(f"{method}{BY_MODULES}: {made_of(by_modules, found['generates'])}")
         alike = sorted(ours[0].split()) == sorted(ours[1].split())  # modules are listed in any order
         shown = (
             ours[0]
@@ -239,19 +277,17 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
         )
         number = f"{differs:.0e}" if "difference" in fisher and not fisher["warnings"] else ""
         cells = (stock, shown, number, "; ".join(note for note in notes if note))
-        lines.append(f"| `{name}` | " + " | ".join(cell.replace("|", "\\|").replace("`", "'") for cell in cells) + " |")
-    by = ", ".join(f"{package} {number}" for package, number in versions().items())
-    return "\n".join(
-        [
-            f"{len(rows)} models ({by}): {counts['both']} are merged whole by all three methods, {counts['ours']} by "
-            f"`fim_ta` and `fim_ties` only, {counts['stock']} by `task_arithmetic` only, {counts['neither']} by none; "
-            f"{counts['unmade']} could not be made so small, or not at all.",
-            "",
-            "| model | `task_arithmetic` | `fim_ta` and `fim_ties` | difference | |",
-            "| --- | --- | --- | --- | --- |",
-            *lines,
-        ]
+        lines.append(first + " | ".join(cell.replace("|", "\\|").replace("`", "'") for cell in cells) + " |")
+    yield (
+        f"{len(rows)} {what}: {counts['both']} are merged whole by all three methods, {counts['ours']} by "
+        f"`fim_ta` and `fim_ties` only, {counts['stock']} by `task_arithmetic` only, {counts['neither']} by none; "
+        f"{counts['unmade']} could not be made so small, or not at all."
     )
+    yield ""
+    of_modules = ["| mergekit's modules ", "| --- "] if rows.keys() & zoo.VISION.keys() else ["", ""]
+    yield f"| model {of_modules[0]}| `task_arithmetic` | `fim_ta` and `fim_ties` | difference | |"
+    yield f"| --- {of_modules[1]}| --- | --- | --- | --- |"
+    yield from lines
 
 
 def main() -> None:
@@ -268,7 +304,7 @@ def main() -> None:
     if options.state.exists():
         kept = [json.loads(line) for line in options.state.read_text().splitlines()]
         rows = {r["name"]: r for r in kept if r["versions"] == versions()}
-    for name in options.names or [name for name in zoo.NAMES if name not in rows]:
+    for name in options.names or [name for name in (*zoo.NAMES, *zoo.VISION) if name not in rows]:
         rows[name] = guarded(name, options.log)
         with options.state.open("a") as file:
             file.write(json.dumps(rows[name]) + "\n")

@@ -7,7 +7,7 @@ resolves with the names of the source layers: slices that drop, repeat or shift 
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,6 @@ from mergekit.config import (
     ConditionalParameter,
     ConfigReader,
     MergeConfiguration,
-    OutputModuleDefinition,
     OutputSliceDefinition,
     evaluate_setting,
 )
@@ -35,8 +34,9 @@ from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.measure import check_measurable
 from mergekit_fim.fisher.processes import in_all
 from mergekit_fim.measured import Measured, measured, saved_measurement
-from mergekit_fim.merging.gates import is_fused, is_layout_known
+from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_known
 from mergekit_fim.merging.output_config import ConfigDifference, adapt_output_config
+from mergekit_fim.models.checkpoint import model_config
 from mergekit_fim.models.inputs import InputModel, check_compatible, check_tokenizer, open_models
 from mergekit_fim.result import BaseCoefficients, ModelCoefficients, ModelSettings, PrePass, SourceSlice
 from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
@@ -73,7 +73,7 @@ def check(config: MergeConfiguration, architecture: ModelArchitecture, options: 
     """
     settings = check_config(config)
     loading.placement(options)
-    check_modules(config, architecture)
+    check_modules(config, architecture, model_config(base_of(config), options.trust_remote_code))
     source = config.tokenizer.source if config.tokenizer else config.tokenizer_source
     if source is not None:
         for reference in _distinct(m for m in (config.base_model, source) if isinstance(m, ModelReference)):
@@ -93,82 +93,117 @@ def run(
     Args:
         config: changed in place: per-model `alpha`, and `density` where it isn't set.
         settings: from `check`.
-        architecture: mergekit's description of the models.
+        architecture: mergekit's definition of the models.
         options: the merge's options.
         output_config: the config that the merged model will get; corrected in place.
 
     Raises:
         FimError: the models can't be merged, or a measurement isn't finite.
     """
-    (module,) = (config.modules or {}).values()
-    slices = module.slices or []
-    references = [source.model for out_slice in slices for source in out_slice.sources]
+    modules = config.modules or {}
+    every = [(name, module, out_slice) for name, module in modules.items() for out_slice in module.slices or []]
+    references = [source.model for *_, out_slice in every for source in out_slice.sources]
     inputs = open_models(_distinct([base_of(config), *references]), architecture, options.trust_remote_code)
-    sources = tuple(_source_slices(slices, module, config, inputs))
+    base = inputs[base_of(config)]
+    slices = modules[base.layout.stack].slices or []
+    sources = tuple(s for name in modules for s in _source_slices(name, config, inputs))
+    kept = _kept(config, base)
     warnings = [*_check_inputs(slices, sources, inputs, config, options)]
 
-    automatic = [s for s in sources if not _is_set_by_hand(s, inputs[s.source.model])]
+    automatic = [s for s in sources if not _is_set_by_hand(s, inputs[s.source.model], kept)]
     # All slices of a model that needs the pre-pass in one of them, so that the report can say what each layer gets.
     needed = _distinct((s.base, s.source.model) for s in automatic)
     to_measure = [s for s in sources if (s.base, s.source.model) in needed]
-    bases = [inputs[base] for base in _distinct(s.base for s in to_measure)]
+    bases = [inputs[reference] for reference in _distinct(s.base for s in to_measure)]
     saved = saved_measurement(settings, bases, options) if bases else None
     if saved is not None:
         settings = replace(settings, fisher=saved.measurement.fisher.settings)
     elif settings.saved is not None:
         warnings.append(f"fisher: {settings.saved} is not used, as every alpha is set by hand")
-    for base in bases:
-        check_measurable(base, settings.fisher)
+    for own in bases:
+        check_measurable(own, settings.fisher)
     coefficients = []
-    for base in bases:
-        found, norms = _measured(base, to_measure, inputs, config.dtype, settings, saved, options)
-        coefficients.append(_coefficients(base, found, norms, to_measure, settings))
+    for own in bases:
+        found, norms = _measured(own, to_measure, inputs, config.dtype, settings, saved, options)
+        coefficients.append(_coefficients(own, found, norms, to_measure, settings))
     warnings += [warning for c in coefficients for warning in c.measurement.fisher.warnings]
     warnings += _without_information(coefficients)
 
-    density = default_density(inputs[base_of(config)]) if config.merge_method == "fim_ties" else None
+    density = default_density(base) if config.merge_method == "fim_ties" else None
     models = tuple(_model_settings(sources, inputs, density))
-    readers = [ConfigReader(config=config, t=0, slice_out=out_slice, module=module) for out_slice in slices]
+    readers = [ConfigReader(config=config, t=0, slice_out=out_slice, module=module) for _, module, out_slice in every]
     shared = {
         name: as_set(readers, name, parameter.default_for(config.merge_method))
         for name, parameter in PARAMETERS.items()
         if parameter.scope is Scope.TENSOR
     }
-    _leave_unknown_gates(config, module, slices, inputs[base_of(config)])
-    _write_alphas(automatic, coefficients)
+    _leave_unknown_gates(config, base)
+    _write_alphas(sources, automatic, coefficients)
+    _write_kept(config, base, kept)
     if density is not None:
         _write_default_density(config, density)
     differences = _adapt(output_config, inputs, slices, config, options)
-    return PrePass(settings, config, inputs, tuple(coefficients), models, shared, density, differences, tuple(warnings))
+    return PrePass(
+        *(settings, config, inputs, tuple(coefficients), models, shared, kept, density, differences, tuple(warnings))
+    )
 
 
 def _source_slices(
-    slices: Sequence[OutputSliceDefinition],
-    module: OutputModuleDefinition,
-    config: MergeConfiguration,
-    inputs: Mapping[ModelReference, InputModel],
+    name: str, config: MergeConfiguration, inputs: Mapping[ModelReference, InputModel]
 ) -> Iterator[SourceSlice]:
+    module = (config.modules or {})[name]
+    slices = module.slices or []
+    layout = inputs[base_of(config)].layout
+    where = f"modules.{name}.slices" if len(layout.modules) > 1 else "slices"
     if len(slices[0].sources) != len(slices[-1].sources):
         raise FimError(
-            "slices: the first and the last must have the same number of sources, because mergekit takes the tensors "
+            f"{where}: the first and the last must have the same number of sources, because mergekit takes the tensors "
             f"outside the layers from both; found {len(slices[0].sources)} and {len(slices[-1].sources)}"
         )
     for i, out_slice in enumerate(slices):
         base = base_of(config, out_slice)
         for source in out_slice.sources:
             start, end = source.layer_range
-            count = len(inputs[source.model].layout.layers)
-            if not 0 <= start < end <= count:
+            count = inputs[source.model].num_layers(name)
+            if not 0 <= start <= end <= count or (start == end and count):
                 raise FimError(
-                    f"slices[{i}]: expected a layer_range within [0, {count}] for {source.model}, found "
+                    f"{where}[{i}]: expected a layer_range within [0, {count}] for {source.model}, found "
                     f"[{start}, {end}]; change it"
+                )
+            if name != layout.stack and (len(slices) > 1 or (start, end) != (0, count)):
+                raise FimError(
+                    f"{where}[{i}]: expected all {count} layers of {source.model} in one slice, found "
+                    f"[{start}, {end}]: only the language model's decoder layers can be sliced; use `models:` in this "
+                    "module"
                 )
         lengths = {source.layer_range[1] - source.layer_range[0] for source in out_slice.sources}
         if len(lengths) > 1:
-            raise FimError(f"slices[{i}]: its sources must all have the same number of layers, found {sorted(lengths)}")
+            raise FimError(
+                f"{where}[{i}]: its sources must all have the same number of layers, found {sorted(lengths)}"
+            )
         base_start = next(source.layer_range[0] for source in out_slice.sources if source.model == base)
         reader = ConfigReader(config=config, t=0, slice_out=out_slice, module=module)
-        yield from (SourceSlice(base, base_start, s, reader) for s in out_slice.sources if s.model != base)
+        its = base_start if name == layout.stack else None
+        yield from (SourceSlice(name, base, its, s, reader) for s in out_slice.sources if s.model != base)
+
+
+def _kept(config: MergeConfiguration, base: InputModel) -> dict[str, str]:
+    """The tensors outside the language model that aren't merged, and from where they are kept: `base` or `tuned`."""
+    kept: dict[str, str] = {}
+    for name, module in (config.modules or {}).items():
+        for out_slice in module.slices or []:
+            given = settings_of(ConfigReader(config=config, t=0, slice_out=out_slice, module=module), "other_modules")
+            names = [tensor.name for tensor in base.layout.modules[name]]
+            own = [tensor for tensor in names if tensor in base.other_modules - base.absent]
+            found = {tensor: evaluate_setting(tensor, given, validate=str) or "merge" for tensor in own}
+            tuned = [source.model for source in out_slice.sources if source.model != base_of(config, out_slice)]
+            if len(tuned) > 1 and "tuned" in found.values():
+                raise FimError(
+                    f"other_modules: expected one fine-tuned model to keep {next(iter(found))} from, found "
+                    f"{len(tuned)}; set it to merge or base, or name one model for this module under `modules:`"
+                )
+            kept |= {tensor: value for tensor, value in found.items() if value != "merge"}
+    return kept
 
 
 def _check_inputs(
@@ -195,10 +230,11 @@ def _check_inputs(
         yield "the first and the last slice have no fine-tuned model: embeddings and head stay the base's"
 
 
-def _is_set_by_hand(source: SourceSlice, model: InputModel) -> bool:
-    """Whether the user's `alpha` settings cover every tensor of the slice."""
+def _is_set_by_hand(source: SourceSlice, model: InputModel, kept: Container[str]) -> bool:
+    """Whether the user's `alpha` settings cover every tensor of the slice that is merged."""
     layers = [model.layout.layers[pair.source_layer] for pair in source.pairs()]
-    names = [tensor.name for layer in layers for tensor in layer.tensors] + [t.name for t in model.layout.other]
+    others = [tensor.name for tensor in model.layout.modules[source.module] if tensor.name not in kept]
+    names = [tensor.name for layer in layers for tensor in layer.tensors] + others
     by_hand = source.settings("alpha")
     return all(evaluate_setting(name, by_hand, validate=float) is not None for name in names)
 
@@ -328,21 +364,41 @@ def _model_settings(
         )
 
 
-def _write_alphas(sources: Sequence[SourceSlice], coefficients: Sequence[BaseCoefficients]) -> None:
+def _write_alphas(
+    sources: Sequence[SourceSlice], automatic: Container[SourceSlice], coefficients: Sequence[BaseCoefficients]
+) -> None:
     """Put the coefficients into the sources' parameters, behind what the user set by hand for some of the tensors."""
     found = {(c.base.reference, m.model.reference): m for c in coefficients for m in c.models}
     for source in sources:
-        result = found[source.base, source.source.model]
-        alphas = dict(zip(result.pairs, result.alphas, strict=True))
         by_hand = source.settings("alpha")
-        # A prefix ends in a dot, so that `model.layers.1.` doesn't match layer 12.
-        computed = [
-            ConditionalParameter(filter=prefix, value=alphas[pair])
-            for pair in source.pairs()
-            for prefix in result.model.layout.layers[pair.source_layer].prefixes
-        ]
-        outside = ConditionalParameter(value=result.alpha_other)
+        if source not in automatic:  # but for tensors that are kept, of which mergekit wants to know it all the same
+            computed, other = [], 1.0
+        else:
+            result = found[source.base, source.source.model]
+            layout, other = result.model.layout, result.alpha_other
+            alphas = dict(zip(result.pairs, result.alphas, strict=True))
+            pairs = {p: alphas[pair] for pair in source.pairs() for p in layout.layers[pair.source_layer].prefixes}
+            # A prefix ends in a dot, so that `model.layers.1.` doesn't match layer 12. But it may be a part of a name
+            # outside, such as `vision_model.layers.1.norm`.
+            names = [t.name for t in layout.modules[source.module] if any(prefix in t.name for prefix in pairs)]
+            values = dict.fromkeys(names, other) | pairs
+            computed = [ConditionalParameter(filter=name, value=value) for name, value in values.items()]
+        outside = ConditionalParameter(value=other)
         source.source.parameters = {**(source.source.parameters or {}), "alpha": [*by_hand, *computed, outside]}
+
+
+def _write_kept(config: MergeConfiguration, base: InputModel, kept: Mapping[str, str]) -> None:
+    """Set `other_modules`, at the highest precedence, so that it holds for just the tensors that it is about."""
+    # A filter is a part of a name, so that longer names come first.
+    names = [tensor.name for tensor in base.layout.all_tensors()]
+    filters = [name for name in names if name in kept or any(part in name for part in kept)]
+    values = [
+        ConditionalParameter(filter=name, value=kept.get(name, "merge")) for name in sorted(filters, key=len)[::-1]
+    ]
+    values.append(ConditionalParameter(value="merge"))
+    for module in (config.modules or {}).values():
+        for out_slice in module.slices or []:
+            out_slice.parameters = {**(out_slice.parameters or {}), "other_modules": values}
 
 
 def default_density(base: InputModel) -> float:
@@ -360,25 +416,25 @@ def _write_default_density(config: MergeConfiguration, density: float) -> None:
     config.parameters = parameters
 
 
-def _leave_unknown_gates(
-    config: MergeConfiguration,
-    module: OutputModuleDefinition,
-    slices: Sequence[OutputSliceDefinition],
-    base: InputModel,
-) -> None:
-    """Set `gate_scale` to 1, at the highest precedence, for fused tensors of which nobody knows the gate's part."""
+def _leave_unknown_gates(config: MergeConfiguration, base: InputModel) -> None:
+    """Set `gate_scale` to 1, at the highest precedence, for tensors that gate protection isn't for.
+
+    Those are fused ones of which nobody knows the gate's part, and gates outside the language model.
+    """
     names = {
         layer.local(tensor.name)
         for layer in base.layout.layers
         for tensor in layer.tensors
-        if is_fused(tensor.name) and not is_layout_known(tensor.name, base.config.model_type)
+        if is_fused(tensor.name) and not is_layout_known(tensor.name, base.text_config.model_type)
     }
+    names |= {name for name in base.other_modules if is_gate_projection(name) or is_fused(name)}
     if not names:
         return
     exceptions = [ConditionalParameter(filter=name, value=1.0) for name in sorted(names)]
     default = PARAMETERS["gate_scale"].default_for(config.merge_method)
     config.parameters = {"gate_scale": default} | (config.parameters or {})
-    for scope in (config, module, *slices):
+    modules = (config.modules or {}).values()
+    for scope in (config, *modules, *(out_slice for module in modules for out_slice in module.slices or [])):
         if scope.parameters and "gate_scale" in scope.parameters:
             given = conditions(scope.parameters["gate_scale"])
             scope.parameters = {**scope.parameters, "gate_scale": [*exceptions, *given]}

@@ -84,7 +84,9 @@ def _cut(text: str, width: int) -> str:
 def _notes(pre_pass: PrePass) -> Iterator[str]:
     if pre_pass.coefficients:
         rule = "the mean of the layers' α" if pre_pass.settings.alpha_other is None else "set by alpha_other"
-        yield f"outside: embeddings, final norm and output head; their α is {rule}"
+        more = ", vision or audio tower and projector" if pre_pass.base.other_modules else ""
+        yield f"outside: embeddings, final norm, output head{more}; their α is {rule}"
+    yield from _module_notes(pre_pass)
     for found in pre_pass.coefficients:
         yield from _idle_experts(found)
     for settings in pre_pass.models:
@@ -114,6 +116,18 @@ def _notes(pre_pass: PrePass) -> Iterator[str]:
     for difference in pre_pass.differences:
         values = "; ".join(f"{model}: {_plain(value)}" for model, value in difference.values)
         yield f"config key {difference.key} differs ({values}); written: {_plain(difference.written)}"
+
+
+def _module_notes(pre_pass: PrePass) -> Iterator[str]:
+    base, layout = pre_pass.base, pre_pass.base.layout
+    if len(layout.modules) > 1:
+        others = ", ".join(sorted(layout.modules.keys() - {layout.stack}))
+        yield f"the decoder layers are those of the module {layout.stack}; outside are also all of {others}"
+    for source, name in (("base", "the base"), ("tuned", "the fine-tuned model")):
+        if found := sorted(tensor for tensor, kept in pre_pass.kept.items() if kept == source):
+            yield f"other_modules: {len(found)} tensors such as {found[0]} are kept from {name} as they are"
+    if pre_pass.shared["other_modules"] != "merge" and not base.other_modules:
+        yield "other_modules has no effect: these models are nothing but a language model"
 
 
 def _idle_experts(found: BaseCoefficients) -> Iterator[str]:
@@ -152,7 +166,7 @@ def _gates(pre_pass: PrePass, is_one: Callable[[str], bool]) -> list[str]:
 
 
 def _protected_halves(pre_pass: PrePass) -> list[str]:
-    model_type = pre_pass.base.config.model_type
+    model_type = pre_pass.base.text_config.model_type
     return [name for name in _gates(pre_pass, is_fused) if is_layout_known(name, model_type)]
 
 
@@ -171,6 +185,7 @@ def as_json(pre_pass: PrePass) -> dict[str, Any]:
         "models": list(_models(pre_pass)),
         "gate_projections": _gates(pre_pass, is_gate_projection),
         "fused_gate_projections": _protected_halves(pre_pass),
+        "modules": list(_modules(pre_pass)),
         "added_tensors": list(pre_pass.base.added),
         "config_differences": [
             {"key": d.key, "values": dict(d.values), "written": d.written} for d in pre_pass.differences
@@ -178,6 +193,21 @@ def as_json(pre_pass: PrePass) -> dict[str, Any]:
         "warnings": list(pre_pass.warnings),
         "versions": versions(),
     }
+
+
+def _modules(pre_pass: PrePass) -> Iterator[dict[str, Any]]:
+    base, layout = pre_pass.base, pre_pass.base.layout
+    for name in sorted(layout.modules):
+        outside = [tensor.name for tensor in layout.modules[name] if tensor.name not in base.absent]
+        kept = [pre_pass.kept[tensor] for tensor in outside if tensor in pre_pass.kept]
+        yield {
+            "module": name,
+            "decoder_layers": len(layout.layers) if name == layout.stack else 0,
+            "tensors_outside": len(outside),
+            "of_other_modules": sum(tensor in base.other_modules for tensor in outside),
+            "kept_from_base": kept.count("base"),
+            "kept_from_tuned": kept.count("tuned"),
+        }
 
 
 def _settings(pre_pass: PrePass) -> dict[str, Any]:

@@ -19,19 +19,23 @@ class SourceSlice:
     """A run of layers of one fine-tuned model in the config, with the base's run that it is merged into.
 
     Attributes:
+        module: mergekit's module that it is in.
         base: the base model.
-        base_start: the first layer of the base's run.
+        base_start: the first layer of the base's run; None where the module isn't that of the decoder layers.
         source: the config's part, with the fine-tuned model and its layers.
         reader: mergekit's, which knows where the parameters of the slice stand.
     """
 
+    module: str
     base: ModelReference
-    base_start: int
+    base_start: int | None
     source: InputSliceDefinition
     reader: ConfigReader
 
     def pairs(self) -> list[LayerPair]:
-        """The pairs of layers, in order."""
+        """The pairs of decoder layers, in order."""
+        if self.base_start is None:
+            return []
         start, end = self.source.layer_range
         return [LayerPair(self.base_start + i, start + i) for i in range(end - start)]
 
@@ -117,6 +121,7 @@ class PrePass:
         coefficients: per base; empty where every `alpha` was set by hand.
         models: the fine-tuned models' own parameters.
         shared: those that are neither per model nor the pre-pass's, as the user set them.
+        kept: the names of those tensors outside the language model that aren't merged, and from where they are kept.
         default_density: what `density` is where the config doesn't set it; None for fim_ta.
         differences: the config keys in which the inputs differ.
         warnings: what the user should know, a line each.
@@ -128,6 +133,7 @@ class PrePass:
     coefficients: tuple[BaseCoefficients, ...]
     models: tuple[ModelSettings, ...]
     shared: Mapping[str, Any]
+    kept: Mapping[str, str]
     default_density: float | None
     differences: tuple[ConfigDifference, ...]
     warnings: tuple[str, ...]

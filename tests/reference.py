@@ -27,12 +27,27 @@ def layer_of(name: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def fisher(path: Path, samples=8, seq_len=64, seed=0, uniforms=False, dtype=torch.float32):
+def decoder_layer_of(name: str) -> int | None:
+    """Of a model that sees, too: the vision tower has numbered layers as well."""
+    match = re.search(r"\b(?:language_model|text_model)\.(?:model\.)?layers\.(\d+)\.", name)
+    return int(match.group(1)) if match else None
+
+
+def fisher(
+    path: Path,
+    samples=8,
+    seq_len=64,
+    seed=0,
+    uniforms=False,
+    dtype=torch.float32,
+    auto=AutoModelForCausalLM,
+    layer_of=layer_of,
+):
     """Per layer: (parameters, [squared gradient norm per sequence]), by `.grad` squared, sequence by sequence."""
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    model = auto.from_pretrained(path, dtype=dtype)
     model.eval()
     generator = torch.Generator("cpu").manual_seed(seed)
-    ids = torch.randint(0, model.config.vocab_size, (samples, seq_len), generator=generator)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (samples, seq_len), generator=generator)
     u = torch.rand((samples, seq_len - 1), generator=generator, dtype=torch.float64) if uniforms else None
     result: dict[int, tuple[int, list[float]]] = {}
     for n in range(samples):
@@ -68,9 +83,11 @@ def coefficients(scores, sharpness=1.0, low=0.0, high=1.0, anchored=False):
     return low + (high - low) / (1 + np.exp(sharpness * z))
 
 
-def layer_coefficients(base: Path, long: Path, **options) -> tuple[list[float], list[float], list[float]]:
+def layer_coefficients(
+    base: Path, long: Path, layer_of=layer_of, **options
+) -> tuple[list[float], list[float], list[float]]:
     """(F, ‖δ‖², α) per layer, for a whole-model merge with the default mapping."""
-    measured = fisher(base, **options)
+    measured = fisher(base, layer_of=layer_of, **options)
     F = [np.mean(squared) / count for count, squared in measured]
     theta0, theta1 = load(base), load(long)
     norms = [0.0] * len(F)

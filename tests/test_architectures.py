@@ -372,27 +372,6 @@ def llava() -> transformers.PreTrainedModel:
     return transformers.LlavaForConditionalGeneration(cfg)
 
 
-def gemma3() -> transformers.PreTrainedModel:
-    cfg = transformers.Gemma3Config(
-        vision_config=transformers.SiglipVisionConfig(**VISION),
-        text_config=configure("gemma3", {}),
-        mm_tokens_per_image=4,
-        image_token_index=96,
-        boi_token_index=95,
-        eoi_token_index=94,
-    )
-    return transformers.Gemma3ForConditionalGeneration(cfg)
-
-
-@pytest.mark.parametrize(
-    ("build", "modules"), [(llava, "model.vision_tower.encoder.layers"), (gemma3, "multi_modal_projector")]
-)
-def test_a_vision_language_model_is_refused(build, modules, merge, tmp_path):
-    for name in ("base", "long"):
-        build().save_pretrained(tmp_path / name)
-    refused(merge, tmp_path / "base", tmp_path / "long", "one stack of decoder layers", modules, "text-only")
-
-
 def test_the_language_part_of_a_vision_language_model_merges(merge, tmp_path):
     """LLaVA's is a Llama: saved as one, it is merged as one."""
     paths = []

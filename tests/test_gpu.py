@@ -175,7 +175,7 @@ def test_a_model_that_does_not_fit_is_streamed(large, place, monkeypatch):
     _, expected = norms_of(large)
     kept = []
     original = loading._streamed
-    monkeypatch.setattr(loading, "_streamed", lambda *args: kept.append(args[-1]) or original(*args))
+    monkeypatch.setattr(loading, "_streamed", lambda *args: kept.append(args[3]) or original(*args))
     with limited(0.6 * bytes_of(large), resident=False, sequences=8):
         measured, found = norms_of(large)
     assert [where.device.type for where in kept] == [DEVICE.type]

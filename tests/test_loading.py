@@ -329,9 +329,9 @@ def test_allocations_that_fail_while_it_is_loaded(usable, base, size, two_cpus, 
     streamed, freed = [], []
     original_streamed = loading._streamed
 
-    def watched(model, layers, tensors, where):
+    def watched(model, layers, tensors, where, rows):
         streamed.append(where)
-        return original_streamed(model, layers, tensors, CPU_PLACE)
+        return original_streamed(model, layers, tensors, CPU_PLACE, rows)
 
     monkeypatch.setattr(loading, "_streamed", watched)
     monkeypatch.setattr(measuring, "_free_memory", lambda device: freed.append((device, len(streamed))))
@@ -360,7 +360,7 @@ def test_a_device_smaller_than_a_layer(message, base, monkeypatch):
         yield
 
     original = loading._streamed
-    monkeypatch.setattr(loading, "_streamed", lambda m, ls, tensors, where: original(m, ls, tensors, CPU_PLACE))
+    monkeypatch.setattr(loading, "_streamed", lambda m, ls, tensors, _, rows: original(m, ls, tensors, CPU_PLACE, rows))
     monkeypatch.setattr(StreamedWeights, "layer", layer)
     with pytest.raises(measuring.FimError, match=r"meta has too little memory .* that of one decoder layer"):
         measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True))

@@ -80,10 +80,10 @@ def config(kind: str = "llama", **changes) -> PretrainedConfig:
     return getattr(transformers, cls)(**_SHAPE | extra | changes)
 
 
-def build(cfg: PretrainedConfig, seed: int = 0, *, spread: bool = True) -> PreTrainedModel:
+def build(cfg: PretrainedConfig, seed: int = 0, *, spread: bool = True, auto=AutoModelForCausalLM) -> PreTrainedModel:
     """A random model. With `spread`, every tensor is of another scale, so that no layer looks like the next."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(cfg).eval()
+    model = auto.from_config(cfg).eval()
     if spread:
         with torch.no_grad():
             for i, parameter in enumerate(model.parameters()):

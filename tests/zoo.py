@@ -1,14 +1,26 @@
-"""A tiny random model of every causal language model that transformers has, by one builder: configs shrunk by name."""
+"""A tiny random model of every language model that transformers has, by one builder: configs shrunk by name."""
 
+import copy
 import re
 from typing import Any
 
 import tiny
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 NAMES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+# Models that see, too, by their classes: each with its model type. The first of several is the one that has a class.
+VISION = {cls: name for name, cls in reversed(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.items())}
 
 # What a config's number becomes, by its name: the first that matches.
 _RULES: list[tuple[str, int]] = [
@@ -52,6 +64,9 @@ _RULES: list[tuple[str, int]] = [
     (r"^(attn_layer_period|layer_group_size|expert_layer_period)$", 2),
     (r"^(attn_layer_offset|expert_layer_offset)$", 1),
     (r"^(image_size)$", 28),
+    (r"^(depth)$", 2),
+    (r"^(position_embedding_size|num_position_embeddings|pos_emb_(height|width))$", 16),
+    (r"^(out_hidden_size)$", 32),
     (r"^(patch_size)$", 14),
     (r"^(num_channels)$", 3),
 ]
@@ -59,9 +74,16 @@ _LISTS = ("layer_types", "mlp_layer_types", "indexer_types", "layers_block_type"
 
 # What its names alone don't say.
 _HEAD = {"head_dim": 8}
+_MROPE = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}}
 _SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "gemma4": {
+        "vision_config": {
+            **{"model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16},
+        }
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": _HEAD,
     "hunyuan_v1_moe": _HEAD,
@@ -74,6 +96,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8},
         **{"indexer_budget": 8, "indexer_compress_ratio": 2},
     },
+    "qwen2_5_vl": _MROPE,
+    "qwen2_vl": _MROPE,
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 16)},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
@@ -118,21 +142,34 @@ def _shrunk(default: PretrainedConfig) -> dict[str, Any]:
     return found
 
 
+def _with(found: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Those within a part of a config leave its other values."""
+    parts = {
+        k: _with(found[k], v) for k, v in changes.items() if isinstance(v, dict) and isinstance(found.get(k), dict)
+    }
+    return found | changes | parts
+
+
 def config(name: str, **changes: Any) -> PretrainedConfig:
     """A small config of a model type."""
     cls = CONFIG_MAPPING[name]
-    return cls(**_shrunk(cls()) | _SPECIAL.get(name, {}) | changes)
+    return cls(**_with(_with(_shrunk(cls()), _SPECIAL.get(name, {})), changes))
+
+
+def auto_class(name: str) -> Any:
+    """transformers' auto class for one of `NAMES` or `VISION`."""
+    return AutoModelForImageTextToText if name in VISION else AutoModelForCausalLM
 
 
 def build(name: str, **changes: Any) -> PreTrainedModel:
-    """A small random model of a model type, every tensor of another scale."""
-    return tiny.build(config(name, **changes))
+    """A small random model of a model type, or of a class of `VISION`, every tensor of another scale."""
+    return tiny.build(config(VISION.get(name, name), **changes), auto=auto_class(name))
 
 
 def tuned(base: PreTrainedModel, seed: int = 1, scale: float = 0.02) -> PreTrainedModel:
     """A fine-tune of `base`: the same weights plus noise."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(base.config).eval()
+    model = copy.deepcopy(base)
     with torch.no_grad():
         for own, other in zip(model.state_dict().values(), base.state_dict().values(), strict=True):
             own.copy_(other + scale * torch.randn_like(other) if other.is_floating_point() else other)

@@ -11,6 +11,7 @@ from mergekit_fim.errors import FimError, shown
 
 METHODS = ("fim_ties", "fim_ta")
 LABELS = ("inputs", "sampled")
+OTHER_MODULES = ("merge", "base", "tuned")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -112,6 +113,9 @@ def _parameters() -> dict[str, Parameter]:
                   "factor of the whole merged task vector"),
         Parameter("normalize", bool, "true or false", lambda v: True, tensor, True, "mergekit",
                   "divide by the sum of the models' weights", default_ta=False),
+        Parameter("other_modules", str, "`merge`, `base` or `tuned`", lambda v: v in OTHER_MODULES, tensor, "merge",
+                  "ours", "what becomes of all that isn't the language model's (vision or audio tower, projector): "
+                  "merged, by the α outside the decoder layers, or kept as in the base or in the fine-tuned model"),
         Parameter("int8_mask", bool, "true or false", lambda v: True, tensor, False, "mergekit",
                   "accepted for stock configs; it has no effect here"),
         Parameter("rescale", bool, "false (for fim_ties, norm_tolerance takes its place)", lambda v: v is False, tensor,

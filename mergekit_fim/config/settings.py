@@ -12,6 +12,7 @@ from typing import Any
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, ConfigReader, MergeConfiguration, OutputSliceDefinition
+from transformers import PretrainedConfig
 
 from mergekit_fim import coefficients
 from mergekit_fim.config.parameters import FLOAT_DTYPES, PARAMETERS, FisherSettings, Scope
@@ -92,22 +93,36 @@ def check_config(config: MergeConfiguration) -> Settings:
     return settings
 
 
-def check_modules(config: MergeConfiguration, architecture: ModelArchitecture) -> None:
-    """Check that the models are of one stack of decoder layers, and have the modules that a config names.
+def check_modules(config: MergeConfiguration, architecture: ModelArchitecture, model_config: PretrainedConfig) -> None:
+    """Check that a config has the modules of mergekit's definition of the models, all of them, and no others.
 
     Raises:
-        FimError: they are of several, or lack a module.
+        FimError: it hasn't, or the definition doesn't fit the models.
     """
+    names = sorted(architecture.modules)
+    kind = next(iter(model_config.architectures or ()), model_config.model_type)
     for name in config.modules or {}:
-        if name not in architecture.modules:
-            raise FimError(
-                f"modules: expected {' or '.join(architecture.modules)}, found {name}; rename it, or use `models:`"
-            )
-    if len(architecture.modules) != 1:
+        if name not in names:
+            raise FimError(f"modules: expected {' or '.join(names)}, found {name}; rename it, or use `models:`")
+    lacking = [name for name in names if config.modules and name not in config.modules]
+    if lacking:
         raise FimError(
-            "expected models with one stack of decoder layers, found the modules "
-            f"{', '.join(sorted(architecture.modules))}; {config.merge_method} merges text-only causal language models"
+            f"modules: expected all of {', '.join(names)}, found no {lacking[0]}, without which the merged model isn't "
+            "whole; add it, or use `models:`"
         )
+    if config.slices and len(names) > 1:
+        raise FimError(
+            f"slices: these models have the modules {', '.join(names)}, and mergekit can't tell which one is "
+            "meant; use `modules:`, with `slices:` in that of the decoder layers and `models:` in the others"
+        )
+    for module in architecture.modules.values():
+        try:
+            module.architecture.num_layers(model_config)
+        except Exception as error:  # mergekit's own
+            raise FimError(
+                f"mergekit's definition of {kind} doesn't fit its config.json, which has no "
+                f"{module.architecture.num_layers_config_key()}: this version of mergekit can't merge such a model"
+            ) from error
 
 
 def base_of(config: MergeConfiguration, out_slice: OutputSliceDefinition | None = None) -> ModelReference:
@@ -167,6 +182,8 @@ def _check_parameter(name: str, setting: Any, where: str, scope: Scope, method: 
     given = [condition.value for condition in conditions(setting)]
     if [] in given:
         raise FimError(f"{where}: `{name}` is an empty list; give a value, a gradient or filters")
+    if parameter.type is str and any(isinstance(item, list) for item in given):
+        raise FimError(f"{where}: `{name}` is {parameter.expected}, found a gradient; give one value, or filters")
     for value in (v for item in given for v in (item if isinstance(item, list) else [item])):
         try:
             parameter.parse(value)

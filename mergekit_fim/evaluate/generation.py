@@ -29,6 +29,7 @@ from transformers.cache_utils import DynamicLayer
 from mergekit_fim.errors import FimError, check_own_code, is_out_of_memory, reason
 from mergekit_fim.evaluate.records import LENGTH, STOP, Completion
 from mergekit_fim.fisher.loading import placement, running_dtype
+from mergekit_fim.models.language import auto_class
 
 # Tokens between two looks at which rows have ended, at most, and the part of the rows that must have ended for a look
 # before that.
@@ -183,14 +184,15 @@ def load_model(
         devices = {"device_map": "auto" if where.spread else {"": where.device}}
     try:
         with _no_progress_bars():
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                path,
-                revision=revision,
-                dtype=dtype or "auto",
-                trust_remote_code=options.trust_remote_code,
-                cache_dir=options.transformers_cache,
-                output_loading_info=True,
-                **devices,
+            where_from: dict[str, Any] = {
+                "revision": revision,
+                "trust_remote_code": options.trust_remote_code,
+                "cache_dir": options.transformers_cache,
+            }
+            config = transformers.AutoConfig.from_pretrained(path, **where_from)
+            kind = auto_class(config, options.trust_remote_code) or transformers.AutoModelForCausalLM
+            loaded: Any = kind.from_pretrained(
+                path, dtype=dtype or "auto", output_loading_info=True, **where_from, **devices
             )
     except Exception as error:  # transformers, huggingface_hub, safetensors and torch have their own
         check_own_code(error)

@@ -23,6 +23,7 @@ from mergekit_fim.fisher.head import Head, loss_gradient
 from mergekit_fim.fisher.rules import Recorder, Rule, rule_for
 from mergekit_fim.fisher.samples import Samples
 from mergekit_fim.fisher.weights import ResidentWeights, Weights, replaced
+from mergekit_fim.models.language import decoder
 from mergekit_fim.norms import squared_norm
 
 # Tokens in a micro-batch of more than one sequence: enough for matrix products at full speed.
@@ -98,7 +99,8 @@ class _Run:
         self.model, self.weights, self.progress = model, weights, progress
         self.embedding: Any = model.get_input_embeddings()
         self.head: Any = model.get_output_embeddings()
-        if model.base_model is model or type(self.head).forward is not nn.Linear.forward:
+        self.base = model.base_model if model.base_model is not model else decoder(model)[1]  # Llama 4's is itself
+        if self.base is model or type(self.head).forward is not nn.Linear.forward:
             raise NotSupportedError
         seen: set[int] = set()
         for layer in layers:
@@ -142,7 +144,7 @@ class _Run:
             inputs.append(hidden)
             return hidden[..., :1]
 
-        handle = self.model.base_model.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+        handle = self.base.register_forward_hook(lambda _module, _args, output: outputs.append(output))
         try:
             with replaced(self.head, at_head):
                 self.model(input_ids=ids, use_cache=False)
@@ -155,7 +157,7 @@ class _Run:
     def _tail(self, ids: torch.Tensor, output: Any, head_output: torch.Tensor) -> torch.Tensor:
         """The logits that the model makes of the head's output."""
         with (
-            replaced(self.model.base_model, lambda _original, *_args, **_kwargs: output),
+            replaced(self.base, lambda _original, *_args, **_kwargs: output),
             replaced(self.head, lambda _original, *_args, **_kwargs: head_output),
         ):
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits

@@ -15,7 +15,6 @@ from typing import Any
 import accelerate
 import torch
 import tqdm
-import transformers
 from mergekit.architecture import WeightInfo
 from mergekit.common import dtype_from_name
 from mergekit.io.tasks import LoaderCache
@@ -27,7 +26,9 @@ from mergekit_fim.errors import FimError
 from mergekit_fim.fisher.devices import DevicePlan, Way, plan_devices
 from mergekit_fim.fisher.replicas import Replica
 from mergekit_fim.fisher.weights import ResidentWeights, StreamedWeights, Weights, put
+from mergekit_fim.models.completion import key_prefixes
 from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.models.language import language_model, outside, without_weights
 from mergekit_fim.models.layout import tensor_names
 from mergekit_fim.parallel import in_threads, readers
 
@@ -134,7 +135,7 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
             if tensor.name not in base.absent
         }
         self._tensors: dict[str, WeightInfo | str] = {}  # what the merge reads; the name of what it has otherwise
-        for aliases in tensor_names(model, base.layout):
+        for aliases in tensor_names(model, base.layout, base.loading):
             known: WeightInfo | str | None = next((planned[a] for a in aliases if a in planned), None)
             known = known or next((a for a in aliases if a in base.loading.sources), None)
             if known is not None:
@@ -196,6 +197,7 @@ def load_model(
     *,
     running: torch.dtype | None = None,
     sequences: int = 1,
+    rows: bool = True,
     beside: Beside | None = None,
 ) -> LoadedModel:
     """Make the base model ready to be run.
@@ -208,6 +210,7 @@ def load_model(
             accelerator that they don't fit on.
         running: what to run it in; by default the `running_dtype` for the dtype in which it is read.
         sequences: on how many it is to be measured: as many replicas can be of use.
+        rows: whether streaming may leave out the input embeddings, of which the engine loads the rows that occur.
         beside: is shown every tensor that is read whole, on the device that it is for; from several threads.
 
     Raises:
@@ -221,25 +224,27 @@ def load_model(
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     plain = type(ends[1]) is nn.Linear and isinstance(ends[0], nn.Embedding)  # of which single rows can be used
     if where.streamed and plain:
-        return _streamed(model, layers, tensors, where)
+        return _streamed(model, layers, tensors, where, rows)
     if where.device.type == "cpu":
         _fill([(model, lambda _name: where.device)], tensors, quiet=options.quiet)
-        return LoadedModel(model, layers, ResidentWeights(), replace(where, streamed=False))
+        return LoadedModel(language_model(model), layers, ResidentWeights(), replace(where, streamed=False))
     devices, blocks = where.devices(), _blocks(model, layers)
     plan = plan_devices(_free(devices), [block.size for block in blocks], sequences)
     chosen = [devices[index] for index in plan.devices]
     if plan.way is Way.STREAMED:
-        return _streamed(model, layers, tensors, Placement(chosen[0], spread=False, streamed=True))
+        return _streamed(model, layers, tensors, Placement(chosen[0], spread=False, streamed=True), rows)
     where = replace(where, device=chosen[0], streamed=False)
     if plan.way is Way.SPREAD:
         device_map = _device_map(blocks, [devices[index] for index in plan.holders])
         _fill([(model, _by_map(device_map))], tensors, quiet=options.quiet)
         accelerate.dispatch_model(model, device_map, main_device=where.device)
-        return LoadedModel(model, layers, ResidentWeights(), where)
+        return LoadedModel(language_model(model), layers, ResidentWeights(), where)
     models = [model, *(_without_weights(base, running, options.trust_remote_code) for _ in chosen[1:])]
     _fill([(m, _by_map({"": d})) for m, d in zip(models, chosen, strict=True)], tensors, quiet=options.quiet)
-    replicas = tuple(Replica(m, decoder_layers(m, base), d) for m, d in zip(models, chosen, strict=True))
-    return LoadedModel(model, layers, ResidentWeights(), where, replicas)
+    replicas = tuple(
+        Replica(language_model(m), decoder_layers(m, base), d) for m, d in zip(models, chosen, strict=True)
+    )
+    return LoadedModel(language_model(model), layers, ResidentWeights(), where, replicas)
 
 
 def device_plan(base: InputModel, dtype: str | None, options: MergeOptions, sequences: int) -> DevicePlan | None:
@@ -261,16 +266,20 @@ def _running(base: InputModel, dtype: str | None, where: Placement) -> torch.dty
 
 
 def _streamed(
-    model: PreTrainedModel, layers: list[nn.Module], tensors: CheckpointTensors, where: Placement
+    model: PreTrainedModel, layers: list[nn.Module], tensors: CheckpointTensors, where: Placement, rows: bool
 ) -> LoadedModel:
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
     by_layer = {id(p) for layer in layers for p in layer.parameters()}
     kept = by_layer | {id(end.weight) for end in ends if end is not None}
+    if not rows:
+        kept -= {id(ends[0].weight)}
     _fill([(model, lambda _name: where.device)], tensors, skip=kept)
     for name, parameter in model.named_parameters():
         if id(parameter) in kept - by_layer:
             tensors.show(name)
-    return LoadedModel(model, layers, StreamedWeights(tensors, model, where.device), replace(where, spread=False))
+    return LoadedModel(
+        language_model(model), layers, StreamedWeights(tensors, model, where.device), replace(where, spread=False)
+    )
 
 
 def _without_weights(base: InputModel, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
@@ -278,10 +287,13 @@ def _without_weights(base: InputModel, dtype: torch.dtype, trust_remote_code: bo
     config = copy.deepcopy(base.config)
     config.return_dict = True
     with torch.random.fork_rng(devices=[]), accelerate.init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
-            config, trust_remote_code=trust_remote_code, dtype=dtype
-        )
+        model = without_weights(config, trust_remote_code, dtype=dtype)
     model.tie_weights()
+    for name in outside(model):  # towers and projectors, which tokens alone don't come to
+        part, _, own = name.rpartition(".")
+        owner = model.get_submodule(part)
+        if own in owner._parameters:
+            owner._parameters[own] = None
     # As from_pretrained does: what a model insists on keeping in float32.
     patterns = set(model._keep_in_fp32_modules_strict or ())
     patterns |= set(model._keep_in_fp32_modules or ()) if dtype is torch.float16 else set()
@@ -388,15 +400,26 @@ def _fill(
 
 
 def decoder_layers(model: PreTrainedModel, base: InputModel) -> list[nn.Module]:
-    """The modules of the base's decoder layers, found by the names that mergekit gives their tensors.
+    """The modules of the base's decoder layers, found by what transformers calls their tensors.
 
     Raises:
         FimError: transformers names its modules otherwise.
     """
+    found = []
+    for layer in base.layout.layers:
+        prefixes = (layer.prefix, *key_prefixes(layer.index, layer.tensors, base.loading))
+        modules = [m for prefix in prefixes if (m := _submodule(model, prefix.rstrip("."))) is not None]
+        if not modules:
+            raise FimError(
+                f"{base}: expected the decoder layer {layer.prefix.rstrip('.')} in transformers' "
+                f"{type(model).__name__}, found none of that name; this architecture isn't supported"
+            )
+        found.append(modules[0])
+    return found
+
+
+def _submodule(model: PreTrainedModel, name: str) -> nn.Module | None:
     try:
-        return [model.get_submodule(layer.prefix.rstrip(".")) for layer in base.layout.layers]
+        return model.get_submodule(name)
     except AttributeError:
-        raise FimError(
-            f"{base}: expected the decoder layer {base.layout.layers[0].prefix.rstrip('.')} in transformers' "
-            f"{type(model).__name__}, found none of that name; this architecture isn't supported"
-        ) from None
+        return None

@@ -184,12 +184,13 @@ def measure_checkpoint(
     where = first = loading.placement(options)
     warnings: list[str] = []
     whole = False  # whether all of the model must be in memory
+    rows = True  # whether its input embeddings needn't be
     loaded = None
     try:
         while True:
             try:
                 loaded = load_model(
-                    base, dtype, options, where, running=running, sequences=settings.samples, beside=beside
+                    base, dtype, options, where, running=running, sequences=settings.samples, rows=rows, beside=beside
                 )
                 if whole and loaded.placement.streamed:
                     raise torch.OutOfMemoryError
@@ -215,12 +216,15 @@ def measure_checkpoint(
                     f"{str(running).removeprefix('torch.')}; a `dtype:` of bfloat16 or float32 merges it more safely"
                 )
             except NotSupportedError as error:
-                why = f" ({reason(error.__cause__)})" if error.__cause__ is not None else ""
-                where, engine, whole = replace(where, streamed=False), reference, True
-                warnings.append(
-                    f"{base} can't be run layer by layer{why}: its Fisher information was measured with all of it in "
-                    "memory"
-                )
+                if rows and loaded is not None and loaded.placement.streamed:  # Gemma 4's code looks into them
+                    rows = False
+                else:
+                    why = f" ({reason(error.__cause__)})" if error.__cause__ is not None else ""
+                    where, engine, whole = replace(where, streamed=False), reference, True
+                    warnings.append(
+                        f"{base} can't be run layer by layer{why}: its Fisher information was measured with all of it "
+                        "in memory"
+                    )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise

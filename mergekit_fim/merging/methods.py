@@ -79,8 +79,10 @@ class FimMerge(GroupMergeMethod):
         assert group.base is not None
         base = group.base.tensor
         entries = group.non_base
-        if not entries:
+        if not entries or parameters["other_modules"] == "base":
             return base
+        if parameters["other_modules"] == "tuned":  # the pre-pass has left it to no tensor of several models
+            return entries[0].tensor
         dtype = torch.promote_types(base.dtype, torch.float32)
         alphas = [parameters["alpha"][entry.id] for entry in entries]
         weights = [parameters["weight"][entry.id] for entry in entries]

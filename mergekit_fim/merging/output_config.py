@@ -92,7 +92,7 @@ def _has_own_head(model: InputModel) -> bool:
         own = model.stored_name(tensor, tied=False)
         if not tensor.tied_names or own is None:
             continue
-        if not model.text_config.tie_word_embeddings:
+        if not model.is_tied:
             return True
         # Declared tied, and stored all the same: a copy, or a head that was trained on its own.
         embedding = next((name for name in tensor.tied_names if name in model.headers), None)
@@ -103,10 +103,20 @@ def _has_own_head(model: InputModel) -> bool:
 
 
 def _differences(output: PretrainedConfig, inputs: Sequence[InputModel]) -> Iterable[ConfigDifference]:
-    configs = [model.config.to_dict() for model in inputs]
-    written = output.to_dict()
-    for key in sorted(set().union(*configs) - IMMATERIAL):
+    configs = [_flat(model.config) for model in inputs]
+    written = _flat(output)
+    for key in sorted(key for key in set().union(*configs) if key.rpartition(".")[2] not in IMMATERIAL):
         values = [config.get(key) for config in configs]
         if any(value != values[0] for value in values):
             named = tuple((str(model), value) for model, value in zip(inputs, values, strict=True))
             yield ConfigDifference(key, named, written.get(key))
+
+
+def _flat(config: PretrainedConfig) -> dict[str, Any]:
+    """All keys, those of a part of the config with its name: `text_config.rope_parameters`."""
+    found = config.to_dict()
+    for name in config.sub_configs:
+        part = getattr(config, name, None)
+        if isinstance(part, PretrainedConfig) and found.pop(name, None) is not None:
+            found |= {f"{name}.{key}": value for key, value in _flat(part).items()}
+    return found

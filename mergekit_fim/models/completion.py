@@ -6,9 +6,15 @@ a tied output head, is left out.
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from mergekit.architecture import ModelArchitecture, ModuleArchitecture, ModuleDefinition, WeightInfo
+from mergekit.architecture import (
+    ConfiguredModuleArchitecture,
+    ModelArchitecture,
+    ModuleArchitecture,
+    ModuleDefinition,
+    WeightInfo,
+)
 from mergekit.common import ModelReference
 from transformers import PretrainedConfig
 
@@ -24,65 +30,71 @@ class Changes:
     Attributes:
         added: tensors that it leaves out, by their names in the checkpoints.
         templates: those of the decoder layers, with {} for the layer's number; each for whichever layers have it.
-        other: those outside the layers.
+        other: those outside the layers, by mergekit's modules.
         unneeded: tensors that it requires and no model of the merge has or needs, without what names their layer.
     """
 
     added: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
-    other: tuple[WeightInfo, ...] = ()
+    other: Mapping[str, tuple[WeightInfo, ...]] = field(default_factory=dict)
     unneeded: frozenset[str] = frozenset()
 
 
 class _Changed(ModuleArchitecture):
-    """A module's definition with changes; all that they are about is optional: what no model has, mergekit skips."""
+    """A module's definition with changes; all that they are about is optional: what no model has, mergekit skips.
 
-    def __init__(self, inner: ModuleArchitecture, changes: Changes) -> None:
-        self._inner, self._changes = inner, changes
+    What is added has the checkpoints' own names, so that the names have their module's prefix in here.
+    """
 
-    def _own(self, weights: Iterable[WeightInfo] | None, index: int | None = None) -> list[WeightInfo]:
+    def __init__(
+        self, inner: ModuleDefinition, templates: Iterable[str], other: Iterable[WeightInfo], unneeded: frozenset[str]
+    ) -> None:
+        self._inner, self._templates, self._other, self._unneeded = inner, templates, other, unneeded
+
+    def _configured(self, config: PretrainedConfig) -> ConfiguredModuleArchitecture:
+        inner = self._inner
+        return ConfiguredModuleArchitecture(info=inner.architecture, config=config, weight_prefix=inner.weight_prefix)
+
+    def _own(self, weights: Iterable[WeightInfo], index: int | None = None) -> list[WeightInfo]:
         def is_unneeded(name: str) -> bool:
-            return (name if index is None else local_name(name, index)) in self._changes.unneeded
+            return name in self._unneeded or (index is not None and local_name(name, index) in self._unneeded)
 
-        return [w.model_copy(update={"optional": True}) if is_unneeded(w.name) else w for w in weights or ()]
+        return [w.model_copy(update={"optional": True}) if is_unneeded(w.name) else w for w in weights]
 
     def pre_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
         """mergekit's."""
-        return self._own(self._inner.pre_weights(config))
+        return self._own(self._configured(config).pre_weights())
 
     def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
         """mergekit's, and those added outside the layers."""
-        return [*self._own(self._inner.post_weights(config)), *self._changes.other]
+        return [*self._own(self._configured(config).post_weights()), *self._other]
 
     def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
         """mergekit's, and in every layer the same templates: mergekit pairs layers' tensors by their place."""
-        added = [WeightInfo(name=t.format(index), optional=True) for t in self._changes.templates]
-        return self._own(self._inner.layer_weights(index, config), index) + added
+        added = [WeightInfo(name=t.format(index), optional=True) for t in self._templates]
+        return self._own(self._configured(config).layer_weights(index), index) + added
 
     def num_layers(self, config: PretrainedConfig) -> int:
-        return int(self._inner.num_layers(config))
+        return int(self._inner.architecture.num_layers(config))
 
     def num_layers_config_key(self) -> str:
-        return str(self._inner.num_layers_config_key())
+        return str(self._inner.architecture.num_layers_config_key())
 
 
-def changed(architecture: ModelArchitecture, changes: Changes) -> ModelArchitecture:
-    """mergekit's definition of a model of one module, with changes.
-
-    Raises:
-        FimError: it names tensors without a prefix that it puts before them, as it would before the checkpoints' own.
-    """
+def changed(architecture: ModelArchitecture, changes: Changes, stack: str) -> ModelArchitecture:
+    """mergekit's definition of a model, with changes; `stack`: the module that has the decoder layers."""
     if changes == Changes():
         return architecture
-    ((name, module),) = architecture.modules.items()
-    whole = _Changed(module.architecture, changes)
-    if module.weight_prefix:
-        raise FimError(
-            f"mergekit's definition of {', '.join(architecture.architectures)} doesn't fit this config, and can't "
-            "be added to; this model can't be merged by this version of mergekit"
+    modules = {
+        name: ModuleDefinition(
+            architecture=_Changed(
+                module, changes.templates if name == stack else (), changes.other.get(name, ()), changes.unneeded
+            ),
+            subfolder=module.subfolder,
         )
-    definition = ModuleDefinition(architecture=whole, subfolder=module.subfolder)
-    return architecture.model_copy(update={"modules": {name: definition}})
+        for name, module in architecture.modules.items()
+    }
+    return architecture.model_copy(update={"modules": modules})
 
 
 def unneeded(
@@ -137,10 +149,11 @@ def left_out(
     written = set(planned)
     there = loading.loaded(written) | written
     required = {name for aliases in floats for name in aliases}
-    prefixes = {layer.index: _key_prefixes(layer.index, layer.tensors, loading) for layer in layout.layers}
+    prefixes = {layer.index: key_prefixes(layer.index, layer.tensors, loading) for layer in layout.layers}
     names: dict[str, None] = {}
     templates: dict[str, None] = {}
-    other: dict[str, WeightInfo] = {}
+    other: dict[str, dict[str, WeightInfo]] = {}
+    homes = _homes(layout, loading)
     for aliases in tensors:
         if not there.isdisjoint(aliases):
             continue
@@ -168,9 +181,10 @@ def left_out(
                 )
             else:
                 axis = next((vocabulary[key] for key in aliases if key in vocabulary), None)
-                other[source] = WeightInfo(name=source, optional=True, vocabulary_axis=axis)
+                home = _home(aliases, homes) or layout.stack
+                other.setdefault(home, {})[source] = WeightInfo(name=source, optional=True, vocabulary_axis=axis)
             names[source] = None
-    return Changes(tuple(names), tuple(templates), tuple(other.values()))
+    return Changes(tuple(names), tuple(templates), {module: tuple(its.values()) for module, its in other.items()})
 
 
 def check_same(found: Mapping[ModelReference, Changes]) -> None:
@@ -191,10 +205,31 @@ def check_same(found: Mapping[ModelReference, Changes]) -> None:
                 )
 
 
-def _key_prefixes(index: int, tensors: Iterable[WeightInfo], loading: Loading) -> tuple[str, ...]:
+def key_prefixes(index: int, tensors: Iterable[WeightInfo], loading: Loading) -> tuple[str, ...]:
     """What the names of a decoder layer's tensors begin with in transformers' model."""
-    keys = [key for tensor in tensors for key in (tensor.name, *loading.targets(tensor.name)) if key in loading.keys]
-    return tuple({prefix for key in keys if (prefix := layer_prefix(key, index)) is not None})
+    keys = [key for tensor in tensors for key in loading.keys_of(tensor.name)]
+    return tuple({prefix: None for key in keys if (prefix := layer_prefix(key, index)) is not None})
+
+
+def _homes(layout: ModelLayout, loading: Loading) -> dict[str, str]:
+    """By all that names in transformers' model begin with outside the decoder layers: mergekit's module of them."""
+    found: dict[str, str] = {}
+    for module, tensors in layout.modules.items():
+        for tensor in tensors:
+            for key in (tensor.name, *loading.targets(tensor.name)):
+                found |= {start: found.get(start, module) for start in _beginnings(key)}
+    return found
+
+
+def _home(aliases: Iterable[str], homes: Mapping[str, str]) -> str | None:
+    """The module whose tensors' names have most in common with a tensor's."""
+    starts = [start for name in aliases for start in _beginnings(name) if start in homes]
+    return homes[max(starts, key=len)] if starts else None
+
+
+def _beginnings(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _escaped(text: str) -> str:

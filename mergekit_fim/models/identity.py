@@ -86,7 +86,7 @@ def _tied(model: InputModel) -> dict[str, str]:
     pairs = {
         model.stored_name(tensor, tied=False): next((n for n in tensor.tied_names if n in model.headers), None)
         for tensor in model.layout.other
-        if tensor.tied_names and model.text_config.tie_word_embeddings
+        if tensor.tied_names and model.is_tied
     }
     return {head: embedding for head, embedding in pairs.items() if head and embedding and head != embedding}
 

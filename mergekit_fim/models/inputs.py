@@ -1,6 +1,5 @@
 """The models that go into a merge, and everything about them that can be checked without reading their weights."""
 
-import copy
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -19,12 +18,12 @@ from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from mergekit_fim.errors import FimError, check_own_code, reason
 from mergekit_fim.models.checkpoint import TensorHeader, model_config, read_headers
 from mergekit_fim.models.completion import Changes, changed, check_same, left_out, unneeded
-from mergekit_fim.models.layout import DecoderLayer, ModelLayout, model_layout, tensor_names
+from mergekit_fim.models.language import auto_class, is_tied, outside, without_weights
+from mergekit_fim.models.layout import DecoderLayer, ModelLayout, model_layout, stack_of, tensor_names
 from mergekit_fim.models.names import Loading
 
 # Config keys that say what the weights mean, so that models which differ in one can't be merged: the shapes of the
@@ -52,6 +51,7 @@ class InputModel:
         loading: where transformers puts the checkpoint's tensors.
         architecture: mergekit's description of the models, with what it leaves out.
         added: the names of those tensors of the checkpoint that mergekit's own description leaves out.
+        other_modules: the names of the layout's tensors that aren't the language model's: of towers and projectors.
     """
 
     reference: ModelReference
@@ -63,6 +63,7 @@ class InputModel:
     loading: Loading
     architecture: ModelArchitecture
     added: tuple[str, ...] = ()
+    other_modules: frozenset[str] = frozenset()
 
     def __str__(self) -> str:
         return str(self.reference)
@@ -71,6 +72,15 @@ class InputModel:
     def text_config(self) -> PretrainedConfig:
         """The config of the language model, which for text-only models is the whole config."""
         return self.config.get_text_config()
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether its config ties the output head to the input embeddings."""
+        return is_tied(self.config)
+
+    def num_layers(self, module: str) -> int:
+        """How many layers one of mergekit's modules has."""
+        return int(self.architecture.modules[module].architecture.num_layers(self.config))
 
     def stored_name(self, tensor: WeightInfo, *, tied: bool = True) -> str | None:
         """The name under which the checkpoint holds `tensor`: its own, an alias, or (if `tied`) what it is tied to."""
@@ -136,21 +146,22 @@ def open_models(
     headers = {reference: read_headers(reference) for reference in references}
     loading = {reference: Loading(skeletons[reference], headers[reference]) for reference in references}
     stored = {name for held in headers.values() for name in held}
+    stack = stack_of(architecture, configs[base], str(base), skeletons[base], loading[base])
     found = {
-        r: _changes(architecture, r, config, headers[r], stored, loading[r], skeletons[r])
+        r: _changes(architecture, stack, r, config, headers[r], stored, loading[r], skeletons[r])
         for r, config in configs.items()
     }
     check_same(found)
-    architecture, added = changed(architecture, found[base]), found[base].added
+    architecture, added = changed(architecture, found[base], stack), found[base].added
     models = {}
     for reference, config in configs.items():
-        skeleton, layout = skeletons[reference], model_layout(architecture, config, str(reference))
+        skeleton, layout = skeletons[reference], model_layout(architecture, config, str(reference), stack)
         model = InputModel(
             *(reference, config, layout, headers[reference], frozenset()),
-            tuple(_unknown(headers[reference], layout, skeleton)),
-            *(loading[reference], architecture, added),
+            tuple(_unknown(headers[reference], layout, skeleton, loading[reference])),
+            *(loading[reference], architecture, added, _other_modules(layout, skeleton, loading[reference])),
         )
-        names = tensor_names(skeleton, layout, floating_point=True)
+        names = tensor_names(skeleton, layout, loading[reference], floating_point=True)
         models[reference] = replace(model, absent=frozenset(_absent(model, names, stored)))
         _check_shapes(models[reference], {n: tuple(v.shape) for n, v in skeleton.state_dict().items()})
     return models
@@ -158,6 +169,7 @@ def open_models(
 
 def _changes(
     architecture: ModelArchitecture,
+    stack: str,
     reference: ModelReference,
     config: PretrainedConfig,
     headers: Mapping[str, TensorHeader],
@@ -170,25 +182,28 @@ def _changes(
     Raises:
         FimError: the model has a tensor that has no place in it.
     """
-    layout = model_layout(architecture, config, str(reference))
-    tensors = tensor_names(skeleton, layout)
+    layout = model_layout(architecture, config, str(reference), stack)
+    tensors = tensor_names(skeleton, layout, loading)
     lacking = [
         tensor.name
         for layer in (*layout.layers, None)
         for tensor in (layer.tensors if layer else layout.other)
         if not tensor.optional
         and stored.isdisjoint((tensor.name, *(tensor.aliases or ()), *(tensor.tied_names or ())))
-        and not _is_convertible(config.model_type, headers, tensor, layer)
+        and (
+            not _is_convertible(config.model_type, headers, tensor, layer)
+            or any(loading.is_reordered(key) for key in loading.keys_of(tensor.name))
+        )
     ]
     without = unneeded(layout, lacking, loading, tensors)
-    layout = model_layout(changed(architecture, Changes(unneeded=without)), config, str(reference))
+    layout = model_layout(changed(architecture, Changes(unneeded=without), stack), config, str(reference), stack)
     found = left_out(
         str(reference),
         layout,
         _planned(layout, headers, stored),
         loading,
         tensors,
-        tensor_names(skeleton, layout, floating_point=True),
+        tensor_names(skeleton, layout, loading, floating_point=True),
         infer_vocabulary_axes(skeleton),
         (config.architectures or [config.model_type])[0],
     )
@@ -248,15 +263,18 @@ def _skeleton(reference: ModelReference, config: PretrainedConfig, trust_remote_
     """transformers' model, without weights."""
     try:
         with accelerate.init_empty_weights(include_buffers=True):
-            skeleton: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(
-                copy.deepcopy(config), trust_remote_code=trust_remote_code
-            )
+            skeleton = without_weights(config, trust_remote_code)
         skeleton.tie_weights()
         return skeleton
     except Exception as error:  # whatever a model's own code raises
         raise FimError(
             f"{reference}: transformers can't build the model from its config ({reason(error)}); check its config.json"
         ) from error
+
+
+def _other_modules(layout: ModelLayout, skeleton: PreTrainedModel, loading: Loading) -> frozenset[str]:
+    beside = outside(skeleton)
+    return frozenset(t.name for t in layout.other if any(key in beside for key in loading.keys_of(t.name)))
 
 
 def _absent(model: InputModel, names: Sequence[Sequence[str]], stored: Set[str]) -> Iterator[str]:
@@ -296,9 +314,11 @@ def _absent(model: InputModel, names: Sequence[Sequence[str]], stored: Set[str])
 _OLD_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 
 
-def _unknown(headers: Mapping[str, TensorHeader], layout: ModelLayout, skeleton: PreTrainedModel) -> Iterator[str]:
+def _unknown(
+    headers: Mapping[str, TensorHeader], layout: ModelLayout, skeleton: PreTrainedModel, loading: Loading
+) -> Iterator[str]:
     """Names in a checkpoint that are of no tensor of the model, and that transformers doesn't pass over knowingly."""
-    known = {name for aliases in tensor_names(skeleton, layout) for name in aliases}
+    known = {name for aliases in tensor_names(skeleton, layout, loading) for name in aliases}
     for tensor in layout.all_tensors():
         known.update((tensor.name, *(tensor.aliases or ()), *(tensor.tied_names or ())))
     conversions = [
@@ -310,6 +330,7 @@ def _unknown(headers: Mapping[str, TensorHeader], layout: ModelLayout, skeleton:
     for name in headers:
         if (
             name not in known
+            and not loading.targets(name)
             and not name.endswith(_OLD_BUFFERS)
             and not any(pattern.search(name) for pattern in passed_over)
             and all(conversion.rename_source_key(name)[1] is None for conversion in conversions)
@@ -352,8 +373,9 @@ def _is_convertible(
 ) -> bool:
     """Whether mergekit can make `tensor` from differently laid out ones of the checkpoint, such as single experts."""
     candidates = [set(headers)]
-    if layer is not None:  # a conversion stays within its layer, and searching all of a large MoE takes minutes
-        candidates.insert(0, {name for name in headers if f".{layer.index}." in name})
+    number = layer.index if layer is not None else (re.findall(r"\.(\d+)\.", tensor.name) or [None])[0]
+    if number is not None:  # a conversion stays within its layer, and searching all of a large MoE takes minutes
+        candidates.insert(0, {name for name in headers if f".{number}." in name})
     targets = (tensor.name, *(tensor.aliases or ()))
     return any(can_convert_checkpoint_keys(model_type, keys, name) for keys in candidates for name in targets)
 
@@ -381,8 +403,7 @@ def _check_causal_lm(reference: ModelReference, config: PretrainedConfig, trust_
     names = config.architectures or ["none"]
     if config.is_encoder_decoder:
         raise FimError(f"{reference}: expected a causal language model, found the encoder-decoder {names[0]}")
-    remote = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if not remote and names[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if auto_class(config, trust_remote_code) is None:
         raise FimError(
             f"{reference}: expected a causal language model that transformers can load, found {names[0]}; "
             "for a model with code of its own, pass --trust-remote-code"

@@ -9,6 +9,9 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+# What a converter does that keeps entries in their order, or that mergekit does likewise.
+_PLAIN = {"Chunk", "Concatenate", "Interleave", "MergeModulelist", "Split", "SplitModulelist", "Transpose"}
+
 
 class Loading:
     """Where transformers' loader puts the tensors of a checkpoint.
@@ -51,9 +54,19 @@ class Loading:
         """The keys that a tensor of this name in a checkpoint is loaded into, whole or as a part."""
         return self._expanded(*self._renamed(name))
 
+    def keys_of(self, name: str) -> list[str]:
+        """The keys of a tensor by mergekit's definition, which may have its name from the checkpoints or the model."""
+        return [key for key in dict.fromkeys((name, *self.targets(name))) if key in self.keys]
+
     def is_whole(self, name: str) -> bool:
         """Whether it is loaded as it is, under its own name or another one."""
         return self._renamed(name)[1] is None
+
+    def is_reordered(self, key: str) -> bool:
+        """Whether entries change their places, by a rule that mergekit's own conversion leaves out without a word."""
+        _, pattern = self._renamed(next(iter(self.sources.get(key, ())), ""))
+        operations = self._converters[pattern].operations if pattern is not None else ()
+        return any(type(operation).__name__ not in _PLAIN for operation in operations)
 
     def loaded(self, names: Iterable[str]) -> set[str]:
         """The keys that are complete where a checkpoint holds just these tensors."""

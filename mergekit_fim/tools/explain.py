@@ -12,6 +12,7 @@ from mergekit_fim.errors import size, wrapped
 from mergekit_fim.fisher.batched import micro_batch
 from mergekit_fim.fisher.loading import device_plan
 from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.models.language import is_tied
 from mergekit_fim.result import BaseCoefficients
 from mergekit_fim.tools.plan import MergePlan, PlannedTensor
 
@@ -35,7 +36,7 @@ def _notes(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
             shown = " to ".join(f"{v:g}" for v in sorted({min(values), max(values)}))
             yield f"of each tensor of {model}'s task vector, the fraction {shown} is kept"
     if all(difference.key != "tie_word_embeddings" for difference in plan.pre_pass.differences):
-        tied = plan.output_config.get_text_config().tie_word_embeddings
+        tied = is_tied(plan.output_config)
         yield f"output head of the merged model: {'tied to its embeddings' if tied else 'of its own'}"
     yield from _cost(plan, options)
 

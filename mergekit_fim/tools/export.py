@@ -16,6 +16,7 @@ from mergekit.config import (
     InputModelDefinition,
     InputSliceDefinition,
     MergeConfiguration,
+    OutputModuleDefinition,
     OutputSliceDefinition,
 )
 from mergekit.graph import Executor, Task
@@ -57,29 +58,39 @@ def export(plan: MergePlan, options: MergeOptions) -> Export:
     Raises:
         FimError: stock mergekit can't plan the exported config.
     """
-    slices = _slices(plan)
     config = plan.config.model_copy(deep=True)
     config.merge_method = STOCK_METHODS[plan.config.merge_method]
-    config.modules, config.parameters = None, {"normalize": False}
-    count = {reference: len(model.layout.layers) for reference, model in plan.inputs.items()}
-    is_whole = all(tuple(source.layer_range) == (0, count[source.model]) for s in slices for source in s.sources)
-    if len(slices) == 1 and slices[0].base_model is None and is_whole:
-        config.models = [
-            InputModelDefinition(model=source.model, parameters=source.parameters)
-            for source in slices[0].sources
-            if source.model != config.base_model
-        ]
+    config.parameters, config.modules = {"normalize": False}, None
+    contents = {name: _contents(plan, name) for name in plan.config.modules or {}}
+    if len(contents) == 1:
+        (own,) = contents.values()
+        config.models, config.slices = own.models, own.slices
     else:
-        config.slices = slices
+        config.modules = contents
     # Validated anew: a copy isn't.
     config = MergeConfiguration.model_validate(config.model_dump(exclude_none=True))
     return Export(config, tuple(_losses(plan, plan_merge(config, options))))
 
 
-def _slices(plan: MergePlan) -> list[OutputSliceDefinition]:
-    slices = plan.slices
+def _contents(plan: MergePlan, name: str) -> OutputModuleDefinition:
+    """A module of the exported config."""
+    slices = _slices(plan, name)
+    count = {reference: model.num_layers(name) for reference, model in plan.inputs.items()}
+    is_whole = all(tuple(source.layer_range) == (0, count[source.model]) for s in slices for source in s.sources)
+    if len(slices) > 1 or slices[0].base_model is not None or not is_whole:
+        return OutputModuleDefinition(slices=slices)
+    models = [
+        InputModelDefinition(model=source.model, parameters=source.parameters)
+        for source in slices[0].sources
+        if source.model != plan.config.base_model
+    ]
+    return OutputModuleDefinition(models=models)
+
+
+def _slices(plan: MergePlan, name: str) -> list[OutputSliceDefinition]:
+    slices = (plan.config.modules or {})[name].slices or []
     tensors: list[list[PlannedTensor]] = [[] for _ in slices]
-    for index, tensor in _by_slice(plan):
+    for index, tensor in _by_slice(plan, name):
         tensors[index].append(tensor)
     exported = []
     for out_slice, own in zip(slices, tensors, strict=True):
@@ -96,13 +107,20 @@ def _slices(plan: MergePlan) -> list[OutputSliceDefinition]:
     return exported
 
 
-def _by_slice(plan: MergePlan) -> Iterator[tuple[int, PlannedTensor]]:
-    """Every tensor with the slice whose parameters mergekit uses: outside the layers the first's or the last's."""
+def _by_slice(plan: MergePlan, name: str) -> Iterator[tuple[int, PlannedTensor]]:
+    """Every tensor of a module with the slice whose parameters mergekit uses: outside layers the first's or last's."""
+    layout = next(iter(plan.inputs.values())).layout
+    elsewhere = {t.name for module, tensors in layout.modules.items() if module != layout.stack for t in tensors}
+    if name != layout.stack:  # these have one slice
+        own = {t.name for t in layout.modules[name]}
+        yield from ((0, tensor) for tensor in plan.tensors if tensor.name in own)
+        return
     slices = plan.slices
+    tensors = [tensor for tensor in plan.tensors if tensor.name not in elsewhere]
     of_layer = [i for i, s in enumerate(slices) for _ in range(*s.sources[0].layer_range)]
-    numbers = [_layer_number(plan, tensor.name) for tensor in plan.tensors]
+    numbers = [_layer_number(plan, tensor.name) for tensor in tensors]
     begin = next(i for i, number in enumerate(numbers) if number is not None)
-    for i, (tensor, number) in enumerate(zip(plan.tensors, numbers, strict=True)):
+    for i, (tensor, number) in enumerate(zip(tensors, numbers, strict=True)):
         yield of_layer[number] if number is not None else 0 if i < begin else len(slices) - 1, tensor
 
 
@@ -118,6 +136,8 @@ def _layer_number(plan: MergePlan, name: str) -> int | None:
 
 def _coefficients(tensor: PlannedTensor) -> dict[ModelReference, float]:
     """By what each model's task vector, or trimmed task vector, is multiplied."""
+    if (kept := tensor.parameter("other_modules")) != "merge":
+        return dict.fromkeys(tensor.per_model("alpha"), 1.0 if kept == "tuned" else 0.0)
     alphas, weights = tensor.per_model("alpha"), tensor.per_model("weight")
     scale = tensor.parameter("lambda") * (tensor.parameter("gate_scale") if is_gate_projection(tensor.name) else 1.0)
     parts = shares(list(weights.values()), tensor.parameter("normalize"))
@@ -132,7 +152,10 @@ def _parameters(plan: MergePlan, model: ModelReference, tensors: Sequence[Planne
     prefixes = [next((prefix for prefix in of_layers if name.startswith(prefix)), None) for name in names]
     values = {"weight": [_coefficients(tensor)[model] for tensor in tensors]}
     if plan.config.merge_method == "fim_ties":
-        values["density"] = [tensor.per_model("density")[model] for tensor in tensors]
+        values["density"] = [
+            1.0 if tensor.parameter("other_modules") == "tuned" else tensor.per_model("density")[model]
+            for tensor in tensors
+        ]
     return {key: _setting(names, prefixes, column) for key, column in values.items()}
 
 
@@ -169,6 +192,11 @@ def _losses(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
         yield (
             f"gate protection: {stock} has one weight for a whole tensor, so that the gate's half of {len(fused)} "
             f"fused tensors such as {fused[0]} is merged like the rest (gate_scale: 1 makes {method} the same)"
+        )
+    if kept := [tensor.name for tensor in plan.tensors if tensor.parameter("other_modules") == "tuned"]:
+        yield (
+            f"other_modules: {stock} computes the {len(kept)} tensors that are kept from the fine-tuned model, such as "
+            f"{kept[0]}, as the base and the difference: their last digits may be others"
         )
     wanted = {tensor.name: _coefficients(tensor) for tensor in plan.tensors}
     for tensor in exported.tensors:

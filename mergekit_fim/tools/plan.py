@@ -85,9 +85,8 @@ class MergePlan:
 
     @property
     def slices(self) -> list[OutputSliceDefinition]:
-        """The slices of the one module that a merge by `fim_ties` or `fim_ta` has."""
-        (module,) = (self.config.modules or {}).values()
-        return module.slices or []
+        """The slices of the module that has the decoder layers, of a merge by `fim_ties` or `fim_ta`."""
+        return (self.config.modules or {})[next(iter(self.inputs.values())).layout.stack].slices or []
 
 
 def _check(config: MergeConfiguration, options: MergeOptions) -> None:
