@@ -1,7 +1,7 @@
 """Every language model of the installed transformers, tiny: merged by mergekit's own method and by ours.
 
     make architectures
-    PYTHONPATH=tests python benchmarks/architectures.py qwen3_5 jamba   # these, again
+    PYTHONPATH=tests python -m benchmarks.architectures qwen3_5 jamba   # these, again
 
 Each model runs in a process of its own, so that an error or a hang is a row. Rows are kept as they are made, in a file
 of JSON lines: the same command goes on where it was stopped. `--write docs/architectures.md` puts the table there.
@@ -33,6 +33,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
+from benchmarks.pages import put
 from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.fisher.engine import autograd_engine
 from mergekit_fim.fisher.measure import measure_checkpoint
@@ -43,7 +44,6 @@ METHODS = ("task_arithmetic", "fim_ta", "fim_ties")
 BY_MODULES = " by modules"  # the same with every module by itself, where a model has several
 SETTINGS = FisherSettings(samples=2, seq_len=8, seed=2)
 SECONDS = 120
-BEGIN, END = "<!-- make architectures: begin -->", "<!-- make architectures: end -->"
 
 
 def said(error: BaseException) -> str:
@@ -237,12 +237,12 @@ def made_of(found: dict[str, Any] | None, base_generates: str) -> str:
     return ", ".join(words) or f"whole{added}"
 
 
-def table(rows: dict[str, dict[str, Any]]) -> str:
+def tables(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
     """All the models as two tables, those that see by themselves, and how many there are of which kind."""
     by = ", ".join(f"{package} {number}" for package, number in versions().items())
-    text = [*part({name: found for name, found in rows.items() if name not in zoo.VISION}, f"models ({by})")]
-    vision = [*part({name: found for name, found in rows.items() if name in zoo.VISION}, "models that see, too")]
-    return "\n".join([*text, "", *vision])
+    yield from part({name: found for name, found in rows.items() if name not in zoo.VISION}, f"models ({by})")
+    yield ""
+    yield from part({name: found for name, found in rows.items() if name in zoo.VISION}, "models that see, too")
 
 
 def part(rows: dict[str, dict[str, Any]], what: str) -> Iterator[str]:
@@ -312,9 +312,7 @@ def main() -> None:
             name, json.dumps({k: v for k, v in rows[name].items() if k not in ("name", "versions")})[:600], flush=True
         )
     if options.write:
-        page = options.write.read_text(encoding="utf-8")
-        before, after = page.split(BEGIN)[0], page.split(END)[1]
-        options.write.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{after}", encoding="utf-8")
+        put(options.write, "make architectures", list(tables(rows)))
 
 
 if __name__ == "__main__":
