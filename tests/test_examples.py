@@ -19,7 +19,7 @@ def test_there_are_examples():
     assert {"demo", "l2s-1.5b-fim-ties", "l2s-1.5b-fim-ta", "l2s-7b-fim-ties", "l2s-7b-fim-ta", "three-models"} <= {
         path.stem for path in CONFIGS
     }
-    assert {"qwen3-4b-fim-ties", "qwen3-4b-fim-ta"} <= {path.stem for path in CONFIGS}
+    assert {"qwen3-4b-fim-ties", "qwen3-4b-fim-ta", "sparse-fim-ties"} <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

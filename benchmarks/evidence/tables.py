@@ -20,7 +20,7 @@ from benchmarks.pages import head, line, put
 Pair = dict[str, Any]
 COMMAND = "python -m benchmarks.evidence.tables"
 DEFAULTS = (REFERENCE, "ties density 0.2", "fim_ta", "fim_ties")
-DRAWN = (REFERENCE, "fim_ta", "fim_ties", "ties density 0.2", "S3")
+DRAWN = (REFERENCE, "fim_ta", "fim_ties", "fim_ties density 0.05", "S3")
 
 
 def row_of(pair: Pair, variant: str) -> Any:
