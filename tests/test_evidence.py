@@ -148,6 +148,7 @@ def test_a_variants_config_has_the_mappings_coefficients(name, folder, tmp_path,
         assert value == pytest.approx(base[tensor] + alpha * (long[tensor] - base[tensor]), abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")  # of cellpylib, which reasoning-gym imports, if not compiled yet
 def test_every_way_ends_in_the_answer():
     for examples in (
         words(random.Random(0), held=False),
