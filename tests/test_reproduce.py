@@ -311,7 +311,7 @@ def test_the_7b_pair(converted):
 
 
 def test_a_pair_of_today(converted):
-    record, answers, words = sweep(the_only_block("qwen3-4b"))
+    record, answers, words = sweep(the_only_block("qwen3-4b", "linear"))
     assert named(words, "--problems") == ["hf:HuggingFaceH4/MATH-500:test", "aime24.jsonl"]
     counts = collections.Counter(run["method"] for run in record["runs"])
     assert counts.keys() == {None, "fim_ties", "linear", "ties"}
@@ -319,6 +319,12 @@ def test_a_pair_of_today(converted):
     assert all(4 <= count <= 7 for method, count in counts.items() if method)
     assert "linear weight=0.8" in rows(record)
     assert len(answers) == 6 * sum(counts.values())
+    known = set(rows(record))
+    record, _, _ = sweep(the_only_block("qwen3-4b", "density=0.05"))
+    new = [run for run in record["runs"] if run["run"] not in known]
+    assert known < set(rows(record))
+    assert {run["method"] for run in new} == {"fim_ties", "ties"}
+    assert {(run["settings"]["density"], run["settings"]["lambda"]) for run in new} == {(0.05, 2.0)}
 
 
 def test_the_long_models_tokenizer(converted):
