@@ -192,6 +192,9 @@ VARIANTS: dict[str, Variant] = {
     "two endpoints, q": by_hand(mappings.two_endpoints(quadratic=True), MANY),
     "together": by_hand(mappings.together, MANY),
     "together, own text": by_hand(mappings.together, OWN),
+    "fim_ties density 0.05, together, own text": by_hand(
+        mappings.together, OWN, method="fim_ties", ends_long=False, density=0.05, **{"lambda": 3.0}
+    ),
     "two endpoints, q, own text": by_hand(mappings.two_endpoints(quadratic=True), OWN),
     "fim_ta own text": by_hand(mappings.sigmoid_of(1.0), OWN),
     "fim_ta sampled 64": by_hand(mappings.sigmoid_of(1.0), MANY),
