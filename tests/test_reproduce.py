@@ -201,9 +201,9 @@ def converted(stand_ins):
 
 def test_all_of_the_page_is_run():
     assert len(PYTHON) == 4
-    assert len(SHELL) == 9
+    assert len(SHELL) == 10
     commands = [line for block in SHELL[1:] for line in block.splitlines() if line.startswith("mergekit-fim ")]
-    assert len(commands) == 8
+    assert len(commands) == 9
     assert SHELL[0] == "git clone --depth 1 https://github.com/QwenLM/Qwen2.5-Math\n"
 
 
