@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 from mergekit_fim.cli import main
 from mergekit_fim.config.parameters import FisherSettings
+from mergekit_fim.evaluate.generation import Prompt, complete
 from mergekit_fim.evaluate.generation import load_model as load_for_generation
 from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.loading import Placement, load_model
@@ -403,7 +404,18 @@ def test_without_other_modules_the_parameter_has_no_effect_and_says_so(pair, mer
     assert all(np.array_equal(found[key], expected[key]) for key in expected)
 
 
-def test_it_answers_in_a_sweep(tmp_path):
-    base, *_ = saved(QWEN, tmp_path)
-    model = load_for_generation("base", str(base), tiny.tokenizer(), MergeOptions(quiet=True), torch.float32)
-    assert type(model.model).__name__ == QWEN
+@pytest.mark.parametrize("name", MODULES)
+def test_it_answers_in_a_sweep(name, tmp_path):
+    """As transformers' whole model does by itself."""
+    base, *_ = saved(name, tmp_path)
+    tokenizer = tiny.tokenizer()
+    model = load_for_generation("base", str(base), tokenizer, MergeOptions(quiet=True), torch.float32)
+    prompts = [Prompt("p", i, 0, text, False) for i, text in enumerate(("ab", "1 + 1"))]
+    found = {prompt.text: completion for prompt, completion in complete(model, prompts, max_tokens=4)}
+    assert found.keys() == {prompt.text for prompt in prompts}
+    whole = AutoModelForImageTextToText.from_pretrained(base)
+    for text, completion in found.items():
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        out = whole.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=4)
+        written = [token for token in out[0, ids.shape[1] :].tolist() if token not in model.stop]
+        assert completion.text == tokenizer.decode(written, skip_special_tokens=True)
