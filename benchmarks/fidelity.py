@@ -1,8 +1,8 @@
 """Does a signal predict what moving a part of the model does? Measured KL against each signal, of a pair.
 
-    python -m benchmarks.fidelity FOLDER... [--write docs/evidence.md]
+    python -m benchmarks.fidelity KIND SEED FOLDER
 
-FOLDER is a pair that `python -m benchmarks.evidence` has answered base and long for; what was found is kept there. One
+FOLDER is a pair that `python -m benchmarks.evidence` has answered; what is found joins what that kept of the pair. One
 layer is moved, or one block of one (attention or MLP), all the way to the other model, or all layers at once by
 coefficients drawn at random; what is measured is the mean KL divergence of the next token's distribution from the
 unmoved model's, on the answers of base and long to the problems. A cell is the correlation of ln KL with ln signal, the
@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.evidence import mappings
 from benchmarks.evidence.signals import BASE, LONG, Inputs, Signals, signals
-from benchmarks.pages import head, line, put
+from benchmarks.evidence.summary import KEPT, load, save
+from benchmarks.pairs.recipes import KINDS
 
 INPUTS = (
     Inputs(),
@@ -125,31 +127,15 @@ def rows(pair: Path) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def table(found: dict[str, dict[str, dict[str, list[float]]]]) -> Iterator[str]:
-    """Signals by pairs."""
-    yield from head("signal", *found)
-    for signal in next(iter(found.values())):
-        yield line(
-            signal, *(" / ".join(f"{np.mean(values):.2f}" for values in its[signal].values()) for its in found.values())
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into this page")
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    found = {}
-    for folder in arguments.folders:
-        kept = folder / "fidelity.json"
-        if not kept.exists():
-            kept.write_text(json.dumps(rows(folder), indent=1), encoding="utf-8")
-        found[folder.name] = json.loads(kept.read_text(encoding="utf-8"))
-    if arguments.write:
-        put(arguments.write, "python -m benchmarks.fidelity", ["", *table(found), ""])
-    else:
-        print("\n".join(table(found)))
+    kept = KEPT / f"{arguments.kind}-{arguments.seed}.json"
+    save(kept, replace(load(kept), fidelity=rows(arguments.folder)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """What the evidence rests on: benchmarks/pairs and benchmarks/evidence, on tiny models."""
 
-import json
 import random
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks.evidence import mappings, tables
 from benchmarks.evidence.signals import BASE, LONG, Inputs, Signals, signals
 from benchmarks.evidence.subspace import without_top_directions
-from benchmarks.evidence.summary import rows, save
+from benchmarks.evidence.summary import Difference, Found, load, rows, save
 from benchmarks.evidence.variants import VARIANTS
 from benchmarks.pages import put
 from benchmarks.pairs.recipes import KINDS
@@ -24,6 +28,7 @@ from example_configs.demo import prompt_ids
 from mergekit_fim.evaluate.front import Outcomes
 from mergekit_fim.tools.plan import merge_whole
 
+ROOT = Path(__file__).parents[1]
 FEW = Inputs(samples=3, length=12)
 
 
@@ -225,21 +230,60 @@ def outcomes(run: str, method: str | None, strength: float | None, right: int, t
     return Outcomes(run, method, settings, correct, np.full((20, 1), tokens), none, none, none)
 
 
-def test_the_tables_say_which_variant_is_above_the_chord(tmp_path):
+FRONTS = {
+    "task_arithmetic": [outcomes("task_arithmetic @0.50000", "task_arithmetic", 0.5, 12, 30)],
+    "ties density 0.2": [outcomes("ties density 0.2 @1.00000", "ties density 0.2", 1.0, 16, 30)],
+    "fim_ties": [outcomes("fim_ties @1.00000", "fim_ties", 1.0, 18, 30)],
+}
+PROSE = {"base": 3.0, "long": 3.25, "task_arithmetic @0.50000": 3.125, "fim_ties @1.00000": 3.5}
+
+
+def pair_of(seed: int, **others) -> Found:
+    """What a pair of those outcomes shows."""
     ends = outcomes("base", None, None, 4, 10), outcomes("long", None, None, 20, 50)
-    fronts = {
-        "task_arithmetic": [outcomes("task_arithmetic @0.50000", "task_arithmetic", 0.5, 12, 30)],
-        "fim_ties": [outcomes("fim_ties @1.00000", "fim_ties", 1.0, 18, 30)],
-    }
-    prose = {"base": 3.0, "long": 3.25, "task_arithmetic @0.50000": 3.125, "fim_ties @1.00000": 3.5}
-    found = rows(*ends, fronts, prose)
-    assert [row.best for row in found] == pytest.approx([0, 0.3])
-    assert [row.prose for row in found] == [3.125, 3.5]
-    assert found[0].against is None
-    assert found[1].against is not None
-    assert found[1].against[0] == pytest.approx(0.15)
-    save(tmp_path / "summary.json", "words", 7, {"base": (0.2, 10.0), "long": (1.0, 50.0)}, found, prose)
-    pair = json.loads((tmp_path / "summary.json").read_text())
+    found = {
+        "ends": {"base": (0.2, 10.0), "long": (1.0, 50.0)},
+        "rows": rows(*ends, FRONTS, PROSE),
+        "prose": {name: PROSE[name] for name in ("base", "long")},
+        "hours": 0.75,
+        "source": "a test",
+        "fidelity": {},
+    } | others
+    return Found(kind="words", seed=seed, **found)
+
+
+def test_a_variant_is_laid_beside_the_chord_uniform_and_trimming_alone():
+    uniform, ties, ours = pair_of(7).rows
+    # At 30 of 10 to 50 tokens each front has a corner, which is as high above the chord as half of its area says.
+    assert [row.area for row in (uniform, ties, ours)] == pytest.approx([0.6, 0.7, 0.75])
+    assert uniform.against is None
+    assert uniform.trimmed is None
+    assert ties.against is not None
+    assert ties.trimmed is None
+    assert ties.against.value == pytest.approx(0.1)
+    assert ours.against is not None
+    assert ours.against.value == pytest.approx(0.15)
+    assert ours.trimmed is not None
+    assert ours.trimmed.value == pytest.approx(0.05)
+    assert [row.prose for row in (uniform, ties, ours)] == [3.125, None, 3.5]
+    assert (ours.against.sign, ours.trimmed.sign) == (1, 0)
+    low, high = ours.trimmed.interval
+    assert low <= 0 <= 0.05 <= high
+
+
+def test_what_a_pair_shows_is_kept(tmp_path):
+    path = tmp_path / "words-7.json"
+    fidelity = {"‖δ‖²": {"layers": [0.5, 0.7]}}
+    its = pair_of(7, fidelity=fidelity, rows=(*pair_of(7).rows[:2],))
+    save(path, its)
+    assert load(path) == its
+    # More answers don't cost what was measured of fidelity.
+    save(path, pair_of(7))
+    assert load(path) == pair_of(7, fidelity=fidelity)
+
+
+def test_the_tables_say_which_variant_is_above_the_chord(tmp_path):
+    pair = pair_of(7, fidelity={"ceiling": {"layers": [0.5, 0.75], "blocks": [1.0, 1.0], "all at once": [0.25, 0.25]}})
     page = tmp_path / "page.md"
     command = f"<!-- {tables.COMMAND}: "
     page.write_text(f"Before.\n{command}begin -->\nold\n{command}end -->\nAfter.\n")
@@ -248,11 +292,35 @@ def test_the_tables_say_which_variant_is_above_the_chord(tmp_path):
     assert text.startswith("Before.\n")
     assert text.endswith("After.\n")
     assert "old" not in text
-    assert "| words 7 | 0.20 @ 10.0 | 1.00 @ 50.0 | 0.50: 0.60 @ 30 |" in text
+    assert "| words 7 | 0.20 @ 10.0 | 1.00 @ 50.0 | 0.50: 0.60 @ 30 | 3 | 0.8 |" in text
     assert "| words 7 | 0.750, fim_ties | " in text
-    assert ", 80.0% | not run | not run | " in text
+    assert ", 80.0% | " in text
+    assert text.count("| not run | ") == 1
     assert "\n| fim_ties | +0.150, 1 up |\n" in text
-    assert all(text.count(f"\n| {name} | ") == 2 for name in VARIANTS if name not in fronts)
+    assert "\n| fim_ties | +0.050 |\n" in text
+    assert "\n| ceiling | 0.62 / 1.00 / 0.25 |\n" in text
+    missing = text.partition("\nNot run: ")[2].partition(".\n\n")[0].split("; ")
+    assert missing == [name for name in VARIANTS if name not in FRONTS]
     assert "| base | 3.0000 |\n| long | 3.2500 |\n| task_arithmetic | 3.1250 |" in text
     tables.draw({"words": [pair]}, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 5000
+
+
+def test_the_tables_count_the_pairs_whose_interval_is_known():
+    old = pair_of(6)
+    ours = replace(old.rows[2], trimmed=Difference(0.03, -1, None), against=Difference(-0.05, None, None))
+    pairs = [replace(old, rows=(*old.rows[:2], ours)), pair_of(7), replace(old, seed=8, rows=old.rows[:2])]
+    text = "\n".join(tables.page({"words": pairs}))
+    assert "\n| ties density 0.2 | +0.100 ± 0.000 |\n" in text
+    assert "\n| fim_ties | +0.050 ± 0.141 of 2, 1 of 1 up |\n" in text
+    assert "\n| fim_ties | +0.040 ± 0.014 of 2, 1 down |\n" in text
+    gain = f"{ours.gain.value:+.3f}"
+    assert f"\n| fim_ties | {gain} | {gain} | not run | {gain} ± 0.000 | " in text
+
+
+def test_the_page_is_of_what_is_kept(tmp_path):
+    """docs/evidence.md has been made anew since docs/evidence/ changed."""
+    page = tmp_path / "evidence.md"
+    shutil.copy(ROOT / "docs/evidence.md", page)
+    subprocess.run([sys.executable, "-m", "benchmarks.evidence.tables", "--write", page], cwd=ROOT, check=True)
+    assert page.read_text() == (ROOT / "docs/evidence.md").read_text()

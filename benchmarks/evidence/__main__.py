@@ -1,12 +1,13 @@
 """Answer, for a pair, and sum it up: `python -m benchmarks.evidence KIND SEED FOLDER [VARIANT...]`.
 
 From the repository's root. The pair is made first, unless it is there. Without names, all variants are run, in their
-order; FOLDER/summary.json is of all that have been run by then. docs/evidence.md is made of these files by
-`python -m benchmarks.evidence.tables`.
+order. What all show that have been run by then is kept in docs/evidence/KIND-SEED.json, or where `--keep` says;
+docs/evidence.md is made of these files by `python -m benchmarks.evidence.tables`.
 """
 
 import argparse
 import logging
+import platform
 import time
 from pathlib import Path
 
@@ -14,9 +15,9 @@ import torch
 import transformers
 
 from benchmarks.evidence.fronts import RUNS, Pair
-from benchmarks.evidence.summary import REFERENCE, rows, save
+from benchmarks.evidence.summary import KEPT, REFERENCE, Found, rows, save
 from benchmarks.evidence.variants import VARIANTS
-from benchmarks.pairs.recipes import KINDS, make
+from benchmarks.pairs.recipes import KINDS, make, seconds
 from mergekit_fim.prepass import measured_once
 
 
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("variants", nargs="*", default=list(VARIANTS))
     parser.add_argument("--n", type=int, default=200, help="problems (200)")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"merges of each variant ({RUNS})")
+    parser.add_argument("--keep", type=Path, metavar="FILE", help="(docs/evidence/KIND-SEED.json)")
     arguments = parser.parse_intermixed_args()
     if unknown := ", ".join(set(arguments.variants) - set(VARIANTS)):
         parser.error(f"expected some of {', '.join(VARIANTS)}, found {unknown}")
@@ -45,9 +47,18 @@ def main() -> None:
     fronts = {name: pair.known(name, VARIANTS[name], arguments.runs) for name in VARIANTS}
     fronts = {name: runs for name, runs in fronts.items() if runs}
     if REFERENCE in fronts:
-        ends = {name: (p.accuracy, p.tokens) for name, p in pair.ends().items()}
-        found = rows(*pair.end_outcomes(), fronts, pair.prose())
-        save(arguments.folder / "summary.json", arguments.kind, arguments.seed, ends, found, pair.prose())
+        prose = pair.prose()
+        found = Found(
+            kind=arguments.kind,
+            seed=arguments.seed,
+            ends={name: (p.accuracy, p.tokens) for name, p in pair.ends().items()},
+            prose={name: prose[name] for name in ("base", "long") if name in prose},
+            hours=round(seconds(arguments.folder) * torch.get_num_threads() / 3600, 2),
+            source=f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}",
+            fidelity={},
+            rows=rows(*pair.end_outcomes(), fronts, prose),
+        )
+        save(arguments.keep or KEPT / f"{arguments.kind}-{arguments.seed}.json", found)
     print(f"{arguments.folder.name}: {time.time() - began:.0f} s", flush=True)
 
 

@@ -7,7 +7,6 @@ same number of merges, and each of these goes to the widest gap that is left on 
 
 import contextlib
 import io
-import json
 import os
 import tempfile
 import time
@@ -20,7 +19,7 @@ import tqdm
 from mergekit.options import MergeOptions
 
 from benchmarks.evidence.variants import Variant
-from benchmarks.pairs.recipes import Kind
+from benchmarks.pairs.recipes import Kind, note, noted
 from mergekit_fim.evaluate.answering import Decoding, Questions, by_model
 from mergekit_fim.evaluate.findings import outcomes
 from mergekit_fim.evaluate.folder import append_answer, file_name, read_answers
@@ -117,17 +116,14 @@ class Pair:
                     append_answer(file, answer)
                     answers[answer.source, answer.index, answer.sample] = answer
             nats = prose(loaded.model, tokenizer) if self.kind.prose else None
-        with open(self.folder / LOG, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"run": name, "seconds": time.time() - began, "nats": nats}) + "\n")
+        note(self.folder, run=name, seconds=time.time() - began, nats=nats)
         point = Point.of(strength or 0.0, answers.values())
         print(f"{self.folder.name}: {name}: {point.accuracy:.3f} @ {point.tokens:.1f}", flush=True)
         return answers
 
     def prose(self) -> dict[str, float]:
         """What an unrelated text costs every model that was asked, in nats a token."""
-        log = self.folder / LOG
-        lines = map(json.loads, log.read_text(encoding="utf-8").splitlines() if log.exists() else [])
-        return {line["run"]: line["nats"] for line in lines if line["nats"] is not None}
+        return {line["run"]: line["nats"] for line in noted(self.folder) if line["nats"] is not None}
 
     def outcomes(
         self, name: str, method: str | None, strength: float | None, answers: Mapping[Key, Answer]
@@ -148,6 +144,5 @@ def prose(model: Any, tokenizer: Any) -> float:
     return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
-LOG = "runs.jsonl"  # of a pair: what each run took, and its prose
 SEED = 1_000_000  # of the problems of reasoning-gym
 SCRATCH = "/dev/shm" if os.path.isdir("/dev/shm") else None

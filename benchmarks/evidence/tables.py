@@ -1,100 +1,125 @@
-"""Tables and figure of docs/evidence.md.
+"""Tables and figure of docs/evidence.md, of what is kept in docs/evidence/.
 
-    python -m benchmarks.evidence.tables FOLDER... [--write docs/evidence.md] [--figure docs/evidence.png]
-
-Each FOLDER is a pair with a summary.json by `python -m benchmarks.evidence`.
+python -m benchmarks.evidence.tables [FILE...] [--write docs/evidence.md] [--figure docs/evidence.png]
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.summary import REFERENCE
-from benchmarks.evidence.variants import VARIANTS
+from benchmarks.evidence.summary import KEPT, REFERENCE, Difference, Found, load
+from benchmarks.evidence.variants import TRIMMED, VARIANTS
 from benchmarks.pages import head, line, put
+from benchmarks.pairs.recipes import KINDS
 
-Pair = dict[str, Any]
 COMMAND = "python -m benchmarks.evidence.tables"
-DEFAULTS = (REFERENCE, "ties density 0.2", "fim_ta", "fim_ties")
+PRESETS = (REFERENCE, "ties density 0.2", "fim_ta", "fim_ties", "fim_ties density 0.05")
 DRAWN = (REFERENCE, "fim_ta", "fim_ties", "fim_ties density 0.05", "S3")
 
-
-def row_of(pair: Pair, variant: str) -> Any:
-    return next((row for row in pair["rows"] if row["variant"] == variant), None)
+Kinds = Mapping[str, Sequence[Found]]
 
 
-def pairs_table(pairs: Sequence[Pair]) -> Iterator[str]:
+def pairs_table(pairs: Sequence[Found]) -> Iterator[str]:
     """Both ends of every pair, and what uniform task arithmetic makes of it."""
-    yield from head("pair", "base", "long", "uniform task arithmetic, strength: accuracy @ tokens")
+    yield from head("pair", "base", "long", "uniform task arithmetic, strength: accuracy @ tokens", "variants", "hours")
     for pair in pairs:
-        ends = [f"{accuracy:.2f} @ {tokens:.1f}" for accuracy, tokens in pair["ends"].values()]
-        its = row_of(pair, REFERENCE)["points"]
+        ends = [f"{accuracy:.2f} @ {tokens:.1f}" for accuracy, tokens in pair.ends.values()]
+        uniform = pair.row(REFERENCE)
+        its = uniform.points if uniform else ()
         points = ", ".join(f"{strength:.2f}: {accuracy:.2f} @ {tokens:.0f}" for strength, accuracy, tokens in its)
-        yield line(f"{pair['kind']} {pair['seed']}", *ends, points)
+        hours = "not kept" if pair.hours is None else f"{pair.hours:.1f}"
+        yield line(pair.name, *ends, points, str(len(pair.rows)), hours)
 
 
-def aims_table(pairs: Sequence[Pair]) -> Iterator[str]:
+def aims_table(pairs: Sequence[Found]) -> Iterator[str]:
     """Whether a method that people have is above the chord, and as good as the best there is."""
-    yield from head("pair", "best area", *(f"{name}: gain, share of the best area" for name in DEFAULTS))
+    yield from head("pair", "best area", *(f"{name}: gain, share of the best area" for name in PRESETS))
     for pair in pairs:
-        best = max(pair["rows"], key=lambda row: row["area"])
+        best = max(pair.rows, key=lambda row: row.area)
         cells = []
-        for row in (row_of(pair, name) for name in DEFAULTS):
-            gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*row["held_out"]) if row else "not run"
-            cells.append(f"{gain}, {row['area'] / best['area']:.1%}" if row else gain)
-        yield line(f"{pair['kind']} {pair['seed']}", f"{best['area']:.3f}, {best['variant']}", *cells)
+        for row in map(pair.row, PRESETS):
+            cells.append(f"{_interval(row.gain)}, {row.area / best.area:.1%}" if row else "not run")
+        yield line(pair.name, f"{best.area:.3f}, {best.variant}", *cells)
 
 
-def summary_table(kinds: Mapping[str, Sequence[Pair]]) -> Iterator[str]:
+def summary_table(kinds: Kinds) -> Iterator[str]:
     """Every variant's area minus that of uniform task arithmetic, over the seeds of every kind."""
+    yield from _over_kinds(kinds, {name: REFERENCE for name in VARIANTS if name != REFERENCE})
+
+
+def trimmed_table(kinds: Kinds) -> Iterator[str]:
+    """What a coefficient for each layer adds to trimming: the area minus that of mergekit's ties, of one density."""
+    yield from _over_kinds(kinds, TRIMMED)
+
+
+def _over_kinds(kinds: Kinds, references: Mapping[str, str]) -> Iterator[str]:
     yield from head("variant", *(f"{kind} ({len(pairs)})" for kind, pairs in kinds.items()))
-    for variant in VARIANTS:
-        if variant != REFERENCE:
-            yield line(variant, *(_against(pairs, variant) for pairs in kinds.values()))
+    for variant, reference in references.items():
+        cells = []
+        for pairs in kinds.values():
+            rows = [row for pair in pairs if (row := pair.row(variant)) is not None]
+            apart = [its for row in rows if (its := row.against if reference == REFERENCE else row.trimmed) is not None]
+            cells.append(_counted(apart, len(pairs)))
+        yield line(variant, *cells)
 
 
-def _against(pairs: Sequence[Pair], variant: str) -> str:
-    apart = [row["against"] for pair in pairs if (row := row_of(pair, variant)) is not None]
+def _counted(apart: Sequence[Difference], pairs: int) -> str:
     if not apart:
         return "not run"
-    better, worse = sum(low > 0 for _, low, _ in apart), sum(high < 0 for _, _, high in apart)
-    some = "" if len(apart) == len(pairs) else f" of {len(apart)}"
-    return (
-        f"{_spread([value for value, _, _ in apart])}{some}"
-        + (f", {better} up" * bool(better))
-        + (f", {worse} down" * bool(worse))
-    )
+    some = "" if len(apart) == pairs else f" of {len(apart)}"
+    known = [its.sign for its in apart if its.sign is not None]
+    of_known = f" of {len(known)}" if len(known) < len(apart) else ""
+    counts = [f"{known.count(sign)}{of_known} {name}" for sign, name in ((1, "up"), (-1, "down")) if sign in known]
+    return ", ".join([f"{_spread([its.value for its in apart])}{some}", *counts])
 
 
-def variants_table(pairs: Sequence[Pair]) -> Iterator[str]:
+def variants_table(pairs: Sequence[Found]) -> Iterator[str]:
     """What every variant gains above the chord, over the seeds of a kind."""
-    seeds = ", ".join(str(pair["seed"]) for pair in pairs)
-    yield from head("variant", f"held-out gain, seeds {seeds}", "mean ± spread", "above 0", "best merge")
+    yield from head("variant", *(f"seed {pair.seed}" for pair in pairs), "mean ± spread", "above 0")
+    missing = []
     for variant in VARIANTS:
-        found = [row for pair in pairs if (row := row_of(pair, variant)) is not None]
-        if not found:
-            yield line(variant, "not run", "", "", "")
+        rows = [pair.row(variant) for pair in pairs]
+        gains = [row.gain for row in rows if row is not None]
+        if not gains:
+            missing.append(variant)
             continue
-        held = [row["held_out"] for row in found]
-        each = ", ".join(f"{value:+.3f}" for value, _, _ in held)
-        above = sum(low > 0 for _, low, _ in held)
-        best = np.mean([row["best"] for row in found])
-        yield line(variant, each, _spread([h[0] for h in held]), f"{above} of {len(found)}", f"{best:+.3f}")
+        each = [f"{row.gain.value:+.3f}" if row else "not run" for row in rows]
+        above = f"{sum(its.sign > 0 for its in gains)} of {len(gains)}"
+        yield line(variant, *each, _spread([its.value for its in gains]), above)
+    if missing:
+        yield from ("", f"Not run: {'; '.join(missing)}.")
 
 
-def prose_table(pairs: Sequence[Pair]) -> Iterator[str]:
+def prose_table(pairs: Sequence[Found]) -> Iterator[str]:
     """What an unrelated text costs base, long model, and the worst merge of every variant."""
-    yield from head("model", *(f"seed {pair['seed']}" for pair in pairs))
+    yield from head("model", *(f"seed {pair.seed}" for pair in pairs))
     for name in ("base", "long"):
-        yield line(name, *(f"{pair['prose'][name]:.4f}" for pair in pairs))
+        yield line(name, *(f"{pair.prose[name]:.4f}" for pair in pairs))
     for variant in VARIANTS:
-        found = [row_of(pair, variant) for pair in pairs]
-        if any(found):
-            yield line(variant, *(f"{row['prose']:.4f}" if row and row["prose"] else "not run" for row in found))
+        costs = [row.prose if (row := pair.row(variant)) else None for pair in pairs]
+        if any(costs):
+            yield line(variant, *("not run" if cost is None else f"{cost:.4f}" for cost in costs))
+
+
+def fidelity_table(pairs: Sequence[Found]) -> Iterator[str]:
+    """How well each signal says what moving a part of the model does."""
+    yield from head("signal", *(pair.name for pair in pairs))
+    for signal in pairs[0].fidelity:
+        yield line(
+            signal,
+            *(
+                " / ".join(f"{np.mean(values):.2f}" for values in pair.fidelity[signal].values())
+                if signal in pair.fidelity
+                else "not run"
+                for pair in pairs
+            ),
+        )
+
+
+def _interval(its: Difference) -> str:
+    return f"{its.value:+.3f}" + (" [{:+.3f}, {:+.3f}]".format(*its.interval) if its.interval else "")
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -102,21 +127,24 @@ def _spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):+.3f}{spread}"
 
 
-def page(kinds: Mapping[str, Sequence[Pair]]) -> Iterator[str]:
+def page(kinds: Kinds) -> Iterator[str]:
     """All tables, each under what it shows."""
     pairs = [pair for its in kinds.values() for pair in its]
     yield from ("", "### The pairs", "", *pairs_table(pairs))
     yield from ("", "### The aim", "", *aims_table(pairs))
     yield from ("", "### All variants beside uniform task arithmetic", "", *summary_table(kinds))
+    yield from ("", "### What a coefficient for each layer adds to trimming", "", *trimmed_table(kinds))
+    if measured := [pair for pair in pairs if pair.fidelity]:
+        yield from ("", "### Fidelity", "", *fidelity_table(measured))
     for kind, its in kinds.items():
         yield from ("", f"### Above the chord: {kind}", "", *variants_table(its))
-        if all(pair.get("prose") for pair in its):
+        if all(pair.prose for pair in its):
             yield from ("", f"### An unrelated text: {kind}", "", *prose_table(its))
     yield ""
 
 
-def draw(kinds: Mapping[str, Sequence[Pair]], path: Path) -> None:
-    """The first seed of every kind: accuracy against tokens of some variants, and the chord."""
+def draw(kinds: Kinds, path: Path) -> None:
+    """A pair of every kind: accuracy against tokens of some variants, and the chord."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -126,37 +154,38 @@ def draw(kinds: Mapping[str, Sequence[Pair]], path: Path) -> None:
         1, len(kinds), figsize=(3.4 * len(kinds), 3.3), squeeze=False, layout="constrained"
     )
     for panel, (kind, pairs) in zip(panels[0], kinds.items(), strict=True):
-        (base, long), rows = pairs[0]["ends"].values(), pairs[0]["rows"]
+        pair = max(pairs, key=lambda pair: sum(len(row.points) > 0 for row in pair.rows if row.variant in DRAWN))
+        base, long = pair.ends.values()
         panel.plot([base[1], long[1]], [base[0], long[0]], color="0.6", linestyle="--", label="chord", zorder=1)
         for number, variant in enumerate(DRAWN):
-            its = next((row for row in rows if row["variant"] == variant), None)
-            if its is not None:
-                _, accuracy, tokens = zip(*its["points"], strict=True)
+            if (its := pair.row(variant)) is not None and its.points:
+                _, accuracy, tokens = zip(*its.points, strict=True)
                 panel.plot(
                     tokens, accuracy, "osD^v"[number], color=f"C{number}", markersize=5, alpha=0.8, label=variant
                 )
-        panel.set(title=kind, xlabel="mean tokens", ylabel="accuracy")
+        panel.set(title=f"{kind}, seed {pair.seed}", xlabel="mean tokens", ylabel="accuracy")
     panels[0][0].legend(fontsize=7, frameon=False)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("files", nargs="*", type=Path, default=sorted(KEPT.glob("*.json")))
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into this page")
     parser.add_argument("--figure", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    kinds: dict[str, list[Pair]] = {}
-    for folder in arguments.folders:
-        pair = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-        kinds.setdefault(pair["kind"], []).append(pair)
-    sorted_kinds = {kind: sorted(pairs, key=lambda pair: pair["seed"]) for kind, pairs in kinds.items()}
+    found = [load(path) for path in arguments.files]
+    kinds = {
+        kind: sorted(its, key=lambda pair: pair.seed)
+        for kind in KINDS
+        if (its := [pair for pair in found if pair.kind == kind])
+    }
     if arguments.write:
-        put(arguments.write, COMMAND, list(page(sorted_kinds)))
+        put(arguments.write, COMMAND, list(page(kinds)))
     else:
-        print("\n".join(page(sorted_kinds)))
+        print("\n".join(page(kinds)))
     if arguments.figure:
-        draw(sorted_kinds, arguments.figure)
+        draw(kinds, arguments.figure)
 
 
 if __name__ == "__main__":

@@ -207,3 +207,11 @@ VARIANTS: dict[str, Variant] = {
     "fim_ta outside long": by_hand(mappings.sigmoid_of(1.0), outside="long"),
     "fim_ta outside own": by_hand(mappings.sigmoid_of(1.0), outside="own"),
 }
+
+# What to lay each trimmed variant beside, to see what its coefficients add: mergekit's, of the same density.
+TRIMMED = {
+    name: stock_name
+    for name in VARIANTS
+    if name.startswith("fim_ties")
+    and (stock_name := f"ties density {(re.search(r'density ([^,]+)', name) or ['', '0.2'])[1]}") in VARIANTS
+}

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ class Kind:
 
 WAYS = ("short", "middle", "long")
 CHILDREN = {"base": "short", "long": "long"}
+LOG = "runs.jsonl"  # of a pair: the seconds that each model and each run took, and what prose costs a run's
 
 
 def make(kind: Kind, name: str, seed: int, folder: Path) -> None:
@@ -60,10 +62,29 @@ def make(kind: Kind, name: str, seed: int, folder: Path) -> None:
         ways, how, first = kind.ways, kind.parent, seed
         if child != "parent":
             ways, how, first = [float(way == CHILDREN[child]) for way in WAYS], kind.child, seed + 1000
+        began = time.time()
         train(model, f"{name} {seed}: {child}", _questions(kind, tokenizer, first, ways), how, pack=kind.pack)
         for part in (model, tokenizer):
             part.save_pretrained(folder / f"{child}.part")
         (folder / f"{child}.part").rename(folder / child)
+        note(folder, run=f"training of {child}", seconds=time.time() - began, nats=None)
+
+
+def note(folder: Path, **line: Any) -> None:
+    """Add a line to a pair's log."""
+    with open(folder / LOG, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def noted(folder: Path) -> list[dict[str, Any]]:
+    """A pair's log."""
+    log = folder / LOG
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+
+
+def seconds(folder: Path) -> float:
+    """What all models and runs of a pair took together."""
+    return sum(line["seconds"] for line in noted(folder))
 
 
 def _questions(
