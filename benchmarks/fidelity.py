@@ -1,6 +1,6 @@
 """Does a signal predict what moving a part of the model does? Measured KL against each signal, of a pair.
 
-    python -m benchmarks.fidelity KIND SEED FOLDER
+    python -m benchmarks.fidelity KIND SEED FOLDER [--texts 24]
 
 FOLDER is a pair that `python -m benchmarks.evidence` has answered; what is found joins what that kept of the pair. One
 layer is moved, or one block of one (attention or MLP), all the way to the other model, or all layers at once by
@@ -35,14 +35,14 @@ INPUTS = (
     Inputs(labels="sampled", samples=64),
     Inputs(text="own", labels="sampled", samples=64),
 )
-DRAWS, TEXTS = 24, 24
+DRAWS = 24  # of coefficients for all layers at once
 
 
-def texts(pair: Path, name: str) -> list[torch.Tensor]:
+def texts(pair: Path, name: str, count: int) -> list[torch.Tensor]:
     """Prompts with what base or long answered [text] [token]."""
     tokenizer = AutoTokenizer.from_pretrained(pair / name)
     lines = (pair / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-    some = [json.loads(line) for line in lines[:: max(1, len(lines) // TEXTS)]]
+    some = [json.loads(line) for line in lines[:: max(1, len(lines) // count)]]
     return [
         tokenizer(answer["prompt"] + answer["text"], add_special_tokens=False, return_tensors="pt").input_ids
         for answer in some
@@ -60,13 +60,13 @@ def divergence(model: Any, expected: Sequence[torch.Tensor], some: Sequence[torc
     return total / count
 
 
-def measured(pair: Path, at: int, moves: Sequence[dict[str, float]]) -> np.ndarray:
+def measured(pair: Path, at: int, moves: Sequence[dict[str, float]], count: int) -> np.ndarray:
     """KL [text of base or long, move] from the model at one end, a move being the coefficients of tensors."""
     models = [
         AutoModelForCausalLM.from_pretrained(pair / name, dtype=torch.float32).eval() for name in ("base", "long")
     ]
     own, other = (dict(model.named_parameters()) for model in (models[at], models[1 - at]))
-    some = [texts(pair, name) for name in ("base", "long")]
+    some = [texts(pair, name, count) for name in ("base", "long")]
     with torch.inference_mode():
         expected = [[models[at](input_ids=ids).logits[0].log_softmax(-1) for ids in its] for its in some]
         moved = copy.deepcopy(models[at])
@@ -91,7 +91,7 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(np.log(np.maximum(x, 1e-30)), np.log(y))[0, 1])
 
 
-def rows(pair: Path) -> dict[str, dict[str, list[float]]]:
+def rows(pair: Path, count: int) -> dict[str, dict[str, list[float]]]:
     """Correlations at base and long [signal] [what is moved] [end]."""
     first = signals(pair, INPUTS[0])
     parts: dict[str, Callable[[str], object]] = {"layers": mappings.whole, "blocks": mappings.block}
@@ -108,7 +108,7 @@ def rows(pair: Path) -> dict[str, dict[str, list[float]]]:
 
     for at in (BASE, LONG):
         for what, some in moves.items():
-            kl = measured(pair, at, some)
+            kl = measured(pair, at, some, count)
             note("ceiling", what, correlation(kl[0], kl[1]))
             mean = kl.mean(axis=0)
             for inputs in INPUTS:
@@ -132,10 +132,11 @@ def main() -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("seed", type=int)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--texts", type=int, default=24, help="answers of each of the two models (24)")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     kept = KEPT / f"{arguments.kind}-{arguments.seed}.json"
-    save(kept, replace(load(kept), fidelity=rows(arguments.folder)))
+    save(kept, replace(load(kept), fidelity=rows(arguments.folder, arguments.texts)))
 
 
 if __name__ == "__main__":

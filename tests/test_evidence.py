@@ -1,5 +1,6 @@
 """What the evidence rests on: benchmarks/pairs and benchmarks/evidence, on tiny models."""
 
+import json
 import random
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM
 
+from benchmarks import fidelity
 from benchmarks.evidence import mappings, tables
 from benchmarks.evidence.signals import BASE, LONG, Inputs, Signals, signals
 from benchmarks.evidence.subspace import without_top_directions
@@ -65,6 +67,30 @@ def test_signals_are_those_of_autograd(folder):
             )
         slope = (np.array(losses[1]) - np.array(losses[0])) / 2e-4
         assert found.dots[at].sum(axis=1) == pytest.approx(slope, rel=1e-2, abs=1e-4)
+
+
+def test_fidelity_is_measured_where_only_the_moved_part_differs(folder, monkeypatch):
+    (folder / "answers").mkdir(exist_ok=True)
+    for name, text in (("base", "a b c"), ("long", "d e f g")):
+        line = json.dumps({"prompt": "x y", "text": text})
+        (folder / "answers" / f"{name}.jsonl").write_text(f"{line}\n{line}\n")
+    names = [name for name, _ in AutoModelForCausalLM.from_pretrained(folder / "base").named_parameters()]
+    found = fidelity.measured(folder, BASE, [{}, dict.fromkeys(names, 1.0), dict.fromkeys(names, 0.1)], 2)
+    nothing, everything, little = found.T
+    assert nothing == pytest.approx([1e-12, 1e-12], rel=1e-3, abs=1e-9)
+    assert (little < everything).all()
+    models = [AutoModelForCausalLM.from_pretrained(folder / name) for name in ("base", "long")]
+    for kl, name in zip(everything, ("base", "long"), strict=True):
+        ids = fidelity.texts(folder, name, 1)[0]
+        with torch.no_grad():
+            p, q = (model(input_ids=ids).logits[0].double().log_softmax(-1) for model in models)
+        assert kl == pytest.approx(
+            torch.nn.functional.kl_div(q, p, log_target=True, reduction="batchmean").item(), rel=1e-3
+        )
+    monkeypatch.setattr(fidelity, "INPUTS", (FEW,))
+    its = fidelity.rows(folder, 2)
+    assert set(its) == {"ceiling", "‖δ‖²", f"F · ‖δ‖², {FEW}", f"E[⟨∇L, δ⟩²], {FEW}"}
+    assert all(len(ends) == 2 and max(map(abs, ends)) <= 1 + 1e-9 for whats in its.values() for ends in whats.values())
 
 
 def some_signals(groups: int = 5, sequences: int = 12) -> Signals:
