@@ -344,9 +344,26 @@ def test_the_tables_count_the_pairs_whose_interval_is_known():
     assert f"\n| fim_ties | {gain} | {gain} | not run | {gain} ± 0.000 | " in text
 
 
-def test_the_page_is_of_what_is_kept(tmp_path):
-    """docs/evidence.md has been made anew since docs/evidence/ changed."""
-    page = tmp_path / "evidence.md"
-    shutil.copy(ROOT / "docs/evidence.md", page)
-    subprocess.run([sys.executable, "-m", "benchmarks.evidence.tables", "--write", page], cwd=ROOT, check=True)
-    assert page.read_text() == (ROOT / "docs/evidence.md").read_text()
+def test_the_short_table_is_bold_where_every_pair_is_up():
+    first, second = pair_of(7), pair_of(8)
+    text = "\n".join(tables.short_table({"words": [first, second]}))
+    assert "|  | SmolLM2, sums in words (2) |" in text
+    assert "\n| `fim_ties`, density 0.2, the default | **+0.150** |" in text
+    assert "\n| mergekit's `ties`, density 0.2 | +0.100 |" in text
+    assert "\n| S³ (arXiv 2609.37976) | not run |" in text
+    ours = replace(second.rows[2], against=Difference(0.05, 0, None))
+    text = "\n".join(tables.short_table({"words": [first, replace(second, rows=(ours,))]}))
+    assert "\n| `fim_ties`, density 0.2, the default | +0.100 |" in text
+    assert "\n| mergekit's `ties`, density 0.2 | +0.100 (1) |" in text
+
+
+def test_the_pages_are_of_what_is_kept(tmp_path):
+    """docs/evidence.md and README.md have been made anew since docs/evidence/ changed."""
+    pages = {"--write": ROOT / "docs/evidence.md", "--short": ROOT / "README.md"}
+    copies = {option: tmp_path / page.name for option, page in pages.items()}
+    for option, page in pages.items():
+        shutil.copy(page, copies[option])
+    options = [str(part) for pair in copies.items() for part in pair]
+    subprocess.run([sys.executable, "-m", "benchmarks.evidence.tables", *options], cwd=ROOT, check=True)
+    for option, page in pages.items():
+        assert copies[option].read_text(encoding="utf-8") == page.read_text(encoding="utf-8")

@@ -17,6 +17,21 @@ from benchmarks.pairs.recipes import KINDS
 COMMAND = "python -m benchmarks.evidence.tables"
 PRESETS = (REFERENCE, "ties density 0.2", "fim_ta", "fim_ties", "fim_ties density 0.05")
 DRAWN = (REFERENCE, "fim_ta", "fim_ties", "fim_ties density 0.05", "S3")
+IN_SHORT = {
+    "fim_ties density 0.05": "`fim_ties`, density 0.05",
+    "ties density 0.05": "mergekit's `ties`, density 0.05",
+    "fim_ties": "`fim_ties`, density 0.2, the default",
+    "ties density 0.2": "mergekit's `ties`, density 0.2",
+    "fim_ta": "`fim_ta`",
+    "S3": "S³ (arXiv 2609.37976)",
+}
+KINDS_IN_SHORT = {
+    "words": "SmolLM2, sums in words",
+    "gym": "SmolLM2, reasoning-gym",
+    "scratch-llama": "Llama from scratch",
+    "scratch-mixtral": "mixture of experts",
+    "scratch-gpt2": "GPT-2",
+}
 
 Kinds = Mapping[str, Sequence[Found]]
 
@@ -73,6 +88,20 @@ def _counted(apart: Sequence[Difference], pairs: int) -> str:
     of_known = f" of {len(known)}" if len(known) < len(apart) else ""
     counts = [f"{known.count(sign)}{of_known} {name}" for sign, name in ((1, "up"), (-1, "down")) if sign in known]
     return ", ".join([f"{_spread([its.value for its in apart])}{some}", *counts])
+
+
+def short_table(kinds: Kinds) -> Iterator[str]:
+    """The mean of some variants' areas minus that of uniform task arithmetic; bold where all intervals are above 0."""
+    yield from head("", *(f"{KINDS_IN_SHORT[kind]} ({len(pairs)})" for kind, pairs in kinds.items()))
+    for variant, title in IN_SHORT.items():
+        cells = []
+        for pairs in kinds.values():
+            apart = [row.against for pair in pairs if (row := pair.row(variant)) is not None and row.against]
+            mark = "**" if apart and all(its.sign == 1 for its in apart) else ""
+            some = f" ({len(apart)})" if len(apart) < len(pairs) else ""
+            mean = float(np.mean([its.value for its in apart])) if apart else 0.0
+            cells.append(f"{mark}{mean:+.3f}{mark}{some}" if apart else "not run")
+        yield line(title, *cells)
 
 
 def variants_table(pairs: Sequence[Found]) -> Iterator[str]:
@@ -172,6 +201,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=sorted(KEPT.glob("*.json")))
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into this page")
+    parser.add_argument("--short", type=Path, metavar="FILE", help="put the shortest of them into this page")
     parser.add_argument("--figure", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     found = [load(path) for path in arguments.files]
@@ -184,6 +214,8 @@ def main() -> None:
         put(arguments.write, COMMAND, list(page(kinds)))
     else:
         print("\n".join(page(kinds)))
+    if arguments.short:
+        put(arguments.short, f"{COMMAND} --short", ["", *short_table(kinds), ""])
     if arguments.figure:
         draw(kinds, arguments.figure)
 
