@@ -60,8 +60,11 @@ def aims_table(pairs: Sequence[Found]) -> Iterator[str]:
 
 
 def summary_table(kinds: Kinds) -> Iterator[str]:
-    """Every variant's area minus that of uniform task arithmetic, over the seeds of every kind."""
-    yield from _over_kinds(kinds, {name: REFERENCE for name in VARIANTS if name != REFERENCE})
+    """Every variant's area minus that of uniform task arithmetic, over the seeds of a kind, and how near the best."""
+    first, second, *lines = _over_kinds(kinds, dict.fromkeys(VARIANTS, REFERENCE))
+    yield from (f"{first} share of the best area: worst, mean (pairs) |", f"{second} --- |")
+    for text, variant in zip(lines, VARIANTS, strict=True):
+        yield f"{text} {_shares(kinds, variant)} |"
 
 
 def trimmed_table(kinds: Kinds) -> Iterator[str]:
@@ -76,8 +79,14 @@ def _over_kinds(kinds: Kinds, references: Mapping[str, str]) -> Iterator[str]:
         for pairs in kinds.values():
             rows = [row for pair in pairs if (row := pair.row(variant)) is not None]
             apart = [its for row in rows if (its := row.against if reference == REFERENCE else row.trimmed) is not None]
-            cells.append(_counted(apart, len(pairs)))
+            cells.append("0" if variant == reference else _counted(apart, len(pairs)))
         yield line(variant, *cells)
+
+
+def _shares(kinds: Kinds, variant: str) -> str:
+    pairs = [pair for its in kinds.values() for pair in its if pair.row(variant) is not None]
+    shares = [row.area / max(other.area for other in pair.rows) for pair in pairs if (row := pair.row(variant))]
+    return f"{min(shares):.1%}, {np.mean(shares):.1%} ({len(shares)})" if shares else "not run"
 
 
 def _counted(apart: Sequence[Difference], pairs: int) -> str:
