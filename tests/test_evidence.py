@@ -271,6 +271,7 @@ def pair_of(seed: int, **others) -> Found:
         "ends": {"base": (0.2, 10.0), "long": (1.0, 50.0)},
         "rows": rows(*ends, FRONTS, PROSE),
         "prose": {name: PROSE[name] for name in ("base", "long")},
+        "distance": 0.0125,
         "hours": 0.75,
         "source": "a test",
         "fidelity": {},
@@ -318,7 +319,7 @@ def test_the_tables_say_which_variant_is_above_the_chord(tmp_path):
     assert text.startswith("Before.\n")
     assert text.endswith("After.\n")
     assert "old" not in text
-    assert "| words 7 | 0.20 @ 10.0 | 1.00 @ 50.0 | 0.50: 0.60 @ 30 | 3 | 0.8 |" in text
+    assert "| words 7 | 0.20 @ 10.0 | 1.00 @ 50.0 | 0.50: 0.60 @ 30 | 0.013 | 3 | 0.75 |" in text
     assert "| words 7 | 0.750, fim_ties | " in text
     assert ", 80.0% | " in text
     assert "\n| task_arithmetic | 0 | 80.0%, 80.0% (1) |\n" in text

@@ -320,11 +320,11 @@ def test_a_pair_of_today(converted):
     assert "linear weight=0.8" in rows(record)
     assert len(answers) == 6 * sum(counts.values())
     known = set(rows(record))
-    record, _, _ = sweep(the_only_block("qwen3-4b", "density=0.05"))
+    record, _, _ = sweep(the_only_block("qwen3-4b", "density=0.02"))
     new = [run for run in record["runs"] if run["run"] not in known]
     assert known < set(rows(record))
     assert {run["method"] for run in new} == {"fim_ties", "ties"}
-    assert {(run["settings"]["density"], run["settings"]["lambda"]) for run in new} == {(0.05, 2.0)}
+    assert {(run["settings"]["density"], run["settings"]["lambda"]) for run in new} == {(0.02, 4.0)}
 
 
 def test_the_long_models_tokenizer(converted):

@@ -53,6 +53,7 @@ def main() -> None:
             seed=arguments.seed,
             ends={name: (p.accuracy, p.tokens) for name, p in pair.ends().items()},
             prose={name: prose[name] for name in ("base", "long") if name in prose},
+            distance=pair.distance(),
             hours=round(seconds(arguments.folder) * torch.get_num_threads() / 3600, 2),
             source=f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}",
             fidelity={},

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 import tqdm
 from mergekit.options import MergeOptions
+from transformers import AutoModelForCausalLM
 
 from benchmarks.evidence.variants import Variant
 from benchmarks.pairs.recipes import Kind, note, noted
+from benchmarks.pairs.training import layer_of
 from mergekit_fim.evaluate.answering import Decoding, Questions, by_model
 from mergekit_fim.evaluate.findings import outcomes
 from mergekit_fim.evaluate.folder import append_answer, file_name, read_answers
@@ -120,6 +122,18 @@ class Pair:
         point = Point.of(strength or 0.0, answers.values())
         print(f"{self.folder.name}: {name}: {point.accuracy:.3f} @ {point.tokens:.1f}", flush=True)
         return answers
+
+    def distance(self) -> float:
+        """‖δ‖ / ‖θ0‖ of the decoder layers."""
+        base, long = (
+            dict(AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32).named_parameters())
+            for name in ("base", "long")
+        )
+        layers = [name for name in base if layer_of(name) is not None]
+        with torch.no_grad():
+            moved = sum(float((long[name] - base[name]).double().square().sum()) for name in layers)
+            size = sum(float(base[name].double().square().sum()) for name in layers)
+        return float(f"{(moved / size) ** 0.5:.3g}")
 
     def prose(self) -> dict[str, float]:
         """What an unrelated text costs every model that was asked, in nats a token."""

@@ -72,6 +72,7 @@ class Found:
         ends: accuracy and mean tokens of base and long.
         rows: of all variants that were run.
         prose: what an unrelated text costs base and long, in nats a token; empty where not measured.
+        distance: ‖δ‖ / ‖θ0‖ of the decoder layers; None where it wasn't kept.
         hours: of a core, that training and answers took; None where that wasn't kept.
         source: where all this was measured.
         fidelity: by `benchmarks.fidelity`: correlations [end] by signal and by what is moved; empty before it has run.
@@ -82,6 +83,7 @@ class Found:
     ends: Mapping[str, tuple[float, float]]
     rows: tuple[Row, ...]
     prose: Mapping[str, float]
+    distance: float | None
     hours: float | None
     source: str
     fidelity: Mapping[str, Mapping[str, list[float]]]
@@ -154,6 +156,7 @@ def load(path: Path) -> Found:
         )
         for row in content.pop("rows")
     ]
+    content = {"distance": None} | content
     ends = {name: tuple(end) for name, end in content.pop("ends").items()}
     return Found(**content, ends=ends, rows=tuple(kept))
 

@@ -15,11 +15,11 @@ from benchmarks.pages import head, line, put
 from benchmarks.pairs.recipes import KINDS
 
 COMMAND = "python -m benchmarks.evidence.tables"
-PRESETS = (REFERENCE, "ties density 0.2", "fim_ta", "fim_ties", "fim_ties density 0.05")
-DRAWN = (REFERENCE, "fim_ta", "fim_ties", "fim_ties density 0.05", "S3")
+PRESETS = (REFERENCE, "ties density 0.2", "fim_ta", "fim_ties", "fim_ties density 0.02")
+DRAWN = (REFERENCE, "fim_ta", "fim_ties", "fim_ties density 0.02", "S3")
 IN_SHORT = {
-    "fim_ties density 0.05": "`fim_ties`, density 0.05",
-    "ties density 0.05": "mergekit's `ties`, density 0.05",
+    "fim_ties density 0.02": "`fim_ties`, density 0.02",
+    "ties density 0.02": "mergekit's `ties`, density 0.02",
     "fim_ties": "`fim_ties`, density 0.2, the default",
     "ties density 0.2": "mergekit's `ties`, density 0.2",
     "fim_ta": "`fim_ta`",
@@ -38,14 +38,15 @@ Kinds = Mapping[str, Sequence[Found]]
 
 def pairs_table(pairs: Sequence[Found]) -> Iterator[str]:
     """Both ends of every pair, and what uniform task arithmetic makes of it."""
-    yield from head("pair", "base", "long", "uniform task arithmetic, strength: accuracy @ tokens", "variants", "hours")
+    titles = ("uniform task arithmetic, strength: accuracy @ tokens", "‖δ‖ / ‖θ0‖", "variants", "hours")
+    yield from head("pair", "base", "long", *titles)
     for pair in pairs:
         ends = [f"{accuracy:.2f} @ {tokens:.1f}" for accuracy, tokens in pair.ends.values()]
         uniform = pair.row(REFERENCE)
         its = uniform.points if uniform else ()
         points = ", ".join(f"{strength:.2f}: {accuracy:.2f} @ {tokens:.0f}" for strength, accuracy, tokens in its)
-        hours = "not kept" if pair.hours is None else f"{pair.hours:.1f}"
-        yield line(pair.name, *ends, points, str(len(pair.rows)), hours)
+        kept = ["not kept" if value is None else f"{value:.2g}" for value in (pair.distance, pair.hours)]
+        yield line(pair.name, *ends, points, kept[0], str(len(pair.rows)), kept[1])
 
 
 def aims_table(pairs: Sequence[Found]) -> Iterator[str]:
