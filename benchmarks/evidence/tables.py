@@ -203,7 +203,8 @@ def draw(kinds: Kinds, path: Path) -> None:
                     tokens, accuracy, "osD^v"[number], color=f"C{number}", markersize=5, alpha=0.8, label=variant
                 )
         panel.set(title=f"{kind}, seed {pair.seed}", xlabel="mean tokens", ylabel="accuracy")
-    panels[0][0].legend(fontsize=7, frameon=False)
+    fullest = max(panels[0], key=lambda panel: len(panel.get_legend_handles_labels()[1]))
+    fullest.legend(fontsize=7, frameon=False, loc="lower right")
     figure.savefig(path, dpi=110)
 
 
