@@ -104,7 +104,7 @@ def rows(pair: Path, count: int) -> dict[str, dict[str, list[float]]]:
     found: dict[str, dict[str, list[float]]] = {}
 
     def note(signal: str, what: str, value: float) -> None:
-        found.setdefault(signal, {}).setdefault(what, []).append(value)
+        found.setdefault(signal, {}).setdefault(what, []).append(round(value, 4))
 
     for at in (BASE, LONG):
         for what, some in moves.items():

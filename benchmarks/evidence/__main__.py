@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from benchmarks.evidence.fronts import RUNS, Pair
+from benchmarks.evidence.fronts import RUNS, Pair, distance
 from benchmarks.evidence.summary import KEPT, REFERENCE, Found, rows, save
 from benchmarks.evidence.variants import VARIANTS
 from benchmarks.pairs.recipes import KINDS, make, seconds
@@ -53,7 +53,7 @@ def main() -> None:
             seed=arguments.seed,
             ends={name: (p.accuracy, p.tokens) for name, p in pair.ends().items()},
             prose={name: prose[name] for name in ("base", "long") if name in prose},
-            distance=pair.distance(),
+            distance=round(distance(arguments.folder), 6),
             hours=round(seconds(arguments.folder) * torch.get_num_threads() / 3600, 2),
             source=f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}",
             fidelity={},

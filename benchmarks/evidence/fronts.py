@@ -31,6 +31,7 @@ from mergekit_fim.evaluate.problems import open_problems
 from mergekit_fim.evaluate.prompts import chat_template
 from mergekit_fim.evaluate.records import Answer, Key
 from mergekit_fim.evaluate.refine import Point, next_strength
+from mergekit_fim.norms import squared_distance, squared_norm
 from mergekit_fim.prepass import measured_once
 from mergekit_fim.tools.plan import merge_whole
 
@@ -123,18 +124,6 @@ class Pair:
         print(f"{self.folder.name}: {name}: {point.accuracy:.3f} @ {point.tokens:.1f}", flush=True)
         return answers
 
-    def distance(self) -> float:
-        """‖δ‖ / ‖θ0‖ of the decoder layers."""
-        base, long = (
-            dict(AutoModelForCausalLM.from_pretrained(self.folder / name, dtype=torch.float32).named_parameters())
-            for name in ("base", "long")
-        )
-        layers = [name for name in base if layer_of(name) is not None]
-        with torch.no_grad():
-            moved = sum(float((long[name] - base[name]).double().square().sum()) for name in layers)
-            size = sum(float(base[name].double().square().sum()) for name in layers)
-        return float(f"{(moved / size) ** 0.5:.3g}")
-
     def prose(self) -> dict[str, float]:
         """What an unrelated text costs every model that was asked, in nats a token."""
         return {line["run"]: line["nats"] for line in noted(self.folder) if line["nats"] is not None}
@@ -146,6 +135,19 @@ class Pair:
         settings = {} if strength is None else {"strength": strength}
         run = {"run": name, "method": method, "settings": settings}
         return outcomes(run, answers, self.questions.gradable())
+
+
+def distance(pair: Path) -> float:
+    """‖δ‖ / ‖θ0‖ of a pair's decoder layers."""
+    base, long = (
+        dict(AutoModelForCausalLM.from_pretrained(pair / name, dtype=torch.float32).named_parameters())
+        for name in ("base", "long")
+    )
+    layers = [name for name in base if layer_of(name) is not None]
+    with torch.no_grad():
+        moved = sum(squared_distance(long[name], base[name]) for name in layers)
+        size = sum(float(squared_norm(base[name])) for name in layers)
+    return (moved / size) ** 0.5
 
 
 @torch.inference_mode()

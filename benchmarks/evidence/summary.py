@@ -156,7 +156,6 @@ def load(path: Path) -> Found:
         )
         for row in content.pop("rows")
     ]
-    content = {"distance": None} | content
     ends = {name: tuple(end) for name, end in content.pop("ends").items()}
     return Found(**content, ends=ends, rows=tuple(kept))
 

@@ -62,31 +62,37 @@ def aims_table(pairs: Sequence[Found]) -> Iterator[str]:
 
 def summary_table(kinds: Kinds) -> Iterator[str]:
     """Every variant's area minus that of uniform task arithmetic, over the seeds of a kind, and how near the best."""
-    first, second, *lines = _over_kinds(kinds, dict.fromkeys(VARIANTS, REFERENCE))
-    yield from (f"{first} share of the best area: worst, mean (pairs) |", f"{second} --- |")
-    for text, variant in zip(lines, VARIANTS, strict=True):
-        yield f"{text} {_shares(kinds, variant)} |"
+    yield from head("variant", *_titles(kinds), "share of the best area: worst, mean (pairs)")
+    for variant in VARIANTS:
+        cells = ["0"] * len(kinds) if variant == REFERENCE else _over_kinds(kinds, variant, "against")
+        yield line(variant, *cells, _shares(kinds, variant))
 
 
 def trimmed_table(kinds: Kinds) -> Iterator[str]:
     """What a coefficient for each layer adds to trimming: the area minus that of mergekit's ties, of one density."""
-    yield from _over_kinds(kinds, TRIMMED)
+    yield from head("variant", *_titles(kinds))
+    for variant in TRIMMED:
+        yield line(variant, *_over_kinds(kinds, variant, "trimmed"))
 
 
-def _over_kinds(kinds: Kinds, references: Mapping[str, str]) -> Iterator[str]:
-    yield from head("variant", *(f"{kind} ({len(pairs)})" for kind, pairs in kinds.items()))
-    for variant, reference in references.items():
-        cells = []
-        for pairs in kinds.values():
-            rows = [row for pair in pairs if (row := pair.row(variant)) is not None]
-            apart = [its for row in rows if (its := row.against if reference == REFERENCE else row.trimmed) is not None]
-            cells.append("0" if variant == reference else _counted(apart, len(pairs)))
-        yield line(variant, *cells)
+def _titles(kinds: Kinds) -> list[str]:
+    return [f"{kind} ({len(pairs)})" for kind, pairs in kinds.items()]
+
+
+def _over_kinds(kinds: Kinds, variant: str, difference: str) -> Iterator[str]:
+    for pairs in kinds.values():
+        rows = [row for pair in pairs if (row := pair.row(variant)) is not None]
+        apart = [its for row in rows if (its := getattr(row, difference)) is not None]
+        yield _counted(apart, len(pairs))
 
 
 def _shares(kinds: Kinds, variant: str) -> str:
-    pairs = [pair for its in kinds.values() for pair in its if pair.row(variant) is not None]
-    shares = [row.area / max(other.area for other in pair.rows) for pair in pairs if (row := pair.row(variant))]
+    shares = [
+        row.area / max(other.area for other in pair.rows)
+        for pairs in kinds.values()
+        for pair in pairs
+        if (row := pair.row(variant)) is not None
+    ]
     return f"{min(shares):.1%}, {np.mean(shares):.1%} ({len(shares)})" if shares else "not run"
 
 

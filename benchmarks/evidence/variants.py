@@ -208,10 +208,12 @@ VARIANTS: dict[str, Variant] = {
     "fim_ta outside own": by_hand(mappings.sigmoid_of(1.0), outside="own"),
 }
 
-# What to lay each trimmed variant beside, to see what its coefficients add: mergekit's, of the same density.
-TRIMMED = {
-    name: stock_name
-    for name in VARIANTS
-    if name.startswith("fim_ties")
-    and (stock_name := f"ties density {(re.search(r'density ([^,]+)', name) or ['', '0.2'])[1]}") in VARIANTS
-}
+
+def _ties_of(name: str) -> str:
+    """mergekit's, of the density that a name says."""
+    found = re.search(r"density ([\d.]+)", name)
+    return f"ties density {found[1] if found else 0.2}"
+
+
+# What to lay each trimmed variant beside, to see what its coefficients add.
+TRIMMED = {name: _ties_of(name) for name in VARIANTS if name.startswith("fim_ties") and _ties_of(name) in VARIANTS}
