@@ -15,11 +15,11 @@ from benchmarks.pages import head, line, put
 from benchmarks.pairs.recipes import KINDS
 
 COMMAND = "python -m benchmarks.evidence.tables"
-PRESETS = (REFERENCE, "ties density 0.2", "fim_ta", "fim_ties", "fim_ties density 0.02")
-DRAWN = (REFERENCE, "fim_ta", "fim_ties", "fim_ties density 0.02", "S3")
+PRESETS = (REFERENCE, "ties density 0.02", "ties density 0.2", "fim_ta", "fim_ties", "fim_ties density 0.02")
+DRAWN = (REFERENCE, "fim_ta", "fim_ties", "ties density 0.02", "S3")
 IN_SHORT = {
-    "fim_ties density 0.02": "`fim_ties`, density 0.02",
-    "ties density 0.02": "mergekit's `ties`, density 0.02",
+    "ties density 0.02": "mergekit's `ties`, density 0.02, as the sparse preset",
+    "fim_ties density 0.02": "`fim_ties`, density 0.02, the paper's mapping",
     "fim_ties": "`fim_ties`, density 0.2, the default",
     "ties density 0.2": "mergekit's `ties`, density 0.2",
     "fim_ta": "`fim_ta`",

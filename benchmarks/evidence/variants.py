@@ -180,6 +180,7 @@ VARIANTS: dict[str, Variant] = {
     "fim_ties sharpness -1": ours("fim_ties", 2.0, False, density=0.2, sharpness=-1.0),
     "fim_ties density 0.01": ours("fim_ties", 8.0, False, density=0.01),
     "fim_ties density 0.02": ours("fim_ties", 6.0, False, density=0.02),
+    "fim_ties density 0.02, sharpness 0": ours("fim_ties", 6.0, False, density=0.02, sharpness=0.0),
     "fim_ties density 0.05": ours("fim_ties", 4.0, False, density=0.05),
     "fim_ties density 0.1": ours("fim_ties", 3.0, False, density=0.1),
     "fim_ties density 0.4": ours("fim_ties", 1.6, False, density=0.4),
