@@ -25,7 +25,7 @@ from benchmarks.evidence.subspace import without_top_directions
 from benchmarks.evidence.summary import Difference, Found, load, rows, save
 from benchmarks.evidence.variants import VARIANTS
 from benchmarks.pages import put
-from benchmarks.pairs.recipes import KINDS, note, noted, seconds
+from benchmarks.pairs.recipes import KINDS, core_seconds, note, noted, seconds
 from benchmarks.pairs.tasks import characters, columns, gym, words
 from example_configs.demo import prompt_ids
 from mergekit_fim.evaluate.front import Outcomes
@@ -109,6 +109,12 @@ def test_what_a_pair_took_is_noted(tmp_path):
     note(tmp_path, run="base", seconds=2.0, nats=4.25)
     assert seconds(tmp_path) == 3.5
     assert [line["nats"] for line in noted(tmp_path)] == [None, 4.25]
+
+
+def test_what_a_run_took_counts_its_threads(monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 12.0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert core_seconds(10.0) == 6.0
 
 
 def some_signals(groups: int = 5, sequences: int = 12) -> Signals:

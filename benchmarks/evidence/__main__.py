@@ -54,7 +54,7 @@ def main() -> None:
             ends={name: (p.accuracy, p.tokens) for name, p in pair.ends().items()},
             prose={name: prose[name] for name in ("base", "long") if name in prose},
             distance=round(distance(arguments.folder), 6),
-            hours=round(seconds(arguments.folder) * torch.get_num_threads() / 3600, 2),
+            hours=round(seconds(arguments.folder) / 3600, 2),
             source=f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}",
             fidelity={},
             rows=rows(*pair.end_outcomes(), fronts, prose),

@@ -20,7 +20,7 @@ from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM
 
 from benchmarks.evidence.variants import Variant
-from benchmarks.pairs.recipes import Kind, note, noted
+from benchmarks.pairs.recipes import Kind, core_seconds, note, noted
 from benchmarks.pairs.training import layer_of
 from mergekit_fim.evaluate.answering import Decoding, Questions, by_model
 from mergekit_fim.evaluate.findings import outcomes
@@ -119,7 +119,7 @@ class Pair:
                     append_answer(file, answer)
                     answers[answer.source, answer.index, answer.sample] = answer
             nats = prose(loaded.model, tokenizer) if self.kind.prose else None
-        note(self.folder, run=name, seconds=time.time() - began, nats=nats)
+        note(self.folder, run=name, seconds=core_seconds(began), nats=nats)
         point = Point.of(strength or 0.0, answers.values())
         print(f"{self.folder.name}: {name}: {point.accuracy:.3f} @ {point.tokens:.1f}", flush=True)
         return answers

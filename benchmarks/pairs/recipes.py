@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.pairs.tasks import CLOSE, GYM, HELD_OUT, OPEN, Example, characters, gym, words
 from benchmarks.pairs.training import Training, train
 from example_configs.demo import prompt_ids, unpacked
@@ -44,7 +46,7 @@ class Kind:
 
 WAYS = ("short", "middle", "long")
 CHILDREN = {"base": "short", "long": "long"}
-LOG = "runs.jsonl"  # of a pair: the seconds that each model and each run took, and what prose costs a run's
+LOG = "runs.jsonl"  # of a pair: the seconds of one core that each model and each run took, and what prose costs a run's
 
 
 def make(kind: Kind, name: str, seed: int, folder: Path) -> None:
@@ -67,13 +69,18 @@ def make(kind: Kind, name: str, seed: int, folder: Path) -> None:
         for part in (model, tokenizer):
             part.save_pretrained(folder / f"{child}.part")
         (folder / f"{child}.part").rename(folder / child)
-        note(folder, run=f"training of {child}", seconds=time.time() - began, nats=None)
+        note(folder, run=f"training of {child}", seconds=core_seconds(began), nats=None)
 
 
 def note(folder: Path, **line: Any) -> None:
     """Add a line to a pair's log."""
     with open(folder / LOG, "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+
+
+def core_seconds(began: float) -> float:
+    """Since then, of all the threads in use: that a run was given more of them doesn't change those before it."""
+    return (time.time() - began) * torch.get_num_threads()
 
 
 def noted(folder: Path) -> list[dict[str, Any]]:
@@ -83,7 +90,7 @@ def noted(folder: Path) -> list[dict[str, Any]]:
 
 
 def seconds(folder: Path) -> float:
-    """What all models and runs of a pair took together."""
+    """What all models and runs of a pair took together, of one core."""
     return sum(line["seconds"] for line in noted(folder))
 
 
