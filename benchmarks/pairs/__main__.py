@@ -17,11 +17,14 @@ def main() -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("seed", type=int)
     parser.add_argument("folder", type=Path, help="outside the repository; gets parent, base and long")
+    parser.add_argument(
+        "--one-sided", type=int, metavar="STEPS", help="train the long model from the base, so many steps"
+    )
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     torch.manual_seed(arguments.seed)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    make(KINDS[arguments.kind], arguments.kind, arguments.seed, arguments.folder)
+    make(KINDS[arguments.kind], arguments.kind, arguments.seed, arguments.folder, arguments.one_sided)
 
 
 if __name__ == "__main__":

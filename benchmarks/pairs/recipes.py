@@ -4,7 +4,7 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +49,32 @@ CHILDREN = {"base": "short", "long": "long"}
 LOG = "runs.jsonl"  # of a pair: the seconds of one core that each model and each run took, and what prose costs a run's
 
 
-def make(kind: Kind, name: str, seed: int, folder: Path) -> None:
-    """Make what is missing of parent, base and long, each complete or not at all."""
+def make(kind: Kind, name: str, seed: int, folder: Path, one_sided: int | None = None) -> None:
+    """Make what is missing of parent, base and long, each complete or not at all.
+
+    Args:
+        kind: the recipe.
+        name: its name.
+        seed: of the training.
+        folder: which gets the models.
+        one_sided: steps in which the long model is trained from the base; None for one trained from the parent, as the
+            base is.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     for child in ("parent", *CHILDREN):
         if (folder / child).exists():
             continue
+        ways, how, first = kind.ways, kind.parent, seed
         if child == "parent":
             model, tokenizer = kind.start(seed)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder / "parent")
-            model = AutoModelForCausalLM.from_pretrained(folder / "parent", dtype="float32")
-        ways, how, first = kind.ways, kind.parent, seed
-        if child != "parent":
+            start = folder / "parent"
             ways, how, first = [float(way == CHILDREN[child]) for way in WAYS], kind.child, seed + 1000
+            if child == "long" and one_sided is not None:
+                start, how = folder / "base", replace(how, steps=one_sided)
+            tokenizer = AutoTokenizer.from_pretrained(start)
+            model = AutoModelForCausalLM.from_pretrained(start, dtype="float32")
         began = time.time()
         train(model, f"{name} {seed}: {child}", _questions(kind, tokenizer, first, ways), how, pack=kind.pack)
         for part in (model, tokenizer):
