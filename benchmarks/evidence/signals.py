@@ -91,12 +91,12 @@ def _measure(pair: Path, inputs: Inputs) -> dict[str, Any]:
     names = list(weights[BASE])
     with torch.no_grad():
         deltas = {name: weights[LONG][name] - weights[BASE][name] for name in names}
-    sequences = list(_sequences(pair, models, inputs))
-    squares, dots = np.zeros((2, 2, len(sequences), len(names)))
+    texts = list(sequences(pair, models, inputs))
+    squares, dots = np.zeros((2, 2, len(texts), len(names)))
     for at, model in enumerate(models):
         model.eval()
         drawn = torch.Generator().manual_seed(1)
-        for row, ids in enumerate(tqdm.tqdm(sequences, desc=f"{pair.name}: {inputs} at {('base', 'long')[at]}")):
+        for row, ids in enumerate(tqdm.tqdm(texts, desc=f"{pair.name}: {inputs} at {('base', 'long')[at]}")):
             model.zero_grad(set_to_none=True)
             logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
             labels = ids[1:]
@@ -117,7 +117,8 @@ def _measure(pair: Path, inputs: Inputs) -> dict[str, Any]:
     }
 
 
-def _sequences(pair: Path, models: list[Any], inputs: Inputs) -> Iterator[torch.Tensor]:
+def sequences(pair: Path, models: list[Any], inputs: Inputs) -> Iterator[torch.Tensor]:
+    """The tokens [position] of each sequence, which both models are shown."""
     vocabulary = models[BASE].config.vocab_size
     if inputs.text == "random":
         generator = torch.Generator().manual_seed(0)

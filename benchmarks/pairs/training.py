@@ -53,6 +53,8 @@ def train(model: Any, name: str, questions: Batch, how: Training, *, pack: bool)
     narrow = contextlib.nullcontext()
     if device.type != "cpu" or narrow_products_pay():
         narrow = torch.autocast(device.type, torch.bfloat16)
+    if how.scratch:  # of so few dimensions, 0.7 of the processor's time with torch's fused attention
+        model.set_attn_implementation("eager")
     model.train()
     for _ in (progress := tqdm.trange(how.steps, desc=f"Training {name}", unit="step")):
         some = list(itertools.islice(questions, how.batch))
