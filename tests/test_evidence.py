@@ -554,7 +554,7 @@ def test_rows_follow_from_the_answers_that_are_kept(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", sorted((ROOT / summary.KEPT).glob("*.npz")), ids=lambda path: path.stem)
 def test_what_is_kept_follows_from_its_answers(path):
-    """A JSON in docs/evidence/ says what its answers say: the ends, and the row of one variant, as each takes a while."""
+    """A JSON in docs/evidence/ says what its answers say: the ends, and one variant's row, as each takes a while."""
     its, answers = load(path.with_suffix(".json")), load_answers(path)
     assert path.stem == file_of(its.kind, its.seed, its.one_sided)
     assert its.ends == ends(answers)
