@@ -624,8 +624,9 @@ def test_one_sided_pairs_come_first(tmp_path):
     assert "\n| scratch-gpt2 0, one-sided 60 | 0.20 @ 10.0 | 0.95 @ 25.0 | 1.00 @ 50.0 | " in text
     assert "| variant | seed 0, 60 steps | seed 0, 300 steps | seed 1, 60 steps | mean ± spread | above 0 |" in text
     # Three pairs of two lineages, all alike.
-    assert "\n| fim_ties | +0.150 [+0.150, +0.150], p 1.000 (2) | – | – | +0.050 " in text
-    assert "\n| task_arithmetic | – | – | – | -0.100 " in text
+    assert "\n| fim_ties | +0.150 [+0.150, +0.150], p 1.000 (2) | not run | not run | +0.050 " in text
+    assert "\n| task_arithmetic | – | not run | not run | -0.100 " in text
+    assert "\n| S3 | not run | not run | not run | not run |\n" in text
     short = "\n".join(tables.short_table(tables.sides(pairs)))
     assert "|  | GPT-2, one-sided (3) | SmolLM2, sums in words, two-sided (1) |" in short
     tables.draw(tables.sides(pairs), tmp_path / "figure.png")

@@ -54,11 +54,15 @@ def sides(pairs: Sequence[Found]) -> dict[str, Kinds]:
 
 
 def over_table(pairs: Sequence[Found]) -> Iterator[str]:
-    """The listed variants' areas minus those of their references, over lineages."""
+    """The listed variants' areas minus those of their references, over lineages, whose number is in brackets.
+
+    Bold is what Holm's correction over the list leaves.
+    """
     yield from head("variant", *(f"minus {reference}" for reference in BESIDE))
     families = {reference: over_pairs.family(_apart(pairs, reference)) for reference in BESIDE}
     for variant in LISTED:
-        yield line(variant, *(_over(families[reference].get(variant)) for reference in BESIDE))
+        cells = ("–" if variant == reference else _over(families[reference].get(variant)) for reference in BESIDE)
+        yield line(variant, *cells)
 
 
 def _apart(pairs: Sequence[Found], reference: str) -> dict[str, np.ndarray]:
@@ -74,7 +78,7 @@ def _apart(pairs: Sequence[Found], reference: str) -> dict[str, np.ndarray]:
 
 def _over(its: over_pairs.Mean | None) -> str:
     if its is None:
-        return "–"
+        return "not run"
     interval = " [{:+.3f}, {:+.3f}]".format(*its.interval) if its.interval else ""
     mark = "**" if its.adjusted is not None and its.adjusted < 1 - over_pairs.LEVEL else ""
     return f"{mark}{its.value:+.3f}{mark}{interval}, p {its.adjusted:.3f} ({its.lineages})"
@@ -167,7 +171,7 @@ def _counted(apart: Sequence[Difference], pairs: int) -> str:
 def short_table(found: Mapping[str, Kinds]) -> Iterator[str]:
     """The mean of some variants' areas minus that of uniform task arithmetic; bold where all intervals are above 0."""
     columns = [
-        (f"{KINDS_IN_SHORT[kind]}, {side} ({len(pairs)})", pairs)
+        (f"{KINDS_IN_SHORT.get(kind, kind)}, {side} ({len(pairs)})", pairs)
         for side, kinds in found.items()
         for kind, pairs in kinds.items()
     ]
