@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.evidence import mappings
 from benchmarks.evidence.signals import BASE, LONG, Inputs, Signals, signals
-from benchmarks.evidence.summary import KEPT, load, save
+from benchmarks.evidence.summary import KEPT, file_of, load, save
 from benchmarks.pairs.recipes import KINDS
 
 INPUTS = (
@@ -132,10 +132,11 @@ def main() -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("seed", type=int)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--one-sided", type=int, metavar="STEPS", help="of a pair that was made so")
     parser.add_argument("--texts", type=int, default=24, help="answers of each of the two models (24)")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
-    kept = KEPT / f"{arguments.kind}-{arguments.seed}.json"
+    kept = KEPT / f"{file_of(arguments.kind, arguments.seed, arguments.one_sided)}.json"
     save(kept, replace(load(kept), fidelity=rows(arguments.folder, arguments.texts)))
 
 

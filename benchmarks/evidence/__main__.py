@@ -1,8 +1,10 @@
 """Answer, for a pair, and sum it up: `python -m benchmarks.evidence KIND SEED FOLDER [VARIANT...]`.
 
-From the repository's root. The pair is made first, unless it is there. Without names, all variants are run, in their
-order. What all show that have been run by then is kept in docs/evidence/KIND-SEED.json, or where `--keep` says;
-docs/evidence.md is made of these files by `python -m benchmarks.evidence.tables`.
+From the repository's root. The pair is made first, unless it is there; with `--one-sided STEPS` its long model is
+trained from the base. Without names, all variants are run, in their order. The answers of all that have been run by
+then are kept in docs/evidence/KIND-SEED.npz, or KIND-SEED-one-sided-STEPS.npz, and what they show beside them, as JSON;
+docs/evidence.md is made of these files by `python -m benchmarks.evidence.tables`. Seeds of development are kept in the
+pair's folder instead.
 """
 
 import argparse
@@ -14,11 +16,14 @@ from pathlib import Path
 import torch
 import transformers
 
+from benchmarks.evidence.answers import MODELS, save_answers
 from benchmarks.evidence.fronts import RUNS, Pair, distance
-from benchmarks.evidence.summary import KEPT, REFERENCE, Found, rows, save
+from benchmarks.evidence.summary import KEPT, REFERENCE, Found, ends, file_of, rows, save
 from benchmarks.evidence.variants import VARIANTS
 from benchmarks.pairs.recipes import KINDS, make, seconds
 from mergekit_fim.prepass import measured_once
+
+DEVELOPMENT = (7, 8)  # seeds of pairs that methods are made on: what they show is no evidence
 
 
 def main() -> None:
@@ -27,39 +32,48 @@ def main() -> None:
     parser.add_argument("seed", type=int)
     parser.add_argument("folder", type=Path, help="outside the repository")
     parser.add_argument("variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument(
+        "--one-sided", type=int, metavar="STEPS", help="train the long model from the base, so many steps"
+    )
     parser.add_argument("--n", type=int, default=200, help="problems (200)")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"merges of each variant ({RUNS})")
-    parser.add_argument("--keep", type=Path, metavar="FILE", help="(docs/evidence/KIND-SEED.json)")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of the two files (docs/evidence)")
     arguments = parser.parse_intermixed_args()
     if unknown := ", ".join(set(arguments.variants) - set(VARIANTS)):
         parser.error(f"expected some of {', '.join(VARIANTS)}, found {unknown}")
+    if arguments.runs < RUNS and arguments.keep is None:
+        parser.error(f"expected at least {RUNS} merges of each variant, found {arguments.runs}; or keep them elsewhere")
     transformers.utils.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     kind = KINDS[arguments.kind]
     torch.manual_seed(arguments.seed)
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    make(kind, arguments.kind, arguments.seed, arguments.folder)
-    pair = Pair(arguments.folder, kind, arguments.n)
+    make(kind, arguments.kind, arguments.seed, arguments.folder, arguments.one_sided)
     began = time.time()
+    pair = Pair(arguments.folder, kind, arguments.n)
     with measured_once():
         for name in arguments.variants:
             pair.front(name, VARIANTS[name], arguments.runs)
     fronts = {name: pair.known(name, VARIANTS[name], arguments.runs) for name in VARIANTS}
     fronts = {name: runs for name, runs in fronts.items() if runs}
     if REFERENCE in fronts:
-        prose = pair.prose()
+        answers = pair.answers(fronts)
         found = Found(
             kind=arguments.kind,
             seed=arguments.seed,
-            ends={name: (p.accuracy, p.tokens) for name, p in pair.ends().items()},
-            prose={name: prose[name] for name in ("base", "long") if name in prose},
+            one_sided=arguments.one_sided,
+            ends=ends(answers),
+            prose={name: answers.prose[name] for name in MODELS if name in answers.prose},
             distance=round(distance(arguments.folder), 6),
             hours=round(seconds(arguments.folder) / 3600, 2),
             source=f"{platform.machine()} with {torch.backends.cpu.get_cpu_capability()}",
             fidelity={},
-            rows=rows(*pair.end_outcomes(), fronts, prose),
+            rows=rows(answers),
         )
-        save(arguments.keep or KEPT / f"{arguments.kind}-{arguments.seed}.json", found)
+        folder = arguments.keep or (arguments.folder if arguments.seed in DEVELOPMENT else KEPT)
+        kept = folder / file_of(arguments.kind, arguments.seed, arguments.one_sided)
+        save_answers(kept.with_suffix(".npz"), answers)
+        save(kept.with_suffix(".json"), found)
     print(f"{arguments.folder.name}: {time.time() - began:.0f} s", flush=True)
 
 

@@ -65,7 +65,8 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=200)
     arguments = parser.parse_args()
     pair = Pair(arguments.folder, KINDS[arguments.kind], arguments.n)
-    base, long = (end.tokens for end in pair.ends().values())
+    models = pair.answers({}).models
+    base, long = (models[name].tokens.mean() for name in ("base", "long"))
     alphas, shares = [], []
     for name, (mapping, inputs) in SHAPES.items():
         found = signals(pair.folder, inputs)

@@ -1,6 +1,9 @@
 """Tables and figure of docs/evidence.md, of what is kept in docs/evidence/.
 
 python -m benchmarks.evidence.tables [FILE...] [--write docs/evidence.md] [--figure docs/evidence.png]
+
+One-sided pairs, whose long model was trained from the base, come first, and the verdict is over them; two-sided ones,
+whose base and long model were both trained from a parent, come after, and are called so everywhere.
 """
 
 import argparse
@@ -9,14 +12,17 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.evidence import over_pairs
 from benchmarks.evidence.summary import KEPT, REFERENCE, Difference, Found, load
-from benchmarks.evidence.variants import TRIMMED, VARIANTS
+from benchmarks.evidence.variants import LISTED, TRIMMED, VARIANTS
 from benchmarks.pages import head, line, put
 from benchmarks.pairs.recipes import KINDS
 
 COMMAND = "python -m benchmarks.evidence.tables"
+BESIDE = (REFERENCE, "ties density 0.02", "ties density 0.05", "ties density 0.2")
 PRESETS = (REFERENCE, "ties density 0.02", "ties density 0.2", "fim_ta", "fim_ties", "fim_ties density 0.02")
-DRAWN = (REFERENCE, "fim_ta", "fim_ties", "ties density 0.02", "S3")
+# Of the listed variants, those of interest: six at most can be told apart in grey.
+DRAWN = (REFERENCE, "ties density 0.02", "ties density 0.2", "fim_ta", "fim_ties", "S3")
 IN_SHORT = {
     "ties density 0.02": "mergekit's `ties`, density 0.02, as the sparse preset",
     "fim_ties density 0.02": "`fim_ties`, density 0.02, the paper's mapping",
@@ -32,16 +38,59 @@ KINDS_IN_SHORT = {
     "scratch-mixtral": "mixture of experts",
     "scratch-gpt2": "GPT-2",
 }
+ONE_SIDED, TWO_SIDED = "one-sided", "two-sided"
 
 Kinds = Mapping[str, Sequence[Found]]
 
 
+def sides(pairs: Sequence[Found]) -> dict[str, Kinds]:
+    """The pairs by side and kind, each in its order; neither an empty side nor an empty kind."""
+    found: dict[str, dict[str, list[Found]]] = {ONE_SIDED: {}, TWO_SIDED: {}}
+    for kind in KINDS:
+        for pair in sorted(pairs, key=lambda pair: (pair.seed, pair.one_sided or 0)):
+            if pair.kind == kind:
+                found[TWO_SIDED if pair.one_sided is None else ONE_SIDED].setdefault(kind, []).append(pair)
+    return {side: kinds for side, kinds in found.items() if kinds}
+
+
+def over_table(pairs: Sequence[Found]) -> Iterator[str]:
+    """The listed variants' areas minus those of their references, over lineages, whose number is in brackets.
+
+    Bold is what Holm's correction over the list leaves.
+    """
+    yield from head("variant", *(f"minus {reference}" for reference in BESIDE))
+    families = {reference: over_pairs.family(_apart(pairs, reference)) for reference in BESIDE}
+    for variant in LISTED:
+        cells = ("–" if variant == reference else _over(families[reference].get(variant)) for reference in BESIDE)
+        yield line(variant, *cells)
+
+
+def _apart(pairs: Sequence[Found], reference: str) -> dict[str, np.ndarray]:
+    """Each listed variant's differences of area [lineage] from a reference, on the pairs that have both."""
+    found = {}
+    for variant in LISTED:
+        both = [(pair, pair.row(variant), pair.row(reference)) for pair in pairs if variant != reference]
+        differences = [((pair.kind, pair.seed), x.area - y.area) for pair, x, y in both if x and y]
+        if differences:
+            found[variant] = over_pairs.of_lineages(differences)
+    return found
+
+
+def _over(its: over_pairs.Mean | None) -> str:
+    if its is None:
+        return "not run"
+    interval = " [{:+.3f}, {:+.3f}]".format(*its.interval) if its.interval else ""
+    mark = "**" if its.adjusted is not None and its.adjusted < 1 - over_pairs.LEVEL else ""
+    return f"{mark}{its.value:+.3f}{mark}{interval}, p {its.adjusted:.3f} ({its.lineages})"
+
+
 def pairs_table(pairs: Sequence[Found]) -> Iterator[str]:
-    """Both ends of every pair, and what uniform task arithmetic makes of it."""
+    """The models of every pair, and what uniform task arithmetic makes of them."""
     titles = ("uniform task arithmetic, strength: accuracy @ tokens", "‖δ‖ / ‖θ0‖", "variants", "hours")
-    yield from head("pair", "base", "long", *titles)
+    names = ("base", *(["parent"] if any(pair.ends["parent"] for pair in pairs) else []), "long")
+    yield from head("pair", *names, *titles)
     for pair in pairs:
-        ends = [f"{accuracy:.2f} @ {tokens:.1f}" for accuracy, tokens in pair.ends.values()]
+        ends = [f"{end[0]:.2f} @ {end[1]:.1f}" if (end := pair.ends[name]) else "not asked" for name in names]
         uniform = pair.row(REFERENCE)
         its = uniform.points if uniform else ()
         points = ", ".join(f"{strength:.2f}: {accuracy:.2f} @ {tokens:.0f}" for strength, accuracy, tokens in its)
@@ -56,23 +105,39 @@ def aims_table(pairs: Sequence[Found]) -> Iterator[str]:
         best = max(pair.rows, key=lambda row: row.area)
         cells = []
         for row in map(pair.row, PRESETS):
-            cells.append(f"{_interval(row.gain)}, {row.area / best.area:.1%}" if row else "not run")
-        yield line(pair.name, f"{best.area:.3f}, {best.variant}", *cells)
+            cells.append(f"{_interval(pair.above(row))}, {row.area / best.area:.1%}" if row else "not run")
+        yield line(f"{pair.name}{_luck([pair])}", f"{best.area:.3f}, {best.variant}", *cells)
 
 
 def summary_table(kinds: Kinds) -> Iterator[str]:
-    """Every variant's area minus that of uniform task arithmetic, over the seeds of a kind, and how near the best."""
-    yield from head("variant", *_titles(kinds), "share of the best area: worst, mean (pairs)")
+    """Every variant's area minus that of uniform task arithmetic, over the pairs of a kind, and how near the best.
+
+    The last cell is the widest gap that any of its fronts has, in parts of the way from base to long.
+    """
+    yield from head("variant", *_titles(kinds), "share of the best area: worst, mean (pairs)", "widest gap")
+    pairs = [pair for its in kinds.values() for pair in its]
+    missing = []
     for variant in VARIANTS:
+        rows = [row for pair in pairs if (row := pair.row(variant)) is not None]
+        if not rows:
+            missing.append(variant)
+            continue
         cells = ["0"] * len(kinds) if variant == REFERENCE else _over_kinds(kinds, variant, "against")
-        yield line(variant, *cells, _shares(kinds, variant))
+        gap = max((row.gap for row in rows if row.gap is not None), default=None)
+        yield line(variant, *cells, _shares(pairs, variant), "not kept" if gap is None else f"{gap:.2f}")
+    yield from _not_run(missing)
 
 
 def trimmed_table(kinds: Kinds) -> Iterator[str]:
     """What a coefficient for each layer adds to trimming: the area minus that of mergekit's ties, of one density."""
     yield from head("variant", *_titles(kinds))
-    for variant in TRIMMED:
+    for variant in _trimmed(kinds):
         yield line(variant, *_over_kinds(kinds, variant, "trimmed"))
+
+
+def _trimmed(kinds: Kinds) -> list[str]:
+    rows = [row for pairs in kinds.values() for pair in pairs for row in pair.rows]
+    return [name for name in TRIMMED if any(row.trimmed for row in rows if row.variant == name)]
 
 
 def _titles(kinds: Kinds) -> list[str]:
@@ -86,14 +151,11 @@ def _over_kinds(kinds: Kinds, variant: str, difference: str) -> Iterator[str]:
         yield _counted(apart, len(pairs))
 
 
-def _shares(kinds: Kinds, variant: str) -> str:
+def _shares(pairs: Sequence[Found], variant: str) -> str:
     shares = [
-        row.area / max(other.area for other in pair.rows)
-        for pairs in kinds.values()
-        for pair in pairs
-        if (row := pair.row(variant)) is not None
+        row.area / max(other.area for other in pair.rows) for pair in pairs if (row := pair.row(variant)) is not None
     ]
-    return f"{min(shares):.1%}, {np.mean(shares):.1%} ({len(shares)})" if shares else "not run"
+    return f"{min(shares):.1%}, {np.mean(shares):.1%} ({len(shares)})"
 
 
 def _counted(apart: Sequence[Difference], pairs: int) -> str:
@@ -106,12 +168,17 @@ def _counted(apart: Sequence[Difference], pairs: int) -> str:
     return ", ".join([f"{_spread([its.value for its in apart])}{some}", *counts])
 
 
-def short_table(kinds: Kinds) -> Iterator[str]:
+def short_table(found: Mapping[str, Kinds]) -> Iterator[str]:
     """The mean of some variants' areas minus that of uniform task arithmetic; bold where all intervals are above 0."""
-    yield from head("", *(f"{KINDS_IN_SHORT[kind]} ({len(pairs)})" for kind, pairs in kinds.items()))
+    columns = [
+        (f"{KINDS_IN_SHORT.get(kind, kind)}, {side} ({len(pairs)})", pairs)
+        for side, kinds in found.items()
+        for kind, pairs in kinds.items()
+    ]
+    yield from head("", *(title for title, _ in columns))
     for variant, title in IN_SHORT.items():
         cells = []
-        for pairs in kinds.values():
+        for _, pairs in columns:
             apart = [row.against for pair in pairs if (row := pair.row(variant)) is not None and row.against]
             mark = "**" if apart and all(its.sign == 1 for its in apart) else ""
             some = f" ({len(apart)})" if len(apart) < len(pairs) else ""
@@ -121,25 +188,39 @@ def short_table(kinds: Kinds) -> Iterator[str]:
 
 
 def variants_table(pairs: Sequence[Found]) -> Iterator[str]:
-    """What every variant gains above the chord, over the seeds of a kind."""
-    yield from head("variant", *(f"seed {pair.seed}" for pair in pairs), "mean ± spread", "above 0")
+    """What every variant gains above the chord, over the pairs of a kind."""
+    yield from head("variant", *_seeds(pairs), f"mean ± spread{_luck(pairs)}", "above 0")
     missing = []
     for variant in VARIANTS:
         rows = [pair.row(variant) for pair in pairs]
-        gains = [row.gain for row in rows if row is not None]
-        if not gains:
+        gains = [pair.above(row) if row else None for pair, row in zip(pairs, rows, strict=True)]
+        if not any(gains):
             missing.append(variant)
             continue
-        each = [f"{row.gain.value:+.3f}" if row else "not run" for row in rows]
-        above = f"{sum(its.sign > 0 for its in gains)} of {len(gains)}"
-        yield line(variant, *each, _spread([its.value for its in gains]), above)
-    if missing:
-        yield from ("", f"Not run: {'; '.join(missing)}.")
+        each = [f"{gain.value:+.3f}" if gain else "not run" for gain in gains]
+        signs = [gain.sign for gain in gains if gain and gain.sign is not None]
+        above = f"{sum(sign > 0 for sign in signs)} of {len(signs)}" if signs else "not known"
+        yield line(variant, *each, _spread([gain.value for gain in gains if gain]), above)
+    yield from _not_run(missing)
+
+
+def _not_run(variants: Sequence[str]) -> Iterator[str]:
+    if variants:
+        yield from ("", f"Not run: {'; '.join(variants)}.")
+
+
+def _seeds(pairs: Sequence[Found]) -> list[str]:
+    return [f"seed {pair.seed}" + (f", {pair.one_sided} steps" if pair.one_sided else "") for pair in pairs]
+
+
+def _luck(pairs: Sequence[Found]) -> str:
+    """What gains in the sample are called by."""
+    return " (luck included)" if any(row.gain is None for pair in pairs for row in pair.rows) else ""
 
 
 def prose_table(pairs: Sequence[Found]) -> Iterator[str]:
     """What an unrelated text costs base, long model, and the worst merge of every variant."""
-    yield from head("model", *(f"seed {pair.seed}" for pair in pairs))
+    yield from head("model", *_seeds(pairs))
     for name in ("base", "long"):
         yield line(name, *(f"{pair.prose[name]:.4f}" for pair in pairs))
     for variant in VARIANTS:
@@ -172,46 +253,65 @@ def _spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):+.3f}{spread}"
 
 
-def page(kinds: Kinds) -> Iterator[str]:
+def page(found: Mapping[str, Kinds]) -> Iterator[str]:
     """All tables, each under what it shows."""
-    pairs = [pair for its in kinds.values() for pair in its]
-    yield from ("", "### The pairs", "", *pairs_table(pairs))
-    yield from ("", "### The aim", "", *aims_table(pairs))
-    yield from ("", "### All variants beside uniform task arithmetic", "", *summary_table(kinds))
-    yield from ("", "### What a coefficient for each layer adds to trimming", "", *trimmed_table(kinds))
-    if measured := [pair for pair in pairs if pair.fidelity]:
-        yield from ("", "### Fidelity", "", *fidelity_table(measured))
-    for kind, its in kinds.items():
-        yield from ("", f"### Above the chord: {kind}", "", *variants_table(its))
-        if all(pair.prose for pair in its):
-            yield from ("", f"### An unrelated text: {kind}", "", *prose_table(its))
+    for side, kinds in found.items():
+        pairs = [pair for its in kinds.values() for pair in its]
+        if side == ONE_SIDED:
+            yield from ("", "### Over the one-sided pairs", "", *over_table(pairs))
+        yield from ("", f"### The pairs, {side}", "", *pairs_table(pairs))
+        yield from ("", f"### The aim, {side}", "", *aims_table(pairs))
+        yield from ("", f"### All variants beside uniform task arithmetic, {side}", "", *summary_table(kinds))
+        if _trimmed(kinds):
+            yield from ("", f"### What a coefficient for each layer adds to trimming, {side}", "")
+            yield from trimmed_table(kinds)
+        if measured := [pair for pair in pairs if pair.fidelity]:
+            yield from ("", f"### Fidelity, {side}", "", *fidelity_table(measured))
+        for kind, its in kinds.items():
+            yield from ("", f"### Above the chord: {kind}, {side}", "", *variants_table(its))
+            if all(pair.prose for pair in its):
+                yield from ("", f"### An unrelated text: {kind}, {side}", "", *prose_table(its))
     yield ""
 
 
-def draw(kinds: Kinds, path: Path) -> None:
-    """A pair of every kind: accuracy against tokens of some variants, and the chord."""
+def draw(found: Mapping[str, Kinds], path: Path) -> None:
+    """A pair of every kind: accuracy against tokens of some variants, the chord, and the way by the parent.
+
+    Of one-sided pairs, where there are any.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    side, kinds = next(iter(found.items()))
     figure, panels = pyplot.subplots(
         1, len(kinds), figsize=(3.4 * len(kinds), 3.3), squeeze=False, layout="constrained"
     )
     for panel, (kind, pairs) in zip(panels[0], kinds.items(), strict=True):
         pair = max(pairs, key=lambda pair: sum(len(row.points) > 0 for row in pair.rows if row.variant in DRAWN))
-        base, long = pair.ends.values()
-        panel.plot([base[1], long[1]], [base[0], long[0]], color="0.6", linestyle="--", label="chord", zorder=1)
+        panel.plot(*_at(pair.base, pair.long), color="0.6", linestyle=(0, (6, 3)), label="chord", zorder=1)
+        if parent := pair.ends["parent"]:
+            way = _at(pair.base, parent, pair.long)
+            panel.plot(*way, color="0.75", linewidth=3, label="base, parent, long", zorder=0)
         for number, variant in enumerate(DRAWN):
             if (its := pair.row(variant)) is not None and its.points:
-                _, accuracy, tokens = zip(*its.points, strict=True)
-                panel.plot(
-                    tokens, accuracy, "osD^v"[number], color=f"C{number}", markersize=5, alpha=0.8, label=variant
-                )
-        panel.set(title=f"{kind}, seed {pair.seed}", xlabel="mean tokens", ylabel="accuracy")
+                _, accuracy, tokens = zip(*sorted(its.points, key=lambda point: point[2]), strict=True)
+                style = {"marker": "osD^vX"[number], "linestyle": DASHES[number], "color": f"C{number}"}
+                panel.plot(tokens, accuracy, markersize=5, linewidth=1, alpha=0.8, label=variant, **style)
+        panel.set(title=f"{kind}, {side}, {_seeds([pair])[0]}", xlabel="mean tokens", ylabel="accuracy")
+        panel.title.set_fontsize(9)
     fullest = max(panels[0], key=lambda panel: len(panel.get_legend_handles_labels()[1]))
     fullest.legend(fontsize=7, frameon=False, loc="lower right")
     figure.savefig(path, dpi=110)
+
+
+DASHES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))
+
+
+def _at(*ends: tuple[float, float]) -> tuple[list[float], list[float]]:
+    """Tokens and accuracy of models, as a plot takes them."""
+    return [tokens for _, tokens in ends], [accuracy for accuracy, _ in ends]
 
 
 def main() -> None:
@@ -221,20 +321,15 @@ def main() -> None:
     parser.add_argument("--short", type=Path, metavar="FILE", help="put the shortest of them into this page")
     parser.add_argument("--figure", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    found = [load(path) for path in arguments.files]
-    kinds = {
-        kind: sorted(its, key=lambda pair: pair.seed)
-        for kind in KINDS
-        if (its := [pair for pair in found if pair.kind == kind])
-    }
+    found = sides([load(path) for path in arguments.files])
     if arguments.write:
-        put(arguments.write, COMMAND, list(page(kinds)))
+        put(arguments.write, COMMAND, list(page(found)))
     else:
-        print("\n".join(page(kinds)))
+        print("\n".join(page(found)))
     if arguments.short:
-        put(arguments.short, f"{COMMAND} --short", ["", *short_table(kinds), ""])
+        put(arguments.short, f"{COMMAND} --short", ["", *short_table(found), ""])
     if arguments.figure:
-        draw(kinds, arguments.figure)
+        draw(found, arguments.figure)
 
 
 if __name__ == "__main__":

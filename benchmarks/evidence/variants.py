@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mergekit.config import MergeConfiguration
+from transformers import PreTrainedModel
 
 from benchmarks.evidence import mappings
 from benchmarks.evidence.signals import Inputs, signals
@@ -14,7 +15,7 @@ from benchmarks.evidence.subspace import without_top_directions
 from benchmarks.pairs.training import layer_of
 
 LARGEST_MEAN = 0.9999  # of coefficients below 1
-Config = Callable[[Path, float], MergeConfiguration]
+Merged = Callable[[Path, float], MergeConfiguration | PreTrainedModel]
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,12 @@ class Variant:
     """A method with all its settings but the strength.
 
     Attributes:
-        config: of a pair, at a strength.
+        merged: of a pair's folder, at a strength: a config for mergekit, or the merge itself, in float32.
         high: the largest strength.
         ends_long: whether that gives the long model itself, so that it needs no run.
     """
 
-    config: Config
+    merged: Merged
     high: float = 1.0
     ends_long: bool = True
 
@@ -208,6 +209,10 @@ VARIANTS: dict[str, Variant] = {
     "fim_ta outside long": by_hand(mappings.sigmoid_of(1.0), outside="long"),
     "fim_ta outside own": by_hand(mappings.sigmoid_of(1.0), outside="own"),
 }
+
+
+# What is compared over pairs, and corrected for being so many: fixed before the pairs of that list were answered.
+LISTED = ("task_arithmetic", "ties density 0.02", "ties density 0.05", "ties density 0.2", "fim_ta", "fim_ties", "S3")
 
 
 def _ties_of(name: str) -> str:

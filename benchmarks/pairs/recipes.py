@@ -59,9 +59,17 @@ def make(kind: Kind, name: str, seed: int, folder: Path, one_sided: int | None =
         folder: which gets the models.
         one_sided: steps in which the long model is trained from the base; None for one trained from the parent, as the
             base is.
+
+    Raises:
+        ValueError: the long model is there, and was trained otherwise.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    made = [line.get("one_sided", one_sided) for line in noted(folder) if line["run"] == "training of long"]
+    if made and made[-1] != one_sided:
+        raise ValueError(
+            f"{folder}: expected a long model of one_sided {one_sided}, found {made[-1]}; name another folder"
+        )
     for child in ("parent", *CHILDREN):
         if (folder / child).exists():
             continue
@@ -80,7 +88,7 @@ def make(kind: Kind, name: str, seed: int, folder: Path, one_sided: int | None =
         for part in (model, tokenizer):
             part.save_pretrained(folder / f"{child}.part")
         (folder / f"{child}.part").rename(folder / child)
-        note(folder, run=f"training of {child}", seconds=core_seconds(began), nats=None)
+        note(folder, run=f"training of {child}", seconds=core_seconds(began), nats=None, one_sided=one_sided)
 
 
 def note(folder: Path, **line: Any) -> None:

@@ -1,0 +1,102 @@
+"""Differences on many pairs -> their mean, how sure it is, and what is left of that among several methods.
+
+Pairs of one kind and seed share parent and base, and differ in nothing but how long the long model was trained. They
+aren't independent, so that the unit is their *lineage*: the mean over its pairs. All here is of lineages.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+LEVEL = 0.95  # of every interval
+EXACT = 16  # lineages at most, of which all changes of signs are tried
+DRAWS = 1 << 16  # of signs, where there are more
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean difference over lineages.
+
+    Attributes:
+        value: the mean, every lineage counting the same.
+        interval: of 95 %, by Student's t; None of a single lineage.
+        p: two-sided, of the change of signs.
+        adjusted: the same by Holm's correction over the family that it was compared in; None outside of one.
+        lineages: how many there are.
+    """
+
+    value: float
+    interval: tuple[float, float] | None
+    p: float
+    adjusted: float | None
+    lineages: int
+
+
+def of_lineages(differences: Sequence[tuple[Hashable, float]]) -> FloatArray:
+    """The mean difference of each lineage [lineage], from (lineage, difference) of each pair."""
+    found: dict[Hashable, list[float]] = {}
+    for lineage, value in differences:
+        found.setdefault(lineage, []).append(value)
+    return np.array([np.mean(values) for values in found.values()])
+
+
+def mean(values: FloatArray) -> Mean:
+    """What lineages [lineage] say together."""
+    low, high = t_interval(values)
+    interval = None if np.isnan(low) else (float(low), float(high))
+    return Mean(float(values.mean()), interval, float(sign_flip(values)), None, len(values))
+
+
+def family(values: Mapping[str, FloatArray]) -> dict[str, Mean]:
+    """The same of several methods, each held against one reference, with Holm's correction over them."""
+    found = {name: mean(its) for name, its in values.items()}
+    adjusted = holm(np.array([its.p for its in found.values()]))
+    return {name: replace(its, adjusted=float(p)) for (name, its), p in zip(found.items(), adjusted, strict=True)}
+
+
+def t_interval(values: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Student's interval of the mean of values [..., lineage]; NaN of a single one.
+
+    A bootstrap over so few would be too narrow. With nine lineages this covers the mean in 95 of 100 cases where
+    differences are normal, in 93 to 94 where their skewness is 1, and in 90 where they are exponential.
+    """
+    from scipy.stats import t
+
+    count = values.shape[-1]
+    if count < 2:
+        nothing = np.full(values.shape[:-1], np.nan)
+        return nothing, nothing
+    middle = values.mean(axis=-1)
+    half = t.ppf((1 + LEVEL) / 2, count - 1) * values.std(axis=-1, ddof=1) / np.sqrt(count)
+    return middle - half, middle + half
+
+
+def sign_flip(values: FloatArray, seed: int = 0) -> FloatArray:
+    """Two-sided p [...] of a mean of 0, of values [..., lineage]: how many changes of their signs give no smaller one.
+
+    Exact for differences that are as likely above 0 as below by the same amount. All changes are tried up to 16
+    lineages, and 65,536 drawn ones of more, beside none at all.
+    """
+    count = values.shape[-1]
+    if count <= EXACT:
+        signs = 1.0 - 2.0 * (np.arange(1 << count)[:, None] >> np.arange(count) & 1)
+    else:
+        signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(DRAWS, count))
+        signs[0] = 1.0
+    found = np.abs(values @ signs.T)
+    # Sums in another order differ by rounding: what is as large but for that, counts.
+    least = np.abs(values.sum(axis=-1, keepdims=True)) - 1e-12 * np.abs(values).sum(axis=-1, keepdims=True)
+    return (found >= least).mean(axis=-1)
+
+
+def holm(p: FloatArray) -> FloatArray:
+    """Adjusted p of several tests [..., test]: below a level in no test without effect but that often."""
+    count = p.shape[-1]
+    order = np.argsort(p, axis=-1)
+    steps = np.take_along_axis(p, order, axis=-1) * np.arange(count, 0, -1)
+    steps = np.minimum(np.maximum.accumulate(steps, axis=-1), 1.0)
+    return np.take_along_axis(steps, np.argsort(order, axis=-1), axis=-1)
