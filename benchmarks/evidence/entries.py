@@ -3,16 +3,22 @@
 All of it in memory, for models that are small; everything outside the decoder layers' matrices moves uniformly.
 """
 
+import contextlib
 import functools
+import io
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 import tqdm
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.evidence.signals import BASE, LONG, Inputs, sequences
 from benchmarks.pairs.training import layer_of
+from mergekit_fim.tools.plan import merge_whole
 
 Weights = dict[str, torch.Tensor]
 
@@ -50,6 +56,23 @@ def top_singular_pair(pair: Path, density: float | None = None) -> Weights:
         return found if density is None else largest(found, found.abs(), density)
 
     return {name: first(d) if _is_matrix(name, d) else d for name, d in deltas.items()}
+
+
+def arcee_fusion(pair: Path) -> Weights:
+    """What mergekit's method of that name leaves of δ: it has a density of its own, and no strength."""
+    config = MergeConfiguration.model_validate(
+        {
+            "merge_method": "arcee_fusion",
+            "base_model": str(pair / "base"),
+            "models": [{"model": str(pair / "long")}],
+            "dtype": "float32",
+        }
+    )
+    base, _ = weights(pair)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        merge_whole(config, None, f"{folder}/merged", MergeOptions(quiet=True, write_model_card=False))
+        merged = dict(_load(Path(folder), "merged").named_parameters())
+    return {name: merged[name].detach() - base[name] for name in base}
 
 
 def by_saliency(pair: Path, inputs: Inputs, density: float) -> Weights:

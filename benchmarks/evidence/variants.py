@@ -1,5 +1,6 @@
 """What is compared: each a family of merges by one strength."""
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 from mergekit.config import MergeConfiguration
 from transformers import PreTrainedModel
 
-from benchmarks.evidence import mappings
+from benchmarks.evidence import entries, mappings
 from benchmarks.evidence.signals import Inputs, signals
 from benchmarks.evidence.subspace import without_top_directions
 from benchmarks.pairs.training import layer_of
@@ -143,6 +144,7 @@ def _subspace_then(pair: Path, value: float, method: str, **parameters: Any) -> 
     return _merge(method, pair, model, shared, long)
 
 
+PAPER = Inputs()
 MANY = Inputs(labels="sampled", samples=64)
 OWN = Inputs(text="own", labels="sampled", samples=64)
 
@@ -167,6 +169,15 @@ VARIANTS: dict[str, Variant] = {
     "S3 0.8, then fim_ta": Variant(
         lambda pair, value: _subspace_then(pair, value, "fim_ta"), high=1.0, ends_long=False
     ),
+    "arcee_fusion, scaled": Variant(entries.scaled(entries.arcee_fusion), 6.0, False),
+    "top singular pair": Variant(entries.scaled(entries.top_singular_pair), 4.0, False),
+    "top singular pair, density 0.05": Variant(
+        entries.scaled(functools.partial(entries.top_singular_pair, density=0.05)), 8.0, False
+    ),
+    "δ² / (F + mean F), density 0.02": Variant(
+        entries.scaled(functools.partial(entries.by_saliency, inputs=PAPER, density=0.02)), 6.0, False
+    ),
+    "Fisher merging, both ends": Variant(functools.partial(entries.diagonal_fisher_merge, inputs=PAPER)),
     # This package's
     "fim_ta": ours("fim_ta"),
     "fim_ta sharpness -1": ours("fim_ta", sharpness=-1.0),
