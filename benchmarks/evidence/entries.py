@@ -26,14 +26,14 @@ Weights = dict[str, torch.Tensor]
 @functools.lru_cache(maxsize=2)
 def weights(pair: Path) -> tuple[Weights, Weights]:
     """Base's weights, and the task vector δ."""
-    base, long = (dict(_load(pair, name).named_parameters()) for name in ("base", "long"))
+    base, long = (dict(load(pair, name).named_parameters()) for name in ("base", "long"))
     own = {name: tensor.detach() for name, tensor in base.items()}
     return own, {name: long[name].detach() - own[name] for name in own}
 
 
 def model_of(pair: Path, task_vector: Mapping[str, torch.Tensor]) -> PreTrainedModel:
     """The base moved by a task vector."""
-    model = _load(pair, "base")
+    model = load(pair, "base")
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             tensor += task_vector[name]
@@ -71,7 +71,7 @@ def arcee_fusion(pair: Path) -> Weights:
     base, _ = weights(pair)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         merge_whole(config, None, f"{folder}/merged", MergeOptions(quiet=True, write_model_card=False))
-        merged = dict(_load(Path(folder), "merged").named_parameters())
+        merged = dict(load(Path(folder), "merged").named_parameters())
     return {name: merged[name].detach() - base[name] for name in base}
 
 
@@ -103,7 +103,7 @@ _LEAST = 1e-30  # where a tensor has no Fisher information at all
 @functools.lru_cache(maxsize=2)
 def diagonal_fisher(pair: Path, inputs: Inputs) -> tuple[Weights, Weights]:
     """E[(∂L/∂θ)²] of every entry, at base and long model, a sequence at a time."""
-    models = [_load(pair, name) for name in ("base", "long")]
+    models = [load(pair, name) for name in ("base", "long")]
     ids = list(sequences(pair, models, inputs))
     found = []
     for model in models:
@@ -135,6 +135,7 @@ def _is_matrix(name: str, tensor: torch.Tensor) -> bool:
     return tensor.ndim >= 2 and layer_of(name) is not None
 
 
-def _load(pair: Path, name: str) -> PreTrainedModel:
+def load(pair: Path, name: str) -> PreTrainedModel:
+    """A model of a pair, in float32."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pair / name, dtype=torch.float32)
     return model.eval()

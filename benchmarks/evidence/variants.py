@@ -10,7 +10,8 @@ from typing import Any
 from mergekit.config import MergeConfiguration
 from transformers import PreTrainedModel
 
-from benchmarks.evidence import entries, mappings
+from benchmarks.evidence import directions, entries, mappings
+from benchmarks.evidence.directions import Directions, power, share
 from benchmarks.evidence.signals import Inputs, signals
 from benchmarks.evidence.subspace import without_top_directions
 from benchmarks.pairs.training import layer_of
@@ -223,6 +224,50 @@ VARIANTS: dict[str, Variant] = {
 
 
 # What is compared over pairs, and corrected for being so many: fixed before the pairs of that list were answered.
+def _explored() -> dict[str, Variant]:
+    """What is tried of merging by inputs alone, on development seeds: not in the fixed list's tables."""
+    few = Inputs(samples=2)
+    made = {
+        f"directions {n}x64, sharpness {s:g}": Directions(Inputs(samples=n), power(s))
+        for n in (1, 2, 8, 32)
+        for s in (1, 4)
+    }
+    made |= {f"directions {n}x64, share": Directions(Inputs(samples=n), share) for n in (2, 8, 32)}
+    made |= {f"directions 8x64, damping {d:g}": Directions(damping=d) for d in (1e-5, 1e-2, 1e-1)}
+    made |= {f"directions 8x64, share, damping {d:g}": Directions(moved=share, damping=d) for d in (1e-5, 1e-2, 1e-1)}
+    made |= {
+        f"directions own {n}x64, {name}": Directions(Inputs(text="own", samples=n), moved)
+        for n in (8, 32)
+        for name, moved in (("sharpness 1", power(1)), ("share", share))
+    }
+    parts = {
+        "attention": "attn",
+        "MLP": "mlp",
+        "MLP's inputs": r"gate_proj|up_proj|c_fc",
+        "MLP's outputs": "down_proj|mlp.c_proj",
+    }
+    made |= {f"directions 8x64, {name} only": Directions(part=part) for name, part in parts.items()}
+    made |= {
+        "directions 8x64, permuted": Directions(moved=directions.changed(directions.permuted)),
+        "directions 8x64, random basis": Directions(basis="random"),
+        "directions 8x64, reversed": Directions(rows=directions.reversed_),
+        "directions 8x64, only ratios above 1": Directions(moved=directions.changed(lambda r: r.clamp(min=1))),
+        "directions 8x64, only ratios below 1": Directions(moved=directions.changed(lambda r: r.clamp(max=1))),
+        "directions 8x64, the long model's alone": Directions(rows=directions.even_base),
+        "directions 8x64, the base's alone": Directions(rows=directions.even_long),
+        "directions 8x64, centred": Directions(rows=directions.centred),
+        "directions 8x64, drift doubled": Directions(rows=directions.drifted(2.0)),
+        "directions 16x64, unpaired": Directions(Inputs(samples=16), rows=directions.unpaired),
+        "directions 16x64, of the base alone": Directions(Inputs(samples=16), rows=directions.of_base_alone),
+        "directions 8x64, single inputs": Directions(basis="inputs"),
+        "directions 8x64, single inputs, share": Directions(moved=share, basis="inputs"),
+        "directions 2x64, single inputs, share": Directions(few, share, basis="inputs"),
+    }
+    return {name: Variant(merged) for name, merged in made.items()}
+
+
+VARIANTS |= _explored()
+
 LISTED = ("task_arithmetic", "ties density 0.02", "ties density 0.05", "ties density 0.2", "fim_ta", "fim_ties", "S3")
 
 

@@ -1,0 +1,198 @@
+"""Why does a merge by the inputs' second moments work? The same merge with one thing changed at a time.
+
+A linear layer's inputs have second moments A0 at the base and A1 at the long model, on the same tokens. Their
+generalised eigenvalues, the ratios r of A1 to A0, say how much more of each direction the long model has. Merging by
+inputs alone (RegMean, arXiv 2212.09849, with weights; `fim_kron`) multiplies δ by α = βr / ((1 − β) + βr) in each. Here
+all of it is dense and in float64, for models whose layers are a few hundred wide; what isn't nn.Linear or Conv1D
+moves uniformly.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from benchmarks.evidence.entries import load, model_of, weights
+from benchmarks.evidence.signals import BASE, LONG, Inputs, sequences
+from benchmarks.pairs.training import layer_of
+
+Moved = Callable[[Tensor, float], Tensor]  # ratios [direction] and strength -> coefficients [direction]
+Rows = Mapping[str, Tensor]  # what each linear layer is given [token, input], by the name of its weight
+
+
+def power(sharpness: float) -> Moved:
+    """α = βrˢ / ((1 − β) + βrˢ), so that logit α = logit β + s · ln r; 1 is the merge itself."""
+
+    def found(ratios: Tensor, strength: float) -> Tensor:
+        raised = ratios**sharpness
+        return strength * raised / ((1 - strength) + strength * raised)
+
+    return found
+
+
+def share(ratios: Tensor, strength: float) -> Tensor:
+    """All of δ in the directions with the largest ratios, nothing in the others; the strength is how many these are."""
+    count = round(strength * len(ratios))
+    found = torch.zeros_like(ratios)
+    found[ratios.argsort(descending=True)[:count]] = 1
+    return found
+
+
+def changed(before: Callable[[Tensor], Tensor]) -> Moved:
+    """The merge itself with other ratios."""
+    return lambda ratios, strength: power(1)(before(ratios), strength)
+
+
+def permuted(ratios: Tensor) -> Tensor:
+    """The same ratios, each at another direction."""
+    return ratios[torch.randperm(len(ratios), generator=torch.Generator().manual_seed(len(ratios)))]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """One such merge.
+
+    Attributes:
+        inputs: the tokens; their labels have no part in it.
+        moved: the coefficients.
+        damping: of each model's second moments, in parts of their own mean diagonal.
+        rows: what is made of the inputs of both models before their second moments are taken.
+        basis: "ratios", the generalised eigenvectors; "inputs", single inputs, with the ratios of their mean squares;
+            "random", an orthonormal basis that has nothing to do with either, with the ratios of "ratios".
+        part: a pattern of the names of weights that are merged so; the others move uniformly.
+    """
+
+    inputs: Inputs = Inputs()  # noqa: RUF009 (it is frozen)
+    moved: Moved = power(1)  # noqa: RUF009
+    damping: float = 1e-3
+    rows: Callable[[Rows, Rows], tuple[Rows, Rows]] = lambda low, high: (low, high)
+    basis: str = "ratios"
+    part: str = ""
+
+    def __call__(self, pair: Path, strength: float) -> PreTrainedModel:
+        """The merge of a pair at a strength."""
+        _, deltas = weights(pair)
+        found = {name: strength * delta for name, delta in deltas.items()}
+        for name, (left, right, ratios) in _bases(pair, self).items():
+            found[name] = ((left * self.moved(ratios, strength)) @ right).to(deltas[name].dtype)
+            if _is_transposed(pair, name):
+                found[name] = found[name].T
+        return model_of(pair, found)
+
+
+@functools.lru_cache(maxsize=1)
+def _bases(pair: Path, how: Directions) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Of every linear layer δR [output, direction], L [direction, input] with RL = I, and the ratios [direction]."""
+    _, deltas = weights(pair)
+    low, high = how.rows(*recorded(pair, how.inputs))
+    found = {}
+    for name in low:
+        if not re.search(how.part, name):
+            continue
+        delta = deltas[name].double()
+        delta = delta.T if _is_transposed(pair, name) else delta
+        (a0, a1), eye = (_moments(rows[name], how.damping) for rows in (low, high)), torch.eye(delta.shape[1])
+        if how.basis == "inputs":
+            found[name] = delta, eye.double(), a1.diagonal() / a0.diagonal()
+            continue
+        root = torch.linalg.cholesky(a0)
+        inverse = torch.linalg.inv(root)
+        ratios, u = torch.linalg.eigh(inverse @ a1 @ inverse.T)
+        right, left = root @ u, u.T @ inverse
+        if how.basis == "random":
+            drawn = torch.randn(eye.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+            right = torch.linalg.qr(drawn).Q
+            left = right.T
+        found[name] = delta @ right, left, ratios
+    return found
+
+
+def _moments(rows: Tensor, damping: float) -> Tensor:
+    found = rows.T @ rows / len(rows)
+    return found + damping * found.diagonal().mean() * torch.eye(len(found), dtype=found.dtype)
+
+
+@functools.lru_cache(maxsize=4)
+def recorded(pair: Path, inputs: Inputs) -> tuple[Rows, Rows]:
+    """What the linear layers of base and long model are given on the same tokens."""
+    models = [load(pair, name) for name in ("base", "long")]
+    ids = torch.stack(list(sequences(pair, models, inputs)))
+    return _given(models[BASE], ids), _given(models[LONG], ids)
+
+
+@torch.no_grad()
+def _given(model: PreTrainedModel, ids: Tensor) -> Rows:
+    found: dict[str, Tensor] = {}
+    handles = [
+        part.register_forward_pre_hook(
+            lambda _part, args, name=f"{name}.weight": found.update({name: args[0].flatten(0, -2).double()})
+        )
+        for name, part in model.named_modules()
+        if isinstance(part, nn.Linear | Conv1D) and layer_of(f"{name}.weight") is not None
+    ]
+    model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _transposed(pair: Path) -> frozenset[str]:
+    model = load(pair, "base")
+    return frozenset(f"{name}.weight" for name, part in model.named_modules() if isinstance(part, Conv1D))
+
+
+def _is_transposed(pair: Path, name: str) -> bool:
+    """Whether a weight is stored as [input, output]."""
+    return name in _transposed(pair)
+
+
+# What is made of the rows of both models
+
+
+def reversed_(low: Rows, high: Rows) -> tuple[Rows, Rows]:
+    """Base and long model in each other's place."""
+    return high, low
+
+
+def centred(low: Rows, high: Rows) -> tuple[Rows, Rows]:
+    """Without the mean input."""
+    return tuple({name: x - x.mean(0) for name, x in rows.items()} for rows in (low, high))  # type: ignore[return-value]
+
+
+def drifted(times: float) -> Callable[[Rows, Rows], tuple[Rows, Rows]]:
+    """As if the long model's inputs had drifted from the base's by so many times as much."""
+    return lambda low, high: (low, {name: x + times * (high[name] - x) for name, x in low.items()})
+
+
+def even_base(low: Rows, high: Rows) -> tuple[Rows, Rows]:
+    """The base's inputs spread evenly over all directions: what the long model's alone say."""
+    return {name: _even(x) for name, x in low.items()}, high
+
+
+def even_long(low: Rows, high: Rows) -> tuple[Rows, Rows]:
+    """Likewise the long model's: what the base's alone say."""
+    return low, {name: _even(x) for name, x in high.items()}
+
+
+def unpaired(low: Rows, high: Rows) -> tuple[Rows, Rows]:
+    """The base on the first half of the tokens, the long model on the second."""
+    half = {name: len(x) // 2 for name, x in low.items()}
+    return {n: x[: half[n]] for n, x in low.items()}, {n: x[half[n] :] for n, x in high.items()}
+
+
+def of_base_alone(low: Rows, high: Rows) -> tuple[Rows, Rows]:
+    """The base on either half of the tokens: chance alone."""
+    half = {name: len(x) // 2 for name, x in low.items()}
+    return {n: x[: half[n]] for n, x in low.items()}, {n: x[half[n] :] for n, x in low.items()}
+
+
+def _even(rows: Tensor) -> Tensor:
+    width = rows.shape[1]
+    return torch.eye(width, dtype=rows.dtype) * (width * rows.square().mean()).sqrt()
