@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mergekit_fim.errors import require
+from mergekit_fim.evaluate.paired import LEVEL, adjusted_interval, score_interval
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.integer[Any]]
 BoolArray = npt.NDArray[np.bool_]
 
-LEVEL = 0.95  # of every interval
 RESAMPLES = 2000
 # Ways to halve the problems of each resample. The more, the narrower the held-out gain's interval, and the longer
 # it takes.
@@ -73,12 +73,17 @@ class Paired:
     """A run's accuracy minus another's, on the same problems.
 
     Attributes:
-        difference: with the bootstrap's interval, which is too narrow where few answers differ, and has no width where
-            none does.
-        mcnemar: the exact p of McNemar's test; None with several samples a problem.
+        difference: with Tango's interval for one sample a problem. For several with the bootstrap's, which is too
+            narrow where few answers differ and has no width where none does, and so is widened to what it lacks of
+            Bonett and Price's.
+        gained: how many problems this run alone solves; None with several samples a problem.
+        lost: how many the other alone solves; None with several.
+        mcnemar: the exact p of McNemar's test; None with several.
     """
 
     difference: Estimate
+    gained: int | None
+    lost: int | None
     mcnemar: float | None
 
 
@@ -194,9 +199,9 @@ def summarize(
     hull of their points, which never falls. Its area is its mean over t from the base's to the long model's mean
     tokens. It compares methods of equally many runs; whether any run is above the chord, `Area.held_out` says.
 
-    Every interval but Wilson's is of one bootstrap over problems, in which all runs are resampled together: the
-    percentile interval, but for an area that turned round its value (the basic interval). A resample is biased as the
-    sweep is, so an area's percentile interval is biased twice, and covers the true area less often.
+    Every interval but Wilson's and Tango's is of one bootstrap over problems, in which all runs are resampled together:
+    the percentile interval, but for an area that turned round its value (the basic interval). A resample is biased as
+    the sweep is, so an area's percentile interval is biased twice, and covers the true area less often.
 
     Args:
         outcomes: of every run.
@@ -245,8 +250,8 @@ def summarize(
                 unclosed=float(o.unclosed.mean()),
                 empty=float(o.empty.mean()),
                 tokens_per_second=float(o.tokens.sum()) / o.seconds if o.seconds else None,
-                against_base=None if i == b else _paired(outcomes, i, b, estimate(accuracy[:, i] - accuracy[:, b])),
-                against_long=None if i == e else _paired(outcomes, i, e, estimate(accuracy[:, i] - accuracy[:, e])),
+                against_base=None if i == b else _paired(o, outcomes[b], estimate(accuracy[:, i] - accuracy[:, b])),
+                against_long=None if i == e else _paired(o, outcomes[e], estimate(accuracy[:, i] - accuracy[:, e])),
                 length_ratio=float(tokens[0, i] / tokens[0, e]) if tokens[0, e] > 0 else None,
                 above_chord=None if no_chord or i in (b, e) else estimate(gains[:, i]),
                 pareto=bool(pareto[i]),
@@ -303,10 +308,23 @@ def _binomtest() -> Callable[..., Any]:
     return binomtest
 
 
-def _paired(outcomes: Sequence[Outcomes], run: int, other: int, difference: Estimate) -> Paired:
-    one, two = outcomes[run].correct, outcomes[other].correct
-    single = one.shape[1] == 1
-    return Paired(difference, mcnemar(int((one & ~two).sum()), int((two & ~one).sum())) if single else None)
+def _paired(one: Outcomes, other: Outcomes, bootstrap: Estimate) -> Paired:
+    """One run against another.
+
+    Args:
+        one: the run.
+        other: what it is held against.
+        bootstrap: the difference of their accuracies, with the bootstrap's interval.
+    """
+    problems, samples = one.correct.shape
+    if samples == 1:
+        gained, lost = int((one.correct & ~other.correct).sum()), int((other.correct & ~one.correct).sum())
+        low, high = score_interval(gained, lost, problems)
+        return Paired(Estimate(bootstrap.value, low, high), gained, lost, mcnemar(gained, lost))
+    low, high = adjusted_interval((one.correct.mean(axis=1) - other.correct.mean(axis=1)).tolist())
+    if bootstrap.low is not None and bootstrap.high is not None:
+        low, high = min(low, bootstrap.low), max(high, bootstrap.high)
+    return Paired(Estimate(bootstrap.value, low, high), None, None, None)
 
 
 @dataclass(frozen=True, eq=False)
