@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from benchmarks import fronts
 from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate import front
 from mergekit_fim.evaluate.figure import draw, write_figure
@@ -229,7 +230,7 @@ ARRAYS = ("correct", "tokens", "truncated", "unclosed", "empty")
 
 
 def test_held_out_gains_by_brute_force():
-    """The mixes that are best on one half, at every length, held against the chord of the other half."""
+    """The mixes that are best on one half, at every length there, as accurate as they are on the other half."""
     made = sweep(on_a_chord(["ours"], 3), 12, 5)
     draws = front._draw(made, 3, 6)
     found = front._held_out(draws, 0, 1, [2, 3, 4])
@@ -239,14 +240,11 @@ def test_held_out_gains_by_brute_force():
     for sides in zip(accuracy, tokens, strict=True):
         for one, other in ((0, 1), (1, 0)):
             points = list(zip(sides[1][one], sides[0][one], strict=True))
-            (t0, a0), (t1, a1) = list(zip(sides[1][other], sides[0][other], strict=True))[:2]
-            above = []
-            for t, a in zip(sides[1][other], sides[0][other], strict=True):
-                share = min(1.0, max(0.0, (t - t0) / (t1 - t0)))
-                above.append(a - (1 - share) * a0 - share * a1)
+            heights = sides[0][other]
             low, high = sorted(t for t, _ in points[:2])
             mixes = [best_mix(points, t) for t in np.linspace(low, high, 801)]
-            gains.append(np.mean([(1 - share) * above[i] + share * above[j] for _, i, j, share in mixes]))
+            height = np.mean([(1 - share) * heights[i] + share * heights[j] for _, i, j, share in mixes])
+            gains.append(height - (heights[0] + heights[1]) / 2)
     assert front._held_out(draws, 0, 1, [2, 3, 4]).value == pytest.approx(np.mean(gains), abs=2e-3)
     assert found.low < found.high
 
@@ -373,6 +371,33 @@ def test_runs_on_the_chord_gain_by_luck_but_not_on_held_out_problems():
     assert abs(np.mean(held_out)) < 0.01
     assert shown <= 3
     assert differences <= 6
+
+
+@pytest.mark.parametrize("shape", ["saturated half-way", "above the long model"])
+def test_held_out_gains_are_not_biased(shape):
+    """Also where the front has reached its height before the long model's tokens, whose end it then has for nothing."""
+    area, chord = fronts.true_areas(shape, 5)
+    rng, found, covered = np.random.default_rng(4), [], 0
+    for seed in range(40):
+        made = fronts.sweep(rng, shape, fronts.EVEN, 200, 5)
+        its = summarize(made, "base", "long", seed=seed, resamples=100).areas[0].held_out
+        found.append(its.value)
+        covered += its.low <= area - chord <= its.high
+    assert np.mean(found) == pytest.approx(area - chord, abs=0.01)
+    assert covered >= 34
+
+
+def test_the_simulated_fronts_are_as_they_say():
+    for shape, height in fronts.SHAPES.items():
+        made = fronts.sweep(np.random.default_rng(0), shape, fronts.EVEN, 100_000, 2)[:4]
+        assert [run.correct.mean() for run in made] == pytest.approx(
+            [height(x) for x in (0, 1, 1 / 3, 2 / 3)], abs=0.01
+        )
+        assert [run.tokens.mean() for run in made] == pytest.approx([30, 300, 120, 210], rel=0.02)
+    gains = {shape: np.subtract(*fronts.true_areas(shape, 5)) for shape in fronts.SHAPES}
+    assert gains["on the chord"] == pytest.approx(0)
+    assert gains["saturated half-way"] == pytest.approx(0.15)
+    assert gains["above the long model"] == pytest.approx((0.5 / 2 + 0.6 + 0.7 + 0.8 + 0.9 + 0.9 + 0.9 / 2) / 6 - 0.65)
 
 
 def test_the_interval_of_an_area_covers_it_more_often_than_the_percentile_one():

@@ -134,9 +134,11 @@ class Area:
             0.040, 0.020 and 0.012 (`benchmarks/fronts.py`). So compare methods of equally many runs. The interval,
             which takes a part of that off, covers the true area in 80 to 98 of 100 sweeps.
         gain: `area` above the chord's mean, with the same bias.
-        held_out: the gain without that bias: the front is found on one half of the problems, and the mixes that lie
-            on it are held against the chord of the other half. The mean of many halvings; a little too low, as a front
-            of half the problems is a worse choice. None of a single problem.
+        held_out: the gain without that luck: the front is found on one half of the problems, and the other half says
+            how accurate the mixes that lie on it are, at the lengths that they have on the first. The mean of many
+            halvings. None of a single problem. What is left: a front of half the problems is a worse choice, and a run
+            that was short by luck counts as short. On 200 problems these two came to less than 0.01 in all simulated
+            sweeps, and the interval covered the true gain in at least 90 of 100 (`benchmarks/fronts.py`).
     """
 
     method: str | None
@@ -468,16 +470,22 @@ def _area(
 
 
 def _held_out(draws: _Draws, base: int, long: int, part: Sequence[int]) -> Estimate | None:
-    """What the mixes on the front of one half of the problems have above the chord on the other half."""
+    """What the mixes on the front of one half of the problems gain on the other half.
+
+    At every length t between the base's and the long model's on the half that chooses, the front there is a mix of
+    runs; the other half says how accurate that mix is, and how accurate base and long model are, between whose mean
+    tokens the chord has the mean of both. Accuracy on the other half is independent of the choice, so that luck in
+    accuracy isn't counted. The length of a mix is that of the half that chose it: where a front has reached its height
+    before t it has tokens to spare, and the chord at the mix's own length would credit the height without its cost.
+    Taken from the other half, the runs' order on the axis would change by noise, and cost more than it tells.
+    """
     if draws.problems < 2:
         return None
 
     def gain(accuracy: FloatArray, tokens: FloatArray) -> FloatArray:
-        runs = accuracy.shape[-1]
-        above = accuracy - _chord(accuracy, tokens, base, long)
-        others = above[..., ::-1, :]  # each half's of the other one
-        sets = [x.reshape(-1, runs) for x in (accuracy, tokens, others)]
-        found = _area(sets[0], sets[1], sets[2], base, long, part)
+        others = accuracy[..., ::-1, :]  # each half's of the other one
+        chosen, lengths, heights = (x.reshape(-1, x.shape[-1]) for x in (accuracy, tokens, others))
+        found = _area(chosen, lengths, heights, base, long, part) - (heights[:, base] + heights[:, long]) / 2
         return found.reshape(accuracy.shape[:-1]).mean(axis=-1)
 
     observed = gain(*draws.halves).mean()

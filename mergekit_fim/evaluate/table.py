@@ -191,8 +191,8 @@ def _notes(summary: Summary) -> list[str]:
     if summary.areas:
         notes.append(
             f"The area is the mean height of a method's front from {summary.base}'s to {summary.long}'s tokens; the "
-            "gain is what it has above the chord, luck included; held out, the front is found on one half of the "
-            "problems and scored on the other."
+            "gain is what it has above the chord, luck included; held out, one half of the problems chooses the mixes "
+            "on the front, and the other half says how accurate they are."
         )
     truncated = [run.run for run in summary.runs if run.truncated >= _MANY_TRUNCATED]
     if truncated:
