@@ -383,7 +383,7 @@ def test_held_out_gains_are_not_biased(shape):
         its = summarize(made, "base", "long", seed=seed, resamples=100).areas[0].held_out
         found.append(its.value)
         covered += its.low <= area - chord <= its.high
-    assert np.mean(found) == pytest.approx(area - chord, abs=0.01)
+    assert np.mean(found) == pytest.approx(area - chord, abs=0.015)
     assert covered >= 34
 
 

@@ -136,9 +136,10 @@ class Area:
         gain: `area` above the chord's mean, with the same bias.
         held_out: the gain without that luck: the front is found on one half of the problems, and the other half says
             how accurate the mixes that lie on it are, at the lengths that they have on the first. The mean of many
-            halvings. None of a single problem. What is left: a front of half the problems is a worse choice, and a run
-            that was short by luck counts as short. On 200 problems these two came to less than 0.01 in all simulated
-            sweeps, and the interval covered the true gain in at least 90 of 100 (`benchmarks/fronts.py`).
+            halvings. None of a single problem. What is left: a front of half the problems is a worse choice, which
+            takes up to 0.01 of a gain of many small steps, and a run that was short by luck counts as short, which
+            adds up to 0.01 where the lengths of a run's answers differ much (200 problems). The interval covered the
+            true gain in 90 to 100 of 100 simulated sweeps of 60 problems or more (`benchmarks/fronts.py`).
     """
 
     method: str | None
