@@ -1,98 +1,156 @@
 """What the statistics of a sweep make of simulated runs, whose fronts are known: docs/sweep.md's figures.
 
-    python benchmarks/fronts.py [--sweeps 200]
+    python benchmarks/fronts.py [--sweeps 100]
 
-The base is right on half of the problems, the long model on 0.8 at ten times the length. Problems differ in how hard
-they are, and runs answer each by chance. Merges lie on the chord: every problem's chance to be solved is the mix of the
-two models'. Where there is a gain, it is added: 4 · 0.075 · s(1 − s) at the share s of the way, whose mean is 0.05.
+Problems differ in how hard they are, and runs answer each by chance. The long model's answers are ten times as long as
+the base's; merges lie at equal steps of length between them, and are as accurate as one of the `SHAPES` says.
 """
 
 import argparse
+import functools
+from collections.abc import Callable, Mapping
+from itertools import pairwise
 
 import numpy as np
 import tqdm
 
 from mergekit_fim.evaluate.front import Outcomes, summarize
+from mergekit_fim.evaluate.paired import score_interval
 
-RUNS, PROBLEMS = (1, 5, 10), (60, 100, 500, 1319)
-HARDNESS, GAIN, RESAMPLES = 2.0, 0.075, 400
+HARDNESS, RESAMPLES, MARGIN = 2.0, 200, 0.05
+BASE, LONG = 30.0, 300.0  # mean tokens
+
+# A run's accuracy at the share of the way from the base's tokens to the long model's. A front of it takes the best, so
+# what is above the long model stays there.
+SHAPES: Mapping[str, Callable[[float], float]] = {
+    "on the chord": lambda share: 0.5 + 0.3 * share,
+    "concave": lambda share: 0.5 + 0.3 * share + 0.3 * share * (1 - share),
+    "saturated half-way": lambda share: 0.2 + 0.6 * min(1.0, 2 * share),
+    "above the long model": lambda share: min(0.5 + 0.6 * share, 0.9) if share < 1 else 0.8,
+}
+# How much the lengths of a run's answers differ: the standard deviation of their logarithm.
+EVEN, UNEVEN = 0.6, 1.2
+LINES = [
+    *((shape, EVEN, n) for shape in ("on the chord", "concave") for n in (60, 100, 200, 500, 1319)),
+    *((shape, EVEN, n) for shape in ("saturated half-way", "above the long model") for n in (60, 200, 500)),
+    *((shape, UNEVEN, 200) for shape in SHAPES),
+]
+RUNS = 5  # of each method
 
 
-def chances(hardness: np.ndarray, share: float, gain: float) -> np.ndarray:
-    """How likely a run is to solve each problem."""
-    scale = np.sqrt(1 + 0.346 * HARDNESS**2)  # a logistic curve of normal hardness has about this mean
-    base, long = (1 / (1 + np.exp(-(np.log(x / (1 - x)) * scale + hardness))) for x in (0.5, 0.8))
-    return np.minimum(1, (1 - share) * base + share * long + 4 * gain * share * (1 - share))
+@functools.cache
+def ease(accuracy: float) -> float:
+    """What a run has beside the hardness of a problem, so that its chances have this mean."""
+    hardness, weights = np.polynomial.hermite_e.hermegauss(60)
+    low, high = -20.0, 20.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        found = weights @ (1 / (1 + np.exp(-(middle + HARDNESS * hardness)))) / weights.sum()
+        low, high = (middle, high) if found < accuracy else (low, middle)
+    return low
 
 
-def sweep(rng: np.random.Generator, problems: int, runs: int, gain: float) -> list[Outcomes]:
+def solves(rng: np.random.Generator, hardness: np.ndarray, accuracy: float) -> np.ndarray:
+    """Which problems a run solves."""
+    return rng.random(hardness.shape) < 1 / (1 + np.exp(-(ease(accuracy) + HARDNESS * hardness)))
+
+
+def sweep(rng: np.random.Generator, shape: str, spread: float, problems: int, runs: int) -> list[Outcomes]:
     """Base, long, and two methods that are equally good."""
-    hardness = rng.normal(size=problems) * HARDNESS
+    hardness = rng.normal(size=problems)
     no = np.zeros((problems, 1), dtype=bool)
 
     def run(name: str, method: str | None, share: float) -> Outcomes:
-        right = rng.random((problems, 1)) < chances(hardness, share, gain)[:, None]
-        tokens = rng.lognormal(np.log(30 + 270 * share) - 0.18, 0.6, size=(problems, 1))
-        return Outcomes(name, method, {}, right, np.maximum(1, tokens).astype(int), no, no, no)
+        right = solves(rng, hardness, SHAPES[shape](share))[:, None]
+        lengths = rng.lognormal(np.log(BASE + (LONG - BASE) * share) - spread**2 / 2, spread, size=no.shape)
+        return Outcomes(name, method, {}, right, np.maximum(1, np.rint(lengths)).astype(int), no, no, no)
 
     shares = [(i + 1) / (runs + 1) for i in range(runs)]
-    return [
-        run("base", None, 0),
-        run("long", None, 1),
-        *(run(f"{method} {share}", method, share) for method in "ab" for share in shares),
+    merges = [run(f"{method} {share}", method, share) for method in "ab" for share in shares]
+    return [run("base", None, 0.0), run("long", None, 1.0), *merges]
+
+
+def true_areas(shape: str, runs: int) -> tuple[float, float]:
+    """The mean height of the front of such runs, and of the chord."""
+    heights = [SHAPES[shape](i / (runs + 1)) for i in range(runs + 2)]
+    chord = (heights[0] + heights[-1]) / 2
+    heights = np.maximum.accumulate(heights).tolist()  # these are concave then
+    return sum((one + other) / 2 for one, other in pairwise(heights)) / (runs + 1), chord
+
+
+def luck(sweeps: int) -> None:
+    """Print what merges on the chord gain by luck alone."""
+    runs = (1, 5, 10)
+    print(f"\nGains of merges on the chord by luck, {2 * sweeps} sweeps")
+    print(f"\n| problems | {' | '.join(f'runs: {x}' for x in runs)} |\n|{' --- |' * (len(runs) + 1)}")
+    for problems in (60, 100, 500, 1319):
+        found = []
+        for count in runs:
+            rng = np.random.default_rng(0)
+            made = (sweep(rng, "on the chord", EVEN, problems, count) for _ in range(2 * sweeps))
+            found.append(np.mean([summarize(its, "base", "long", resamples=1).areas[0].gain for its in made]))
+        print(f"| {problems:,} | {' | '.join(f'{gain:.3f}' for gain in found)} |", flush=True)
+
+
+def gains(sweeps: int) -> None:
+    """Print what the areas and the gains come out as."""
+    columns = [
+        *("merges", "spread of lengths", "problems", "true gain", "gain, luck included", "held out", "± of that"),
+        *("its interval covers", "is above 0", "area's interval covers", "difference differs from 0", "± of it"),
     ]
+    print(f"\n{RUNS} runs of each method, {sweeps} sweeps, {RESAMPLES} resamples")
+    print(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    for shape, spread, problems in LINES:
+        area, chord = true_areas(shape, RUNS)
+        rng, found = np.random.default_rng(0), []
+        for seed in tqdm.trange(sweeps, leave=False, desc=f"{shape}, {problems} problems"):
+            made = sweep(rng, shape, spread, problems, RUNS)
+            summary = summarize(made, "base", "long", seed=seed, resamples=RESAMPLES)
+            one, apart = summary.areas[0], summary.differences[0].difference
+            found.append(
+                (
+                    one.gain,
+                    one.held_out.value,
+                    one.held_out.low <= area - chord <= one.held_out.high,
+                    one.held_out.low > 0,
+                    one.area.low <= area <= one.area.high,
+                    apart.low > 0 or apart.high < 0,
+                    (apart.high - apart.low) / 2,
+                )
+            )
+        gain, held, covers, above, area_covers, differs, width = np.mean(found, axis=0)
+        error = np.std(found, axis=0)[1] / np.sqrt(sweeps)
+        print(
+            f"| {shape} | {spread} | {problems:,} | {area - chord:.4f} | {gain:.4f} | {held:.4f} | {error:.4f} | "
+            f"{covers:.2f} | {above:.2f} | {area_covers:.2f} | {differs:.3f} | {width:.3f} |",
+            flush=True,
+        )
 
 
-def true_area(runs: int, gain: float) -> float:
-    """The mean height of the front of runs at equal steps, which is concave."""
-    hardness = np.random.default_rng(9).normal(size=1_000_000) * HARDNESS
-    heights = [chances(hardness, i / (runs + 1), gain).mean() for i in range(runs + 2)]
-    return float(np.trapezoid(heights) / (runs + 1))
+def kept(sweeps: int) -> None:
+    """Print how often a run is shown to be within the margin of a long model of 0.8."""
+    worse, limits = (0.0, 0.02, MARGIN, 0.1), functools.cache(score_interval)
+    print(f"\nShown to be at most {MARGIN} less accurate than a long model of 0.8, {20 * sweeps} sweeps")
+    print(f"\n| problems | {' | '.join(f'{x:g} less' for x in worse)} |\n|{' --- |' * (len(worse) + 1)}")
+    for problems in (12, 60, 100, 200, 500, 1319):
+        shares = []
+        for less in worse:
+            rng, count = np.random.default_rng(0), 0
+            for _ in range(20 * sweeps):
+                hardness = rng.normal(size=problems)
+                long, run = (solves(rng, hardness, accuracy) for accuracy in (0.8, 0.8 - less))
+                count += limits(int((run & ~long).sum()), int((long & ~run).sum()), problems)[0] >= -MARGIN
+            shares.append(count / (20 * sweeps))
+        print(f"| {problems:,} | {' | '.join(f'{share:.3f}' for share in shares)} |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweeps", type=int, default=200)
+    parser.add_argument("--sweeps", type=int, default=100)
     sweeps = parser.parse_args().sweeps
-    print(f"{sweeps} sweeps a line, {RESAMPLES} resamples each")
-    print(
-        "| gain | problems | runs | gain by luck and all | held out | held out is above 0 | interval covers the area |",
-        end="",
-    )
-    print(" difference differs from 0 | ± of it |")
-    print("|" + " --- |" * 9)
-    for gain in (0.0, GAIN):
-        for problems in PROBLEMS:
-            for runs in RUNS:
-                area, rng, found = true_area(runs, gain), np.random.default_rng(0), []
-                for seed in tqdm.trange(sweeps, leave=False, desc=f"{problems} problems, {runs} runs"):
-                    summary = summarize(
-                        sweep(rng, problems, runs, gain), "base", "long", seed=seed, resamples=RESAMPLES
-                    )
-                    one, apart = summary.areas[0], summary.differences[0].difference
-                    found.append(
-                        (
-                            one.gain,
-                            one.held_out.value,
-                            one.held_out.low > 0,
-                            one.area.low <= area <= one.area.high,
-                            apart.low > 0 or apart.high < 0,
-                            (apart.high - apart.low) / 2,
-                        )
-                    )
-                luck, held, above, covers, differs, width = np.mean(found, axis=0)
-                shown = f"| {luck:.3f} | {held:+.4f} | {above:.2f} | {covers:.2f} | {differs:.3f} | {width:.3f} |"
-                print(f"| {'0.05' if gain else '0'} | {problems:,} | {runs} {shown}", flush=True)
-    print(
-        "\n| problems | a run that is 0.1 worse than the long model isn't below it beyond the interval |\n| --- | --- |"
-    )
-    for problems in PROBLEMS:
-        rng, passed = np.random.default_rng(0), []
-        for seed in range(sweeps):
-            outcomes = sweep(rng, problems, 2, 0.0)[:4]  # base, long, and a third and two thirds of the way: 0.1 worse
-            summary = summarize(outcomes, "base", "long", seed=seed, resamples=RESAMPLES)
-            passed.append(summary.runs[3].against_long.difference.high >= 0)
-        print(f"| {problems:,} | {np.mean(passed):.2f} |", flush=True)
+    kept(sweeps)
+    luck(sweeps)
+    gains(sweeps)
 
 
 if __name__ == "__main__":

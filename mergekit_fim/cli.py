@@ -377,14 +377,20 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     show_default=True,
     help="Which merges to keep in OUT/models: those that no other run is better than, or all.",
 )
+@click.option(
+    "--margin",
+    default=0.05,
+    show_default=True,
+    help="How much less accurate than the long model the run to keep may be, by the interval of their difference.",
+)
 @_no_cache
 def sweep(config_file: str, out: str, no_cache: bool, options: Any, **wanted: Any) -> None:
     """Let the base, the fine-tuned models and merges of CONFIG_FILE answer problems, and write to the folder OUT what
     they answered, accuracy against length, and which merge to keep.
 
     Stopped at any moment, the same command goes on where it was; with other values of --set, --compare or --also it
-    adds to what is there. The measurement and the task vectors are made once. docs/sweep.md says how to read a front,
-    and how many problems tell two methods apart.
+    adds to what is there, and with another --margin it concludes anew. The measurement and the task vectors are made
+    once. docs/sweep.md says how to read a front, and how many problems tell two methods apart.
     """
     from mergekit_fim.evaluate.findings import render
     from mergekit_fim.evaluate.folder import SweepFolder

@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from benchmarks import fronts
 from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate import front
 from mergekit_fim.evaluate.figure import draw, write_figure
 from mergekit_fim.evaluate.front import Outcomes, as_json, mcnemar, summarize, wilson
+from mergekit_fim.evaluate.paired import adjusted_interval, enough_problems, score_interval
 from mergekit_fim.evaluate.table import recommendation, render_table
 
 
@@ -212,8 +214,13 @@ def test_nothing_that_is_not_a_number_leaves(made, twice):
     found = summarize(made, "base", "long", resamples=40)
     content = json.loads(json.dumps(as_json(found), allow_nan=False))
     assert content["runs"][0]["run"] == "base"
-    texts = [render_table(found), render_table(found, markdown=True), recommendation(found).sentence]
+    texts = [render_table(found), render_table(found, markdown=True), recommendation(found, 0.05).sentence]
     assert not re.search(r"\b(nan|inf|None)\b", "".join(texts))
+    for run in content["runs"]:
+        for paired in filter(None, (run["against_base"], run["against_long"])):
+            its = paired["difference"]
+            assert -1 <= its["low"] < its["high"] <= 1
+            assert its["low"] - 1e-12 <= its["value"] <= its["high"] + 1e-12
     for found in [run["accuracy"] for run in content["runs"]] + [area["area"] for area in content["areas"]]:
         assert 0 <= found["value"] <= 1
         assert found["low"] is None or 0 <= found["low"] <= found["high"] <= 1
@@ -223,7 +230,7 @@ ARRAYS = ("correct", "tokens", "truncated", "unclosed", "empty")
 
 
 def test_held_out_gains_by_brute_force():
-    """The mixes that are best on one half, at every length, held against the chord of the other half."""
+    """The mixes that are best on one half, at every length there, as accurate as they are on the other half."""
     made = sweep(on_a_chord(["ours"], 3), 12, 5)
     draws = front._draw(made, 3, 6)
     found = front._held_out(draws, 0, 1, [2, 3, 4])
@@ -233,16 +240,86 @@ def test_held_out_gains_by_brute_force():
     for sides in zip(accuracy, tokens, strict=True):
         for one, other in ((0, 1), (1, 0)):
             points = list(zip(sides[1][one], sides[0][one], strict=True))
-            (t0, a0), (t1, a1) = list(zip(sides[1][other], sides[0][other], strict=True))[:2]
-            above = []
-            for t, a in zip(sides[1][other], sides[0][other], strict=True):
-                share = min(1.0, max(0.0, (t - t0) / (t1 - t0)))
-                above.append(a - (1 - share) * a0 - share * a1)
+            heights = sides[0][other]
             low, high = sorted(t for t, _ in points[:2])
             mixes = [best_mix(points, t) for t in np.linspace(low, high, 801)]
-            gains.append(np.mean([(1 - share) * above[i] + share * above[j] for _, i, j, share in mixes]))
+            height = np.mean([(1 - share) * heights[i] + share * heights[j] for _, i, j, share in mixes])
+            gains.append(height - (heights[0] + heights[1]) / 2)
     assert front._held_out(draws, 0, 1, [2, 3, 4]).value == pytest.approx(np.mean(gains), abs=2e-3)
     assert found.low < found.high
+
+
+@st.composite
+def counts(draw):
+    problems = draw(st.integers(1, 60))
+    gained = draw(st.integers(0, problems))
+    return gained, draw(st.integers(0, problems - gained)), problems
+
+
+@settings(derandomize=True, deadline=None, max_examples=60, database=None)
+@given(counts())
+def test_the_score_interval_is_of_the_differences_that_the_score_test_leaves(found):
+    """By the likeliest shares under each difference, found by trying them."""
+    gained, lost, problems = found
+    low, high = score_interval(*found)
+    shares = np.linspace(0, 1, 20_001)
+
+    def statistic(difference):
+        """Of shares p (gained) and q (lost) with p - q the difference, the rest being the same in both."""
+        q = shares[(shares + difference >= 0) & (2 * shares + difference <= 1)]
+        p = q + difference
+        terms = ((gained, p), (lost, q), (problems - gained - lost, 1 - p - q))
+        with np.errstate(divide="ignore"):
+            likelihood = sum(k * np.log(np.maximum(0, x)) for k, x in terms if k)
+        best = likelihood.argmax()
+        variance = (p[best] + q[best] - difference**2) / problems
+        return ((gained - lost) / problems - difference) / math.sqrt(variance)
+
+    for end, sign in ((low, 1), (high, -1)):
+        if abs(end) < 0.99:
+            assert statistic(end) == pytest.approx(sign * 1.96, abs=0.02)
+    assert score_interval(lost, gained, problems) == pytest.approx((-high, -low))
+
+
+@pytest.mark.parametrize("problems", [12, 60, 200])
+@pytest.mark.parametrize(("differ", "difference"), [(0.1, 0.0), (0.1, -0.05), (0.3, -0.1), (0.02, 0.0)])
+def test_the_score_interval_covers_the_difference(problems, differ, difference):
+    """By the chances of all the outcomes that there are; and its lower end is above it seldom enough to rely on."""
+    binom = pytest.importorskip("scipy.stats").binom
+    covered = above = 0.0
+    for differing in range(problems + 1):
+        chances = binom.pmf(differing, problems, differ) * binom.pmf(
+            np.arange(differing + 1), differing, (1 + difference / differ) / 2
+        )
+        for gained in np.flatnonzero(chances > 1e-9).tolist():
+            low, high = score_interval(gained, differing - gained, problems)
+            covered += chances[gained] * (low <= difference <= high)
+            above += chances[gained] * (low > difference)
+    assert covered > 0.935
+    assert above < 0.035
+
+
+def test_the_interval_where_no_answers_differ():
+    z2 = 1.959963984540054**2
+    for problems in (12, 200):
+        assert score_interval(0, 0, problems) == pytest.approx((-z2 / (problems + z2), z2 / (problems + z2)))
+    low, high = adjusted_interval([0.0] * 12)
+    assert low == -high == pytest.approx(-1.96 * math.sqrt(2 / 14 / 14), abs=1e-3)
+
+
+@pytest.mark.parametrize(("gained", "lost", "problems"), [(0, 0, 12), (3, 4, 100), (1, 5, 200), (10, 4, 60)])
+@pytest.mark.parametrize("margin", [0.01, 0.05, 0.2])
+def test_how_many_problems_are_enough(gained, lost, problems, margin):
+    enough = enough_problems(gained, lost, problems, margin)
+    if (gained - lost) / problems <= -margin:
+        assert enough is None
+        return
+
+    def low(count):
+        return score_interval(gained * count / problems, lost * count / problems, count)[0]
+
+    assert low(enough) >= -margin
+    assert enough == 1 or low(enough - 1) < -margin
 
 
 # by simulation
@@ -264,6 +341,22 @@ def test_the_interval_of_a_difference_covers_it():
     assert np.all((covered >= 182) & (covered <= 198)), covered  # 190 expected, 3 of them a standard deviation
 
 
+def test_the_interval_of_several_samples_covers_the_difference_of_few_problems():
+    """Also where hardly any answers differ, of which the bootstrap knows nothing."""
+    covered = narrow = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        one = rng.random((12, 4)) < 0.99
+        other = outcomes("long", rng.random((12, 4)) < 0.96, np.full((12, 4), 9))
+        made = [outcomes("base", one, np.full((12, 4), 3)), other]
+        found = summarize(made, "base", "long", seed=seed, resamples=100)["base"].against_long
+        covered += found.difference.low <= 0.03 <= found.difference.high
+        narrow += found.difference.high - found.difference.low < 0.1
+        assert (found.gained, found.lost, found.mcnemar) == (None, None, None)
+    assert covered >= 190
+    assert narrow == 0
+
+
 def test_runs_on_the_chord_gain_by_luck_but_not_on_held_out_problems():
     gains, held_out, shown, differences = [], [], 0, 0
     for seed in range(60):
@@ -278,6 +371,33 @@ def test_runs_on_the_chord_gain_by_luck_but_not_on_held_out_problems():
     assert abs(np.mean(held_out)) < 0.01
     assert shown <= 3
     assert differences <= 6
+
+
+@pytest.mark.parametrize("shape", ["saturated half-way", "above the long model"])
+def test_held_out_gains_are_not_biased(shape):
+    """Also where the front has reached its height before the long model's tokens, whose end it then has for nothing."""
+    area, chord = fronts.true_areas(shape, 5)
+    rng, found, covered = np.random.default_rng(4), [], 0
+    for seed in range(40):
+        made = fronts.sweep(rng, shape, fronts.EVEN, 200, 5)
+        its = summarize(made, "base", "long", seed=seed, resamples=100).areas[0].held_out
+        found.append(its.value)
+        covered += its.low <= area - chord <= its.high
+    assert np.mean(found) == pytest.approx(area - chord, abs=0.015)
+    assert covered >= 34
+
+
+def test_the_simulated_fronts_are_as_they_say():
+    for shape, height in fronts.SHAPES.items():
+        made = fronts.sweep(np.random.default_rng(0), shape, fronts.EVEN, 100_000, 2)[:4]
+        assert [run.correct.mean() for run in made] == pytest.approx(
+            [height(x) for x in (0, 1, 1 / 3, 2 / 3)], abs=0.01
+        )
+        assert [run.tokens.mean() for run in made] == pytest.approx([30, 300, 120, 210], rel=0.02)
+    gains = {shape: np.subtract(*fronts.true_areas(shape, 5)) for shape in fronts.SHAPES}
+    assert gains["on the chord"] == pytest.approx(0)
+    assert gains["saturated half-way"] == pytest.approx(0.15)
+    assert gains["above the long model"] == pytest.approx((0.5 / 2 + 0.6 + 0.7 + 0.8 + 0.9 + 0.9 + 0.9 / 2) / 6 - 0.65)
 
 
 def test_the_interval_of_an_area_covers_it_more_often_than_the_percentile_one():
@@ -306,9 +426,10 @@ def test_the_bootstrap_is_that_of_scipy():
     from scipy.stats import bootstrap
 
     made = sweep({"base": (0.5, 30.0), "long": (0.8, 300.0)}, 100, 1)
-    found = summarize(made, "base", "long", resamples=20_000)["base"].against_long.difference
-    difference = made[0].correct[:, 0].astype(float) - made[1].correct[:, 0]
-    theirs = bootstrap([difference], np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(2))
+    made = [dataclasses.replace(o, **{n: np.repeat(getattr(o, n), 2, 1) for n in ARRAYS}) for o in made]
+    found = summarize(made, "base", "long", resamples=20_000)["base"].accuracy
+    right = made[0].correct.mean(axis=1)
+    theirs = bootstrap([right], np.mean, method="percentile", n_resamples=20_000, rng=np.random.default_rng(2))
     assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.011)
 
 
@@ -348,19 +469,22 @@ def test_several_samples():
         for paired, of_one in ((double.against_base, single.against_base), (double.against_long, single.against_long)):
             assert (paired is None) == (of_one is None)
             if paired:
-                assert paired.difference == of_one.difference
-                assert paired.mcnemar is None
+                assert paired.difference.value == of_one.difference.value
+                ends = [(its.difference.low, its.difference.high) for its in (paired, of_one)]
+                assert ends[0] == pytest.approx(ends[1], abs=0.03)
+                assert (paired.gained, paired.lost, paired.mcnemar) == (None, None, None)
                 assert of_one.mcnemar is not None
 
 
 def test_a_single_problem():
     found = summarize([outcomes("base", [0], [3]), outcomes("long", [1], [9]), outcomes("ours x=1", [1], [6])], *ENDS)
     assert found["long"].accuracy.low == pytest.approx(0.2065, abs=1e-4)  # Wilson's
-    assert dataclasses.astuple(found["ours x=1"].against_long.difference) == (0.0, None, None)
+    its = found["ours x=1"].against_long.difference
+    assert (its.value, its.low, its.high) == pytest.approx((0.0, -0.7935, 0.7935), abs=1e-4)
     assert dataclasses.astuple(found["ours x=1"].above_chord) == (0.5, None, None)
     assert found.areas[0].held_out is None
     assert found.areas[0].area.value == pytest.approx(0.75)
-    assert "on 1 problem" in recommendation(found).sentence
+    assert "on 1 problem" in recommendation(found, 0.05).sentence
 
 
 ENDS = ("base", "long")
@@ -378,7 +502,7 @@ def test_all_alike(right):
     assert all(run.pareto for run in found.runs)
     assert found["ours x=1"].against_long.mcnemar == 1.0
     assert f"{found.no_chord}." in render_table(found, markdown=True)
-    assert recommendation(found).run == "base"
+    assert recommendation(found, 0.05).sentence.endswith(": no run is shorter.")
 
 
 def test_a_long_model_that_is_less_accurate():
@@ -440,32 +564,60 @@ def alike(name, wrong, tokens, problems=100):
     return outcomes(name, [i >= wrong for i in range(problems)], [tokens] * problems)
 
 
-def test_the_shortest_run_that_is_not_below_the_long_model_is_recommended():
+def test_the_shortest_run_that_is_within_the_margin_is_recommended():
     made = [alike("base", 50, 40), alike("long", 14, 310), alike("fim_ties alpha_mean=0.2", 30, 80),
             alike("fim_ties alpha_mean=0.35", 15, 120), alike("fim_ties alpha_mean=0.5", 10, 200)]  # fmt: skip
-    found = recommendation(summarize(made, *ENDS))
-    assert found.run == "fim_ties alpha_mean=0.35"
+    found = recommendation(summarize(made, *ENDS), 0.06)
+    assert (found.run, found.margin) == ("fim_ties alpha_mean=0.35", 0.06)
     assert found.sentence == (
-        "fim_ties alpha_mean=0.35 is the shortest run whose accuracy isn't below long's beyond the interval: "
-        "0.85 [0.77, 0.91] at 120 tokens instead of 310 (0.39 of the length); difference -0.01 [-0.03, 0.00] on 100 "
-        "problems."
+        "fim_ties alpha_mean=0.35 is the shortest run that the interval shows to be at most 0.06 less accurate than "
+        "long: 0.85 [0.77, 0.91] at 120 tokens instead of 310 (0.39 of the length); difference -0.01 [-0.05, 0.03] on "
+        "100 problems."
+    )
+    # the lower end is -0.054
+    found = recommendation(summarize(made, *ENDS), 0.05)
+    assert found.run == "fim_ties alpha_mean=0.5"
+    found = recommendation(summarize(made[:-1], *ENDS), 0.05)
+    assert found.run == "long"
+    assert found.sentence == (
+        "long itself is the run to keep, 0.86 [0.78, 0.91] at 310 tokens on 100 problems: no shorter run is shown to "
+        "be at most 0.05 less accurate; of fim_ties alpha_mean=0.35, whose difference is -0.01 [-0.05, 0.03], about "
+        "120 problems might show it."
     )
 
 
-def test_the_long_model_is_recommended_where_no_merge_is_both():
+def test_the_long_model_is_recommended_where_no_run_came_near():
     made = [alike("base", 50, 40), alike("long", 14, 310), alike("ours x=1", 40, 80), alike("ours x=2", 10, 400)]
-    found = recommendation(summarize(made, *ENDS))
+    found = recommendation(summarize(made, *ENDS), 0.05)
     assert found.run == "long"
     assert found.sentence == (
-        "long itself is the run to keep, 0.86 [0.78, 0.91] at 310 tokens on 100 problems: no merge was both shorter "
-        "and as accurate within its interval."
+        "long itself is the run to keep, 0.86 [0.78, 0.91] at 310 tokens on 100 problems: no shorter run is shown to "
+        "be at most 0.05 less accurate, and more problems wouldn't help, as none came within that."
     )
 
 
 def test_the_base_is_recommended_where_length_buys_nothing():
-    found = recommendation(summarize([alike("base", 15, 40), alike("long", 14, 310), alike("ours x=1", 14, 80)], *ENDS))
-    assert found.run == "base"
-    assert found.sentence.endswith(" on 100 problems: these problems don't show that long is more accurate.")
+    made = [alike("base", 15, 40), alike("long", 14, 310), alike("ours x=1", 14, 80)]
+    assert recommendation(summarize(made, *ENDS), 0.1).run == "base"
+
+
+def test_few_problems_keep_the_long_model():
+    """Of twelve problems nothing is known: not where no answers differ, and not where one run is right on none."""
+    made = [alike("base", 12, 40, 12), alike("long", 11, 310, 12), alike("ours x=1", 11, 80, 12)]
+    found = recommendation(summarize(made, *ENDS), 0.05)
+    assert found.run == "long"
+    assert "of ours x=1, whose difference is +0.00 [-0.24, 0.24], about 73 problems might show it" in found.sentence
+    twice = [dataclasses.replace(o, **{n: np.repeat(getattr(o, n), 2, 1) for n in ARRAYS}) for o in made]
+    found = recommendation(summarize(twice, *ENDS, resamples=100), 0.05)
+    assert found.run == "long"
+    assert re.search(r"of ours x=1, whose difference is \+0\.00 \[-0\.20, 0\.20\], about \d+ problems", found.sentence)
+
+
+def test_without_a_margin_the_run_must_be_better():
+    made = [alike("base", 50, 40), alike("long", 14, 310), alike("ours x=1", 14, 80), alike("ours x=2", 5, 200)]
+    found = recommendation(summarize(made, *ENDS), 0.0)
+    assert found.run == "ours x=2"
+    assert " that the interval shows to be no less accurate than long: " in found.sentence
 
 
 # tables
@@ -483,7 +635,7 @@ def test_the_table_in_markdown():
     assert found == {
         "run": "long", "Pareto": "", "accuracy": "0.75 [0.30, 0.95]", "tokens, mean (median)": "30.0 (30.0)",
         "of the right answers": "26.7 (20.0)", "of long's length": "1.00", "truncated": "25.0 %", "unclosed": "50.0 %",
-        "empty": "0.0 %", "above the chord": "", "against base": "+0.25 [0.00, 0.75]", "against long": "",
+        "empty": "0.0 %", "above the chord": "", "against base": "+0.25 [-0.36, 0.70]", "against long": "",
         "McNemar's p": "", "tokens/s": "",
     }  # fmt: skip
     assert dict(zip(header, body[0], strict=True))["tokens/s"] == "5.0"

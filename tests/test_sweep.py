@@ -270,6 +270,21 @@ def test_gone_on_with(whole, sweep):
     ]
 
 
+def test_another_margin_changes_the_conclusion_alone(whole, sweep):
+    shutil.copytree(whole.out, sweep.out)
+    before = whole.record()
+    assert before["findings"]["recommended"]["margin"] == 0.05
+    assert "| margin | 0.05 |" in (whole.out / "sweep.md").read_text(encoding="utf-8")
+    result = sweep.ok("--compare", "task_arithmetic", "--margin", "0.99")
+    after = sweep.record()
+    assert after["findings"]["recommended"]["margin"] == 0.99
+    assert after["findings"]["recommended"]["run"] != before["findings"]["recommended"]["run"]
+    assert "at most 0.99 less accurate" in " ".join(unwrapped(result).split())
+    assert "| margin | 0.99 |" in (sweep.out / "sweep.md").read_text(encoding="utf-8")
+    assert (after["identity"], after["runs"]) == (before["identity"], before["runs"])
+    assert after["findings"]["summary"] == before["findings"]["summary"]
+
+
 @pytest.mark.parametrize("keep", ["none", "front", "all"])
 def test_which_merges_are_kept(keep, whole, sweep):
     if keep == "front":  # also of a sweep that kept none
@@ -455,6 +470,9 @@ def test_servers_that_cannot_be(given, words, sweep, stub):
         (["--refine", "-1"], ["--refine", "at least 0"]),
         (["--temperature", "-1"], ["--temperature", "at least 0"]),
         (["--temperature", "nan"], ["--temperature", "at least 0"]),
+        (["--margin", "-0.1"], ["--margin", "at least 0 and below 1"]),
+        (["--margin", "1"], ["--margin", "at least 0 and below 1"]),
+        (["--margin", "nan"], ["--margin", "at least 0 and below 1"]),
         (["--n", "-1"], ["0 (all) or more", "-1"]),
         (["--also", "no/such/model"], ["no/such/model"]),
         (["--template", "none.jinja"], ["none.jinja", "can't be read"]),

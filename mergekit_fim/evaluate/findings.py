@@ -44,6 +44,7 @@ def find(
     base: str,
     tuned: Sequence[str],
     seed: int,
+    margin: float,
 ) -> Findings:
     """Summarise the runs that have answered everything.
 
@@ -54,6 +55,7 @@ def find(
         base: the base's run.
         tuned: the fine-tuned models' runs, of which the long model is the one that writes most.
         seed: of the bootstrap.
+        margin: how much less accurate than the long model the run to keep may be.
     """
     entries = _sorted(entries)
 
@@ -68,7 +70,7 @@ def find(
     return Findings(
         overall,
         {source: summary(source) for source in sources} if len(sources) > 1 else {},
-        recommendation(overall),
+        recommendation(overall, margin),
         tuple((s.source, index, why) for s in questions.problem_sets for index, why in s.ungradable.items()),
     )
 
@@ -159,6 +161,7 @@ def _page(
 ) -> str:
     config = identity["config"]
     options = {name: identity[name] for name in ("seed", "max_tokens", "temperature", "samples", "system")}
+    options["margin"] = findings.recommended.margin
     blocks = [
         "# Accuracy against length",
         " ".join(filter(None, [escaped(findings.recommended.sentence), escaped(_how(folder, findings))])),

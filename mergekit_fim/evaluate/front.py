@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mergekit_fim.errors import require
+from mergekit_fim.evaluate.paired import LEVEL, adjusted_interval, score_interval
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.integer[Any]]
 BoolArray = npt.NDArray[np.bool_]
 
-LEVEL = 0.95  # of every interval
 RESAMPLES = 2000
 # Ways to halve the problems of each resample. The more, the narrower the held-out gain's interval, and the longer
 # it takes.
@@ -73,12 +73,17 @@ class Paired:
     """A run's accuracy minus another's, on the same problems.
 
     Attributes:
-        difference: with the bootstrap's interval, which is too narrow where few answers differ, and has no width where
-            none does.
-        mcnemar: the exact p of McNemar's test; None with several samples a problem.
+        difference: with Tango's interval for one sample a problem. For several with the bootstrap's, which is too
+            narrow where few answers differ and has no width where none does, and so is widened to what it lacks of
+            Bonett and Price's.
+        gained: how many problems this run alone solves; None with several samples a problem.
+        lost: how many the other alone solves; None with several.
+        mcnemar: the exact p of McNemar's test; None with several.
     """
 
     difference: Estimate
+    gained: int | None
+    lost: int | None
     mcnemar: float | None
 
 
@@ -129,9 +134,12 @@ class Area:
             0.040, 0.020 and 0.012 (`benchmarks/fronts.py`). So compare methods of equally many runs. The interval,
             which takes a part of that off, covers the true area in 80 to 98 of 100 sweeps.
         gain: `area` above the chord's mean, with the same bias.
-        held_out: the gain without that bias: the front is found on one half of the problems, and the mixes that lie
-            on it are held against the chord of the other half. The mean of many halvings; a little too low, as a front
-            of half the problems is a worse choice. None of a single problem.
+        held_out: the gain without that luck: the front is found on one half of the problems, and the other half says
+            how accurate the mixes that lie on it are, at the lengths that they have on the first. The mean of many
+            halvings. None of a single problem. What is left: a front of half the problems is a worse choice, which
+            takes up to 0.01 of a gain of many small steps, and a run that was short by luck counts as short, which
+            adds up to 0.01 where the lengths of a run's answers differ much (200 problems). The interval covered the
+            true gain in 90 to 100 of 100 simulated sweeps of 60 problems or more (`benchmarks/fronts.py`).
     """
 
     method: str | None
@@ -194,9 +202,9 @@ def summarize(
     hull of their points, which never falls. Its area is its mean over t from the base's to the long model's mean
     tokens. It compares methods of equally many runs; whether any run is above the chord, `Area.held_out` says.
 
-    Every interval but Wilson's is of one bootstrap over problems, in which all runs are resampled together: the
-    percentile interval, but for an area that turned round its value (the basic interval). A resample is biased as the
-    sweep is, so an area's percentile interval is biased twice, and covers the true area less often.
+    Every interval but Wilson's and Tango's is of one bootstrap over problems, in which all runs are resampled together:
+    the percentile interval, but for an area that turned round its value (the basic interval). A resample is biased as
+    the sweep is, so an area's percentile interval is biased twice, and covers the true area less often.
 
     Args:
         outcomes: of every run.
@@ -245,8 +253,8 @@ def summarize(
                 unclosed=float(o.unclosed.mean()),
                 empty=float(o.empty.mean()),
                 tokens_per_second=float(o.tokens.sum()) / o.seconds if o.seconds else None,
-                against_base=None if i == b else _paired(outcomes, i, b, estimate(accuracy[:, i] - accuracy[:, b])),
-                against_long=None if i == e else _paired(outcomes, i, e, estimate(accuracy[:, i] - accuracy[:, e])),
+                against_base=None if i == b else _paired(o, outcomes[b], estimate(accuracy[:, i] - accuracy[:, b])),
+                against_long=None if i == e else _paired(o, outcomes[e], estimate(accuracy[:, i] - accuracy[:, e])),
                 length_ratio=float(tokens[0, i] / tokens[0, e]) if tokens[0, e] > 0 else None,
                 above_chord=None if no_chord or i in (b, e) else estimate(gains[:, i]),
                 pareto=bool(pareto[i]),
@@ -303,10 +311,23 @@ def _binomtest() -> Callable[..., Any]:
     return binomtest
 
 
-def _paired(outcomes: Sequence[Outcomes], run: int, other: int, difference: Estimate) -> Paired:
-    one, two = outcomes[run].correct, outcomes[other].correct
-    single = one.shape[1] == 1
-    return Paired(difference, mcnemar(int((one & ~two).sum()), int((two & ~one).sum())) if single else None)
+def _paired(one: Outcomes, other: Outcomes, bootstrap: Estimate) -> Paired:
+    """One run against another.
+
+    Args:
+        one: the run.
+        other: what it is held against.
+        bootstrap: the difference of their accuracies, with the bootstrap's interval.
+    """
+    problems, samples = one.correct.shape
+    if samples == 1:
+        gained, lost = int((one.correct & ~other.correct).sum()), int((other.correct & ~one.correct).sum())
+        low, high = score_interval(gained, lost, problems)
+        return Paired(Estimate(bootstrap.value, low, high), gained, lost, mcnemar(gained, lost))
+    low, high = adjusted_interval((one.correct.mean(axis=1) - other.correct.mean(axis=1)).tolist())
+    if bootstrap.low is not None and bootstrap.high is not None:
+        low, high = min(low, bootstrap.low), max(high, bootstrap.high)
+    return Paired(Estimate(bootstrap.value, low, high), None, None, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -450,16 +471,22 @@ def _area(
 
 
 def _held_out(draws: _Draws, base: int, long: int, part: Sequence[int]) -> Estimate | None:
-    """What the mixes on the front of one half of the problems have above the chord on the other half."""
+    """What the mixes on the front of one half of the problems gain on the other half.
+
+    At every length t between the base's and the long model's on the half that chooses, the front there is a mix of
+    runs; the other half says how accurate that mix is, and how accurate base and long model are, between whose mean
+    tokens the chord has the mean of both. Accuracy on the other half is independent of the choice, so that luck in
+    accuracy isn't counted. The length of a mix is that of the half that chose it: where a front has reached its height
+    before t it has tokens to spare, and the chord at the mix's own length would credit the height without its cost.
+    Taken from the other half, the runs' order on the axis would change by noise, and cost more than it tells.
+    """
     if draws.problems < 2:
         return None
 
     def gain(accuracy: FloatArray, tokens: FloatArray) -> FloatArray:
-        runs = accuracy.shape[-1]
-        above = accuracy - _chord(accuracy, tokens, base, long)
-        others = above[..., ::-1, :]  # each half's of the other one
-        sets = [x.reshape(-1, runs) for x in (accuracy, tokens, others)]
-        found = _area(sets[0], sets[1], sets[2], base, long, part)
+        others = accuracy[..., ::-1, :]  # each half's of the other one
+        chosen, lengths, heights = (x.reshape(-1, x.shape[-1]) for x in (accuracy, tokens, others))
+        found = _area(chosen, lengths, heights, base, long, part) - (heights[:, base] + heights[:, long]) / 2
         return found.reshape(accuracy.shape[:-1]).mean(axis=-1)
 
     observed = gain(*draws.halves).mean()

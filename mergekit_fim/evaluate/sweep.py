@@ -85,6 +85,7 @@ class Wanted:
         servers: each as RUN=URL, or URL for a run more.
         server_model: the model's name there; None for the only one.
         keep: which merges to keep: none, front or all.
+        margin: how much less accurate than the long model the run to keep may be.
     """
 
     problems: tuple[str, ...]
@@ -105,6 +106,7 @@ class Wanted:
     servers: tuple[str, ...]
     server_model: str | None
     keep: str
+    margin: float
 
 
 def sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeOptions) -> Findings | None:
@@ -182,6 +184,8 @@ def _check(wanted: Wanted) -> None:
             raise FimError(f"--{option}: expected a whole number of at least {least}, found {value}; change it")
     if not 0 <= wanted.temperature < float("inf"):
         raise FimError(f"--temperature: expected a finite number of at least 0, found {wanted.temperature}; change it")
+    if not 0 <= wanted.margin < 1:
+        raise FimError(f"--margin: expected a number of at least 0 and below 1, found {wanted.margin}; change it")
     if wanted.samples > 1 and wanted.temperature == 0:
         raise FimError(
             f"--samples: {wanted.samples} answers by greedy decoding would be the same; set a --temperature above 0"
@@ -514,7 +518,7 @@ class _Sweep:
         """Write down what the runs show, and keep what is to be kept."""
         named = {run.name: run for run in runs}
         done = [entry for name, entry in self.entries.items() if self.is_done(name)]
-        findings = find(done, self.answers, self.questions, BASE, self.tuned, self.wanted.seed)
+        findings = find(done, self.answers, self.questions, BASE, self.tuned, self.wanted.seed, self.wanted.margin)
         on_front = {run.run for run in findings.summary.runs if run.pareto}
         for name, run in named.items():
             if run.config is not None and (

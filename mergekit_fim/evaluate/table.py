@@ -2,10 +2,12 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from math import ceil
 
 from mergekit_fim.card import markdown_table
 from mergekit_fim.errors import wrapped
 from mergekit_fim.evaluate.front import Estimate, Paired, RunSummary, Summary
+from mergekit_fim.evaluate.paired import enough_problems
 
 # A run that is cut off more often than this is longer than it looks, and perhaps better.
 _MANY_TRUNCATED = 0.05
@@ -13,38 +15,93 @@ _MANY_TRUNCATED = 0.05
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Which run to keep, and the sentence that says why."""
+    """Which run to keep.
+
+    Attributes:
+        run: its name.
+        margin: how much less accurate than the long model it may be.
+        sentence: why it is this one.
+    """
 
     run: str
+    margin: float
     sentence: str
 
 
-def recommendation(summary: Summary) -> Recommendation:
-    """The shortest run whose accuracy isn't below the long model's beyond the interval of their difference."""
+def recommendation(summary: Summary, margin: float) -> Recommendation:
+    """The shortest run that is at most `margin` less accurate than the long model, by the interval of their difference.
+
+    A run of which that isn't known isn't kept, so that few problems keep the long model, and not any run. How many
+    problems would tell is estimated from how many answers differ on these.
+
+    Args:
+        summary: of all runs.
+        margin: in [0, 1).
+    """
     digits = _digits(summary)
     long = summary[summary.long]
 
-    def may_be_as_accurate(run: RunSummary) -> bool:
-        high = run.against_long.difference.high if run.against_long else None
-        return high is None or high >= 0
+    def may_be_kept(run: RunSummary) -> bool:
+        low = run.against_long.difference.low if run.against_long else None
+        return run.against_long is None or (low is not None and low >= -margin)
 
-    found = min(filter(may_be_as_accurate, summary.runs), key=lambda run: (run.tokens_mean, -run.accuracy.value))
-    problems = "1 problem" if summary.problems == 1 else f"{summary.problems:,} problems"
+    found = min(filter(may_be_kept, summary.runs), key=lambda run: (run.tokens_mean, -run.accuracy.value))
     if found.against_long is None:
         return Recommendation(
             long.run,
+            margin,
             f"{long.run} itself is the run to keep, {_interval(long.accuracy, digits)} at {_tokens(long.tokens_mean)} "
-            f"tokens on {problems}: no merge was both shorter and as accurate within its interval.",
+            f"tokens on {_problems(summary.problems)}: {_why_none(summary, margin)}.",
         )
     ratio = "" if found.length_ratio is None else f" ({found.length_ratio:.2f} of the length)"
     difference = _interval(found.against_long.difference, digits, "+")
-    more = f": these problems don't show that {long.run} is more accurate" if found.run == summary.base else ""
     return Recommendation(
         found.run,
-        f"{found.run} is the shortest run whose accuracy isn't below {long.run}'s beyond the interval: "
+        margin,
+        f"{found.run} is the shortest run that the interval shows to be {_close(margin)} than {long.run}: "
         f"{_interval(found.accuracy, digits)} at {_tokens(found.tokens_mean)} tokens instead of "
-        f"{_tokens(long.tokens_mean)}{ratio}; difference {difference} on {problems}{more}.",
+        f"{_tokens(long.tokens_mean)}{ratio}; difference {difference} on {_problems(summary.problems)}.",
     )
+
+
+def _why_none(summary: Summary, margin: float) -> str:
+    """Why no shorter run than the long model can be kept, and what would change that."""
+    tokens = summary[summary.long].tokens_mean
+    shorter = [(run.run, run.against_long) for run in summary.runs if run.against_long and run.tokens_mean < tokens]
+    if not shorter:
+        return "no run is shorter"
+    none = f"no shorter run is shown to be {_close(margin)}"
+    needed = [(_enough(paired, summary.problems, margin), run, paired.difference) for run, paired in shorter]
+    told = [(enough, run, difference) for enough, run, difference in needed if enough is not None]
+    if not told:
+        return f"{none}, and more problems wouldn't help, as none came within that"
+    enough, run, difference = min(told, key=lambda its: its[0])
+    found = _interval(difference, _digits(summary), "+")
+    return f"{none}; of {run}, whose difference is {found}, about {_problems(_rounded_up(enough))} might show it"
+
+
+def _enough(paired: Paired, problems: int, margin: float) -> int | None:
+    """How many problems would tell that a run is within the margin; None where it didn't come within it."""
+    if paired.gained is not None and paired.lost is not None:
+        return enough_problems(paired.gained, paired.lost, problems, margin)
+    value, low = paired.difference.value, paired.difference.low
+    if low is None or value <= -margin:
+        return None
+    return ceil(problems * ((value - low) / (value + margin)) ** 2)  # an interval's width is as 1 / sqrt(problems)
+
+
+def _close(margin: float) -> str:
+    return f"at most {margin:g} less accurate" if margin else "no less accurate"
+
+
+def _problems(count: int) -> str:
+    return "1 problem" if count == 1 else f"{count:,} problems"
+
+
+def _rounded_up(count: int) -> int:
+    """To two digits: it is an estimate."""
+    step = 10 ** max(0, len(str(count)) - 2)
+    return -(-count // step) * step
 
 
 def render_table(summary: Summary, *, markdown: bool = False) -> str:
@@ -134,8 +191,8 @@ def _notes(summary: Summary) -> list[str]:
     if summary.areas:
         notes.append(
             f"The area is the mean height of a method's front from {summary.base}'s to {summary.long}'s tokens; the "
-            "gain is what it has above the chord, luck included; held out, the front is found on one half of the "
-            "problems and scored on the other."
+            "gain is what it has above the chord, luck included; held out, one half of the problems chooses the mixes "
+            "on the front, and the other half says how accurate they are."
         )
     truncated = [run.run for run in summary.runs if run.truncated >= _MANY_TRUNCATED]
     if truncated:
