@@ -37,6 +37,7 @@ _API = {
     "Measurement": "measurements.record",
     "importance_scores": "coefficients",
     "measure": "api",
+    "measure_delta": "api",
     "merge": "api",
     "merge_coefficients": "coefficients",
     "read_measurement": "measurements.store",

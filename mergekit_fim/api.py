@@ -15,6 +15,7 @@ from mergekit_fim.measurements.file import write_measurement
 from mergekit_fim.measurements.record import Measurement
 from mergekit_fim.measurements.store import read_measurement
 from mergekit_fim.models.inputs import open_model
+from mergekit_fim.tools.delta import Delta, measure_names
 from mergekit_fim.tools.plan import MergePlan, merge_whole, plan_fim_merge
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Measurement",
     "importance_scores",
     "measure",
+    "measure_delta",
     "merge",
     "merge_coefficients",
     "read_measurement",
@@ -59,6 +61,27 @@ def measure(
         lambda: open_model(os.fspath(model), revision, chosen), settings or FisherSettings(), dtype, chosen, cache=cache
     )
     return found.measurement
+
+
+def measure_delta(
+    base: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    options: MergeOptions | None = None,
+) -> Delta:
+    """Measure what a task vector looks like: zeros, tails, and its first singular values beside those of noise.
+
+    Args:
+        base: the base model, a folder or a name on the Hub, with an adapter as in mergekit: `model+adapter`.
+        model: the fine-tuned model, likewise.
+        dtype: what the weights are read as, as a merge with this `dtype` does; by default the checkpoints' own.
+        options: mergekit's, for the device and for loading; by default on the CPU.
+
+    Raises:
+        FimError: a model can't be opened, they are of different architectures, or a weight isn't finite.
+    """
+    return measure_names(os.fspath(base), os.fspath(model), dtype, options or MergeOptions(quiet=True))
 
 
 def resolve(config: MergeConfiguration | dict[str, Any], options: MergeOptions | None = None) -> MergePlan:

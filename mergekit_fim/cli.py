@@ -127,6 +127,30 @@ def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_LOADING = (
+    click.option(
+        "--dtype",
+        type=click.Choice(FLOAT_DTYPES),
+        help="Read the weights in this type, as a merge with this `dtype` does.  [default: the checkpoint's]",
+    ),
+    click.option("--cuda", is_flag=True, help="Measure on the GPU."),
+    click.option("--device", help="Measure on this torch device."),
+    click.option("--multi-gpu", is_flag=True, help="Spread the model over all accelerators."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model."),
+    click.option("--lora-merge-cache", type=click.Path(), help="Where merged LoRA models are kept."),
+    click.option("--transformers-cache", type=click.Path(), help="Where models of the Hub are kept."),
+    click.option("--lazy-unpickle", is_flag=True, help="Read .bin checkpoints tensor by tensor."),
+    click.option("-q", "--quiet", is_flag=True, help="No progress bar."),
+)
+
+
+def _loading(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options for what reads checkpoints and doesn't merge."""
+    for option in reversed(_LOADING):
+        command = option(command)
+    return command
+
+
 def _accepted(_context: click.Context, option: click.Parameter, value: Any) -> Any:
     parameter = PARAMETERS[f"fisher_{option.name}"]
     if not parameter.accepts(value):
@@ -138,21 +162,9 @@ def _accepted(_context: click.Context, option: click.Parameter, value: Any) -> A
 @click.argument("model", type=_PATH)
 @click.option("-o", "--output", required=True, type=click.Path(), help="The JSON file to write.")
 @_settings
-@click.option(
-    "--dtype",
-    type=click.Choice(FLOAT_DTYPES),
-    help="Read the weights in this type, as a merge with this `dtype` does.  [default: the checkpoint's]",
-)
-@click.option("--cuda", is_flag=True, help="Measure on the GPU.")
-@click.option("--device", help="Measure on this torch device.")
-@click.option("--multi-gpu", is_flag=True, help="Spread the model over all accelerators.")
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
-@click.option("--trust-remote-code", is_flag=True, help="Run code that comes with the model.")
-@click.option("--lora-merge-cache", type=click.Path(), help="Where merged LoRA models are kept.")
-@click.option("--transformers-cache", type=click.Path(), help="Where models of the Hub are kept.")
-@click.option("--lazy-unpickle", is_flag=True, help="Read .bin checkpoints tensor by tensor.")
 @_no_cache
-@click.option("-q", "--quiet", is_flag=True, help="No progress bar.")
+@_loading
 def fisher(
     model: str,
     output: str,
@@ -209,6 +221,32 @@ def fisher(
         if not options["quiet"]:
             origin = f", {found.origin}" if found.origin else ""
             click.echo(f"{output}: {its.model.num_layers} decoder layers of {model}, in {its.fisher.dtype}{origin}")
+
+
+@main.command(short_help="Show what a task vector looks like.")
+@click.argument("base", type=_PATH)
+@click.argument("model", type=_PATH)
+@click.option("--json", "json_file", type=click.Path(), help="Write the figures as JSON, too.")
+@_loading
+def delta(base: str, model: str, json_file: str | None, dtype: str | None, **options: Any) -> None:
+    """Measure the task vector of MODEL, what fine-tuning changed in BASE: in a minute, before any merge.
+
+    Prints for every kind of tensor in the decoder layers, for all of them, and for what is outside: the share of exact
+    zeros, the norm, the kurtosis, the share of the squared norm in the largest 2 % of the entries, and the first
+    singular value beside that of noise. BASE and MODEL are folders or models on the Hub, with an adapter as in
+    mergekit: model+adapter, and with a revision: user/model@revision.
+
+    Tensors are read one after the other: the memory of the largest one, of both models, will do.
+    """
+    from mergekit_fim.measurements.file import model_files
+    from mergekit_fim.tools.delta import measure_names, render
+
+    if json_file is not None:
+        check_writable(json_file, *model_files(base), *model_files(model))
+    found = measure_names(base, model, dtype, _options_of_process(options, None))
+    echo(render(found))
+    if json_file is not None:
+        write_json(json_file, found.as_json())
 
 
 def _options_of_process(options: dict[str, Any], state: Any) -> Any:

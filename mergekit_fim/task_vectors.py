@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 import tqdm
@@ -183,12 +184,21 @@ def _distance(
         return None
     distance = squared_distance(tuned, reference)
     if not distance < float("inf"):
-        _check_finite(base, reference, tensor, where)
-        _check_finite(model, tuned, tensor, where)
-        raise FimError(
-            f"{model}: the task vector of {tensor.name} ({where}) overflows float32; the weights are not usable"
-        )
+        refuse(base, reference, model, tuned, tensor, where)
     return distance
+
+
+def refuse(
+    base: InputModel, reference: torch.Tensor, model: InputModel, tuned: torch.Tensor, tensor: WeightInfo, where: str
+) -> NoReturn:
+    """Say why a task vector isn't finite.
+
+    Raises:
+        FimError: a model's tensor isn't, or their difference.
+    """
+    _check_finite(base, reference, tensor, where)
+    _check_finite(model, tuned, tensor, where)
+    raise FimError(f"{model}: the task vector of {tensor.name} ({where}) overflows float32; the weights are not usable")
 
 
 def _check_finite(model: InputModel, values: torch.Tensor, tensor: WeightInfo, where: str) -> None:

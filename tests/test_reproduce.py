@@ -17,6 +17,7 @@ from conftest import ROOT
 from test_docs import blocks
 
 from mergekit_fim.cli import main
+from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.evaluate.problems import open_problems
 
 PAIRS = {
@@ -108,7 +109,7 @@ def stand_ins(tmp_path_factory) -> Path:
         ):
             tiny.save(made, folder / name)
             tokenizer.save_pretrained(folder / name)
-    model = tiny.build(tiny.config("qwen3", vocab_size=100, tie_word_embeddings=True, max_position_embeddings=256))
+    model = tiny.build(tiny.config("qwen3", vocab_size=100, tie_word_embeddings=True, max_position_embeddings=512))
     for name, made in zip(QWEN3, (model, tiny.tuned(model, 1)), strict=True):
         tiny.save(made, folder / name)
         qwen.save_pretrained(folder / name)
@@ -138,6 +139,7 @@ def _there(stand_ins, monkeypatch):
     monkeypatch.chdir(stand_ins)
 
 
+TEXT = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
 PYTHON = blocks("reproduce.md", "python")
 SHELL = [block.replace("\\\n", " ") for block in blocks("reproduce.md", "sh")]
 CONVERT, CHECK, AVERAGE, VOTE = range(4)
@@ -201,22 +203,68 @@ def converted(stand_ins):
 
 def test_all_of_the_page_is_run():
     assert len(PYTHON) == 4
-    assert len(SHELL) == 10
-    commands = [line for block in SHELL[1:] for line in block.splitlines() if line.startswith("mergekit-fim ")]
-    assert len(commands) == 9
-    assert SHELL[0] == "git clone --depth 1 https://github.com/QwenLM/Qwen2.5-Math\n"
+    assert len(SHELL) == 13
+    assert [block.count("mergekit-fim ") for block in SHELL] == [3, 2, 1, 0, *[1] * 9]
+    assert SHELL[3] == "git clone --depth 1 https://github.com/QwenLM/Qwen2.5-Math\n"
+
+
+def test_the_task_vectors():
+    pairs = [(base, long) for base, long, _ in PAIRS.values()] + [QWEN3]
+    for command, pair in zip(SHELL[0].splitlines(), pairs, strict=True):
+        program, *words = shlex.split(command)
+        assert (program, words[0], *words[1:3]) == ("mergekit-fim", "delta", *pair)
+        result = CliRunner().invoke(main, [*words, "--quiet"])
+        assert result.exit_code == 0, result.output
+        content = json.loads(Path(words[-1]).read_text(encoding="utf-8"))
+        assert (content["base_model"], content["model"]) == pair
+        # What the page explains is what the table shows.
+        explained = re.findall(r"^- \*([^*]+)\*(?: beside \*(\w+)\*)?:", TEXT, re.M)
+        assert all(title in result.output for titles in explained for title in titles)
+
+
+def in_loop(block: str) -> list[str]:
+    """The commands of a loop over pairs, written out."""
+    pairs, body = re.fullmatch(r"for pair in ([^;]+); do\n(.*)\ndone\n", block, re.S).groups()
+    return [line.replace("$pair", pair) for pair in pairs.split() for line in body.splitlines()]
+
+
+STRENGTHS = ("0.4", "0.8")
+
+
+@pytest.mark.parametrize("pair", ["l2s-1.5b", "qwen3-4b", "l2s-7b"])
+def test_generated_problems(pair):
+    first, second = (command for command in in_loop(SHELL[1]) if f"first-{pair}" in shlex.split(command))
+    assert named(shlex.split(first), "--n") == ["100"]
+    few = ("--n", "2")
+    sweep(first, *few)
+    record, answers, _ = sweep(second, *few)
+    expected = ["base", "long"]
+    expected += [f"fim_ties alpha_mean={s} density=0.2" for s in STRENGTHS]
+    expected += [f"linear weight={s}" for s in STRENGTHS]
+    expected += [f"ties weight={s} density=0.2" for s in STRENGTHS]
+    sparse = "density=0.02 lambda=4.0"
+    expected += [f"{name}={s} {sparse}" for name in ("fim_ties alpha_mean", "ties weight") for s in STRENGTHS]
+    assert sorted(rows(record)) == sorted(expected)
+    assert len(answers) == 2 * len(expected)
+
+
+@pytest.mark.skipif("fim_kron" not in METHODS, reason="fim_kron isn't there yet")
+@pytest.mark.parametrize("pair", ["l2s-1.5b", "qwen3-4b", "l2s-7b"])
+def test_generated_problems_by_fim_kron(pair):
+    (command,) = (command for command in in_loop(SHELL[2]) if f"kron-{pair}" in shlex.split(command))
+    record, _, _ = sweep(command, "--n", "2")
+    assert sorted(rows(record)) == sorted(["base", "long", *(f"fim_kron alpha_mean={s}" for s in STRENGTHS)])
 
 
 def test_the_table_of_data_sets():
-    text = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
-    cells = [line.split("|")[1:-1] for line in text.splitlines() if re.match(r"\| \w+( Math)? \| [\d,]+ \|", line)]
+    cells = [line.split("|")[1:-1] for line in TEXT.splitlines() if re.match(r"\| \w+( Math)? \| [\d,]+ \|", line)]
     assert len(cells) == len(RIGHT)
     for (_, _, place, fields, _), (source, rows) in zip(cells, RIGHT.items(), strict=True):
         named_source = source.removesuffix(".jsonl").removeprefix("hf:").split(":")
         assert re.findall(r"`([^`]+)`", place) == named_source
         assert re.findall(r"`(\w+)`", fields) == [name for name in rows[0][0] if name in QUESTION_AND_ANSWER[source]]
     problems = sum(int(count.replace(",", "")) for _, count, *_ in cells)
-    assert f"These are {problems:,} answers a row" in text
+    assert f"These are {problems:,} answers a row" in TEXT
 
 
 def test_the_problems_are_read_and_graded(converted, capsys):
@@ -311,7 +359,7 @@ def test_the_7b_pair(converted):
 
 
 def test_a_pair_of_today(converted):
-    record, answers, words = sweep(the_only_block("qwen3-4b", "linear"))
+    record, answers, words = sweep(the_only_block("example_configs/qwen3-4b-fim-ties.yml", "linear"))
     assert named(words, "--problems") == ["hf:HuggingFaceH4/MATH-500:test", "aime24.jsonl"]
     counts = collections.Counter(run["method"] for run in record["runs"])
     assert counts.keys() == {None, "fim_ties", "linear", "ties"}
@@ -320,7 +368,7 @@ def test_a_pair_of_today(converted):
     assert "linear weight=0.8" in rows(record)
     assert len(answers) == 6 * sum(counts.values())
     known = set(rows(record))
-    record, _, _ = sweep(the_only_block("qwen3-4b", "density=0.02"))
+    record, _, _ = sweep(the_only_block("example_configs/qwen3-4b-fim-ties.yml", "density=0.02"))
     new = [run for run in record["runs"] if run["run"] not in known]
     assert known < set(rows(record))
     assert {run["method"] for run in new} == {"fim_ties", "ties"}

@@ -1,5 +1,6 @@
 """The models that go into a merge, and everything about them that can be checked without reading their weights."""
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence, Set
@@ -134,14 +135,7 @@ def open_models(
     for reference, config in configs.items():
         _check_causal_lm(reference, config, trust_remote_code)
     base = references[0]
-    for reference, config in configs.items():
-        for key in _STRUCTURE:
-            expected, found = _structure(configs[base], key), _structure(config, key)
-            if expected != found:
-                raise FimError(
-                    f"{reference}: expected {key} {expected} as in the base {base}, found {found}; "
-                    "the models must share one architecture"
-                )
+    _check_structure(configs)
     skeletons = {r: _skeleton(r, config, trust_remote_code) for r, config in configs.items()}
     headers = {reference: read_headers(reference) for reference in references}
     loading = {reference: Loading(skeletons[reference], headers[reference]) for reference in references}
@@ -225,21 +219,41 @@ def open_model(name: str, revision: str | None, options: MergeOptions) -> InputM
     Raises:
         FimError: there is no such model, or it can't be measured.
     """
+    return open_named([name], revision, options)[0]
+
+
+def open_named(names: Sequence[str], revision: str | None, options: MergeOptions) -> list[InputModel]:
+    """Open models of one kind by the names that a merge config would give them, the base first.
+
+    Raises:
+        FimError: there is no such model, or they don't share an architecture.
+    """
+    references = []
+    for name in names:
+        with _usable(name):
+            reference = ModelReference.parse(name)
+            if revision:
+                reference = reference.model_copy(
+                    update={"model": reference.model.model_copy(update={"revision": revision})}
+                )
+            references.append(reference)
+    _check_structure({reference: model_config(reference, options.trust_remote_code) for reference in references})
+    with _usable(names[0]):
+        models = [InputModelDefinition(model=reference) for reference in references]
+        architecture = get_architecture_info(MergeConfiguration(merge_method="linear", models=models), options)
+    opened = open_models(references, architecture, options.trust_remote_code)
+    return [opened[reference] for reference in references]
+
+
+@contextlib.contextmanager
+def _usable(name: str) -> Iterator[None]:
     try:
-        reference = ModelReference.parse(name)
-        if revision:
-            reference = reference.model_copy(
-                update={"model": reference.model.model_copy(update={"revision": revision})}
-            )
-        model_config(reference, options.trust_remote_code)
-        config = MergeConfiguration(merge_method="linear", models=[InputModelDefinition(model=reference)])
-        architecture = get_architecture_info(config, options)
+        yield
     except FimError:
         raise
     except Exception as error:  # pydantic's, and mergekit's own
         check_own_code(error)
         raise FimError(f"{name}: mergekit can't use this model ({reason(error)}); check the name") from error
-    return open_models([reference], architecture, options.trust_remote_code)[reference]
 
 
 def check_tokenizer(reference: ModelReference, trust_remote_code: bool) -> None:
@@ -378,6 +392,19 @@ def _is_convertible(
         candidates.insert(0, {name for name in headers if f".{number}." in name})
     targets = (tensor.name, *(tensor.aliases or ()))
     return any(can_convert_checkpoint_keys(model_type, keys, name) for keys in candidates for name in targets)
+
+
+def _check_structure(configs: Mapping[ModelReference, PretrainedConfig]) -> None:
+    """Check that models differ from the first in nothing that says what the weights mean."""
+    base = next(iter(configs))
+    for reference, config in configs.items():
+        for key in _STRUCTURE:
+            expected, found = _structure(configs[base], key), _structure(config, key)
+            if expected != found:
+                raise FimError(
+                    f"{reference}: expected {key} {expected} as in the base {base}, found {found}; "
+                    "the models must share one architecture"
+                )
 
 
 def _structure(config: PretrainedConfig, key: str) -> Any:
