@@ -3,8 +3,8 @@
 From the repository's root. The pair is made first, unless it is there; with `--one-sided STEPS` its long model is
 trained from the base. Without names, all variants are run, in their order. The answers of all that have been run by
 then are kept in docs/evidence/KIND-SEED.npz, or KIND-SEED-one-sided-STEPS.npz, and what they show beside them, as JSON;
-docs/evidence.md is made of these files by `python -m benchmarks.evidence.tables`. Seeds of development are kept in the
-pair's folder instead.
+docs/evidence.md is made of these files by `python -m benchmarks.evidence.tables`. Seeds of development are kept in
+docs/evidence/development instead, and are asked what is explored, too.
 """
 
 import argparse
@@ -18,12 +18,12 @@ import transformers
 
 from benchmarks.evidence.answers import MODELS, save_answers
 from benchmarks.evidence.fronts import RUNS, Pair, distance
-from benchmarks.evidence.summary import KEPT, REFERENCE, Found, ends, file_of, rows, save
-from benchmarks.evidence.variants import VARIANTS
+from benchmarks.evidence.summary import DEVELOPMENT, KEPT, REFERENCE, Found, ends, file_of, rows, save
+from benchmarks.evidence.variants import EXPLORED, LISTED, VARIANTS
 from benchmarks.pairs.recipes import KINDS, make, seconds
 from mergekit_fim.prepass import measured_once
 
-DEVELOPMENT = (7, 8)  # seeds of pairs that methods are made on: what they show is no evidence
+SEEDS_OF_DEVELOPMENT = (7, 8)  # of pairs that methods are made on: what they show is no evidence
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("seed", type=int)
     parser.add_argument("folder", type=Path, help="outside the repository")
-    parser.add_argument("variants", nargs="*", default=list(VARIANTS))
+    parser.add_argument("variants", nargs="*")
     parser.add_argument(
         "--one-sided", type=int, metavar="STEPS", help="train the long model from the base, so many steps"
     )
@@ -39,8 +39,11 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=RUNS, help=f"merges of each variant ({RUNS})")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of the two files (docs/evidence)")
     arguments = parser.parse_intermixed_args()
-    if unknown := ", ".join(set(arguments.variants) - set(VARIANTS)):
-        parser.error(f"expected some of {', '.join(VARIANTS)}, found {unknown}")
+    develops = arguments.seed in SEEDS_OF_DEVELOPMENT
+    known = {**VARIANTS, **(EXPLORED if develops else {})}
+    names = arguments.variants or (list(dict.fromkeys([*LISTED, *EXPLORED])) if develops else list(VARIANTS))
+    if unknown := ", ".join(set(names) - set(known)):
+        parser.error(f"expected some of {', '.join(known)}, found {unknown}")
     if arguments.runs < RUNS and arguments.keep is None:
         parser.error(f"expected at least {RUNS} merges of each variant, found {arguments.runs}; or keep them elsewhere")
     transformers.utils.logging.set_verbosity_error()
@@ -52,9 +55,9 @@ def main() -> None:
     began = time.time()
     pair = Pair(arguments.folder, kind, arguments.n)
     with measured_once():
-        for name in arguments.variants:
-            pair.front(name, VARIANTS[name], arguments.runs)
-    fronts = {name: pair.known(name, VARIANTS[name], arguments.runs) for name in VARIANTS}
+        for name in names:
+            pair.front(name, known[name], arguments.runs)
+    fronts = {name: pair.known(name, variant, arguments.runs) for name, variant in known.items()}
     fronts = {name: runs for name, runs in fronts.items() if runs}
     if REFERENCE in fronts:
         answers = pair.answers(fronts)
@@ -70,7 +73,7 @@ def main() -> None:
             fidelity={},
             rows=rows(answers),
         )
-        folder = arguments.keep or (arguments.folder if arguments.seed in DEVELOPMENT else KEPT)
+        folder = arguments.keep or (DEVELOPMENT if develops else KEPT)
         kept = folder / file_of(arguments.kind, arguments.seed, arguments.one_sided)
         save_answers(kept.with_suffix(".npz"), answers)
         save(kept.with_suffix(".json"), found)

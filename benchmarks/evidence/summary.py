@@ -19,6 +19,7 @@ from mergekit_fim.evaluate.front import AreaDifference, Estimate, summarize
 
 REFERENCE = "task_arithmetic"
 KEPT = Path("docs/evidence")
+DEVELOPMENT = KEPT / "development"  # of pairs that methods are made on
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def _short(value: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, default=sorted(KEPT.glob("*.npz")), help="of answers")
+    parser.add_argument("files", nargs="*", type=Path, default=sorted(KEPT.rglob("*.npz")), help="of answers")
     for path in parser.parse_args().files:
         answers, kept = load_answers(path), path.with_suffix(".json")
         save(kept, replace(load(kept), ends=ends(answers), rows=rows(answers)))

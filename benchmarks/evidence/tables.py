@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.evidence import over_pairs
-from benchmarks.evidence.summary import KEPT, REFERENCE, Difference, Found, load
-from benchmarks.evidence.variants import LISTED, TRIMMED, VARIANTS
+from benchmarks.evidence.summary import DEVELOPMENT, KEPT, REFERENCE, Difference, Found, load
+from benchmarks.evidence.variants import EXPLORED, LISTED, TRIMMED, VARIANTS
 from benchmarks.pages import head, line, put
 from benchmarks.pairs.recipes import KINDS
 
@@ -168,6 +168,19 @@ def _counted(apart: Sequence[Difference], pairs: int) -> str:
     return ", ".join([f"{_spread([its.value for its in apart])}{some}", *counts])
 
 
+def explored_table(pairs: Sequence[Found]) -> Iterator[str]:
+    """What was tried on pairs of development: above the chord, and the widest gap of the front in brackets."""
+    yield from head("variant", *(pair.name for pair in pairs))
+    for variant in dict.fromkeys([*LISTED, *EXPLORED]):
+        rows = [pair.row(variant) for pair in pairs]
+        if any(rows):
+            cells = (
+                f"{_interval(pair.above(row))} ({row.gap:.2f})" if row else "not run"
+                for pair, row in zip(pairs, rows, strict=True)
+            )
+            yield line(variant, *cells)
+
+
 def short_table(found: Mapping[str, Kinds]) -> Iterator[str]:
     """The mean of some variants' areas minus that of uniform task arithmetic; bold where all intervals are above 0."""
     columns = [
@@ -253,7 +266,7 @@ def _spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):+.3f}{spread}"
 
 
-def page(found: Mapping[str, Kinds]) -> Iterator[str]:
+def page(found: Mapping[str, Kinds], developed: Sequence[Found] = ()) -> Iterator[str]:
     """All tables, each under what it shows."""
     for side, kinds in found.items():
         pairs = [pair for its in kinds.values() for pair in its]
@@ -271,6 +284,9 @@ def page(found: Mapping[str, Kinds]) -> Iterator[str]:
             yield from ("", f"### Above the chord: {kind}, {side}", "", *variants_table(its))
             if all(pair.prose for pair in its):
                 yield from ("", f"### An unrelated text: {kind}, {side}", "", *prose_table(its))
+    if developed:
+        yield from ("", "### Exploration, on pairs of development", "", *pairs_table(developed))
+        yield from ("", *explored_table(developed))
     yield ""
 
 
@@ -322,10 +338,11 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     found = sides([load(path) for path in arguments.files])
+    tables = page(found, [load(path) for path in sorted(DEVELOPMENT.glob("*.json"))])
     if arguments.write:
-        put(arguments.write, COMMAND, list(page(found)))
+        put(arguments.write, COMMAND, list(tables))
     else:
-        print("\n".join(page(found)))
+        print("\n".join(tables))
     if arguments.short:
         put(arguments.short, f"{COMMAND} --short", ["", *short_table(found), ""])
     if arguments.figure:

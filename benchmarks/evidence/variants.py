@@ -266,9 +266,22 @@ def _explored() -> dict[str, Variant]:
     return {name: Variant(merged) for name, merged in made.items()}
 
 
-VARIANTS |= _explored()
+EXPLORED = _explored()
 
-LISTED = ("task_arithmetic", "ties density 0.02", "ties density 0.05", "ties density 0.2", "fim_ta", "fim_ties", "S3")
+LISTED = (
+    "task_arithmetic",
+    "ties density 0.02",
+    "ties density 0.05",
+    "ties density 0.2",
+    "fim_ta",
+    "fim_ties",
+    "arcee_fusion, scaled",
+    "S3",
+    "top singular pair",
+    "top singular pair, density 0.05",
+    "δ² / (F + mean F), density 0.02",
+    "Fisher merging, both ends",
+)
 
 
 def _ties_of(name: str) -> str:
