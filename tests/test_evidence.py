@@ -19,13 +19,14 @@ from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM
 
 from benchmarks import fidelity
-from benchmarks.evidence import mappings, over_pairs, summary, tables
+from benchmarks.evidence import directions, entries, mappings, over_pairs, summary, tables
 from benchmarks.evidence.answers import MODELS, Answers, load_answers, save_answers
+from benchmarks.evidence.directions import Directions, power, share
 from benchmarks.evidence.fronts import Pair, distance, quickly
 from benchmarks.evidence.signals import BASE, LONG, Inputs, Signals, signals
 from benchmarks.evidence.subspace import without_top_directions
 from benchmarks.evidence.summary import Difference, Found, ends, file_of, load, rows, save, widest_gap
-from benchmarks.evidence.variants import LISTED, VARIANTS, Variant
+from benchmarks.evidence.variants import EXPLORED, LISTED, VARIANTS, Variant
 from benchmarks.pages import put
 from benchmarks.pairs.recipes import KINDS, core_seconds, make, note, noted, seconds
 from benchmarks.pairs.tasks import characters, columns, gym, words
@@ -346,9 +347,85 @@ def test_the_stock_methods_that_are_left_out(folder, tmp_path):
     for name in base:
         assert linear[name] == pytest.approx(arithmetic[name], abs=1e-6)
         assert arithmetic[name] == pytest.approx(base[name] + 0.3 * (long[name] - base[name]), abs=1e-6)
-    for share, end in ((1.0, long), (0.5, base)):
-        found = merged("sce", (None, None), select_topk=share)
+    for topk, end in ((1.0, long), (0.5, base)):
+        found = merged("sce", (None, None), select_topk=topk)
         assert all(found[name] == pytest.approx(end[name], abs=1e-6) for name in base)
+
+
+# By entries and directions
+
+
+def task_vector_of(model, folder: Path) -> dict[str, torch.Tensor]:
+    base, _ = entries.weights(folder)
+    return {name: tensor.detach() - base[name] for name, tensor in model.named_parameters()}
+
+
+def test_merges_by_entries(folder):
+    _, deltas = entries.weights(folder)
+    matrix = next(name for name in deltas if name.endswith("down_proj.weight"))
+    pair = entries.top_singular_pair(folder)[matrix]
+    left, values, right = np.linalg.svd(deltas[matrix].numpy())
+    assert pair.numpy() == pytest.approx(values[0] * np.outer(left[:, 0], right[0]), abs=1e-5)
+    few = entries.top_singular_pair(folder, density=0.05)[matrix]
+    assert few.count_nonzero() == int(0.05 * few.numel())
+    assert few.abs()[few != 0].min() >= pair.abs()[few == 0].max()
+    fisher = entries.diagonal_fisher(folder, FEW)[BASE]
+    kept = entries.by_saliency(folder, FEW, 0.1)
+    by = {name: delta.square() / (fisher[name] + fisher[name].mean() + 1e-30) for name, delta in deltas.items()}
+    for name, values in kept.items():
+        assert ((values == 0) | (values == deltas[name])).all()
+        assert by[name][values != 0].min() >= by[name][values == 0].max()
+    fused = entries.arcee_fusion(folder)
+    assert all(((d.abs() < 1e-7) | ((d - deltas[name]).abs() < 1e-6)).all() for name, d in fused.items())
+    half = task_vector_of(entries.scaled(entries.top_singular_pair)(folder, 0.5), folder)
+    assert half[matrix].numpy() == pytest.approx(pair.numpy() / 2, abs=1e-6)
+
+
+def test_fisher_merging_goes_from_base_to_long(folder):
+    _, deltas = entries.weights(folder)
+    low, high = entries.diagonal_fisher(folder, FEW)
+    for strength, expected in ((0.0, 0.0), (1.0, 1.0)):
+        found = task_vector_of(entries.diagonal_fisher_merge(folder, strength, FEW), folder)
+        assert all(found[name].numpy() == pytest.approx(expected * d.numpy(), abs=1e-6) for name, d in deltas.items())
+    found = task_vector_of(entries.diagonal_fisher_merge(folder, 0.3, FEW, damping=0.5), folder)
+    for name, delta in deltas.items():
+        if not high[name].any():
+            continue
+        ends = [(f[name] + 0.5 * f[name].mean()).double() for f in (low, high)]
+        alpha = 0.3 * ends[1] / (0.7 * ends[0] + 0.3 * ends[1])
+        assert found[name].numpy() == pytest.approx((alpha * delta).numpy(), abs=1e-5)
+
+
+def test_merging_by_inputs_is_regmean_with_weights(folder):
+    _, deltas = entries.weights(folder)
+    low, high = directions.recorded(folder, FEW)
+    found = task_vector_of(Directions(FEW)(folder, 0.3), folder)
+    for name, delta in deltas.items():
+        expected = 0.3 * delta.double().numpy()
+        if name in low:
+            a0, a1 = (x.T @ x / len(x) for x in (low[name].numpy(), high[name].numpy()))
+            a0, a1 = (a + 1e-3 * a.diagonal().mean() * np.eye(len(a)) for a in (a0, a1))
+            expected = delta.double().numpy() @ (0.3 * a1) @ np.linalg.inv(0.7 * a0 + 0.3 * a1)
+        assert found[name].numpy() == pytest.approx(expected, abs=1e-5)
+    assert len(low) == 3 * 7
+
+
+@pytest.mark.parametrize("name", EXPLORED)
+def test_what_is_explored_goes_from_base_to_long(folder, name):
+    _, deltas = entries.weights(folder)
+    merged = EXPLORED[name].merged
+    made = replace(merged, inputs=replace(merged.inputs, samples=4, length=12))
+    for strength in (0.0, 1.0):
+        found = task_vector_of(made(folder, strength), folder)
+        assert all(found[n].numpy() == pytest.approx(strength * d.numpy(), abs=1e-5) for n, d in deltas.items())
+
+
+def test_coefficients_of_directions():
+    ratios = torch.tensor([0.5, 4.0, 1.0, 2.0], dtype=torch.float64)
+    assert share(ratios, 0.5).tolist() == [0.0, 1.0, 0.0, 1.0]
+    odds = power(3.0)(ratios, 0.2) / (1 - power(3.0)(ratios, 0.2))
+    assert odds.tolist() == pytest.approx((0.25 * ratios**3).tolist())
+    assert sorted(directions.permuted(ratios).tolist()) == sorted(ratios.tolist())
 
 
 # Over pairs
@@ -563,12 +640,12 @@ def test_what_is_kept_follows_from_its_answers(path):
     assert row == summary.row(answers, row.variant), "python -m benchmarks.evidence.summary makes it anew"
 
 
-def put_tables(tmp_path: Path, pairs: list[Found]) -> str:
+def put_tables(tmp_path: Path, pairs: list[Found], developed: list[Found] = ()) -> str:
     """A page with the tables of some pairs."""
     page = tmp_path / "page.md"
     command = f"<!-- {tables.COMMAND}: "
     page.write_text(f"Before.\n{command}begin -->\nold\n{command}end -->\nAfter.\n")
-    put(page, tables.COMMAND, list(tables.page(tables.sides(pairs))))
+    put(page, tables.COMMAND, list(tables.page(tables.sides(pairs), developed)))
     return page.read_text()
 
 
@@ -644,6 +721,16 @@ def test_the_short_table_is_bold_where_every_pair_is_up():
     text = "\n".join(tables.short_table(tables.sides([first, replace(second, rows=(ours,))])))
     assert "\n| `fim_ties`, density 0.2, the default | +0.100 |" in text
     assert "\n| mergekit's `ties`, density 0.2 | +0.100 (1) |" in text
+
+
+def test_what_is_developed_has_a_table_of_its_own(tmp_path):
+    developed = replace(
+        one_sided(7, 60), rows=(*pair_of(7).rows[:1], replace(pair_of(7).rows[1], variant=next(iter(EXPLORED))))
+    )
+    text = put_tables(tmp_path, [pair_of(0)], [developed])
+    assert text.index("### Exploration, on pairs of development") > text.index("### The pairs, two-sided")
+    assert text.count(f"\n| {next(iter(EXPLORED))} | ") == 1
+    assert "### Over the one-sided pairs" not in text
 
 
 def test_what_is_listed_and_drawn_is_there():
