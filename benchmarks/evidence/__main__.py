@@ -75,6 +75,7 @@ def main() -> None:
         )
         folder = arguments.keep or (DEVELOPMENT if develops else KEPT)
         kept = folder / file_of(arguments.kind, arguments.seed, arguments.one_sided)
+        folder.mkdir(parents=True, exist_ok=True)
         save_answers(kept.with_suffix(".npz"), answers)
         save(kept.with_suffix(".json"), found)
     print(f"{arguments.folder.name}: {time.time() - began:.0f} s", flush=True)
