@@ -74,7 +74,9 @@ class FactorsSettings:
     dtype: str
 
 
-class _Linear(BaseModel):
+class Keys(BaseModel, frozen=True):
+    """Which of a file's tensors are the factors of a matrix: the same for matrices that are given the same."""
+
     inputs: str
     gradients: str | None
     transposed: bool
@@ -82,8 +84,8 @@ class _Linear(BaseModel):
 
 class _Entry(BaseModel):
     layer: Annotated[int, Field(ge=0)]
-    linear: _Linear | None = None
-    experts: list[_Linear | None] | None = None
+    linear: Keys | None = None
+    experts: list[Keys | None] | None = None
 
 
 class _Header(BaseModel):
@@ -283,7 +285,19 @@ class FactorsFile:
         one = self.of(name)
         return [one] if one is not None else self.experts_of(name) or []
 
-    def _read(self, linear: _Linear) -> LinearFactors:
+    def keys_of(self, name: str) -> list[Keys | None]:
+        """The keys of a matrix' factors, or of all experts' in a stack; of a tensor without, an empty list."""
+        entry = self._entries.get(name)
+        if entry is None:
+            return []
+        return [entry.linear] if entry.experts is None else list(entry.experts)
+
+    def tensor(self, key: str) -> "Tensor":
+        """The inputs or gradients of one of the `Keys`, [token, feature]."""
+        found: Tensor = self._file.get_tensor(key)
+        return found
+
+    def _read(self, linear: Keys) -> LinearFactors:
         gradients = None if linear.gradients is None else self._file.get_tensor(linear.gradients)
         return LinearFactors(self._file.get_tensor(linear.inputs), gradients, linear.transposed)
 
