@@ -277,6 +277,7 @@ def export(config_file: str, output: str, check: bool, no_cache: bool, options: 
     from mergekit_fim.tools import export as exporting
     from mergekit_fim.tools.plan import plan_fim_merge
 
+    exporting.check_exportable(config.merge_method)
     planned, pre_pass = plan_fim_merge(config, options)
     exported = exporting.export(planned, options)
     for warning in pre_pass.warnings:

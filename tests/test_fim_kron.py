@@ -1,4 +1,4 @@
-"""Whole merges by `fim_kron`, by the stock command, every tensor against factors from plain hooks and dense solutions."""
+"""Whole merges by `fim_kron`, by the stock command: every tensor against plain hooks and dense solutions."""
 
 import functools
 import json
@@ -23,7 +23,10 @@ def rows_of(path, **options):
 
 
 def expected(paths, betas, *, both=False, transposed=False, other=None, plan=None, layers=range(LAYERS), **options):
-    """The merged model: `betas` of the fine-tuned models, `other` outside the layers; `plan`: (base layer, model layer)."""
+    """The merged model: `betas` of the fine-tuned models, `other` outside the layers.
+
+    `plan`: (base layer, model layer) of every layer of the output.
+    """
     theta, rows = [reference.load(p) for p in paths], [rows_of(p, **options) for p in paths]
     plan = plan or [(i, i) for i in range(LAYERS)]
     merged = {}
