@@ -126,7 +126,7 @@ def _kron_blocks(report: Mapping[str, Any], kron: Mapping[str, Any], figure: str
         f"models, on {its['samples']} × {its['seq_len']} {its['text']} tokens (Kronecker factors as in K-FAC, "
         "[arXiv 1503.05671](https://arxiv.org/abs/1503.05671); by inputs alone a weighted RegMean, "
         "[arXiv 2212.09849](https://arxiv.org/abs/2212.09849)). Below stand their mean and standard deviation, the "
-        "least and the largest, and how many directions get another one than α, of attention and of MLP."
+        "least and the largest, and how many directions are told apart, of attention and of MLP."
     )
     if figure is not None:
         yield f"![{_ALT_KRON}]({figure})"

@@ -291,14 +291,19 @@ def _models(
 ) -> Iterator[KronModel]:
     layers: dict[tuple[ModelReference, ModelReference], dict[LayerPair, KronLayer]] = {key: {} for key in others}
     for group in groups:
+        first = inputs[group[0].source.model]
         for index in range(len(group[0].pairs())):
             spreads = _spreads(group, inputs, index, device)
+            tensors = first.layout.layers[group[0].pairs()[index].source_layer]
+            betas = [_betas(group, inputs, index, tensors.local(tensor.name)) for tensor in tensors.tensors]
             for number, source in enumerate(group):
                 model, pair = inputs[source.source.model], source.pairs()[index]
-                its = {part: _together(found[number]) for part, found in spreads.items()}
-                norm = norms[source.base][model].layers[pair]
                 layers[source.base, source.source.model][pair] = KronLayer(
-                    pair, norm, _alpha(source, model, index), its
+                    pair,
+                    norms[source.base][model].layers[pair],
+                    _alpha(source, model, index),
+                    math.fsum(of_tensor[number] for of_tensor in betas) / len(betas),
+                    {part: _together(found[number]) for part, found in spreads.items()},
                 )
     for (base, model), found in layers.items():
         ordered = sorted(found.values(), key=lambda layer: (layer.pair.base_layer, layer.pair.source_layer))

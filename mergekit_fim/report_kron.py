@@ -45,8 +45,8 @@ def notes(kron: Kron) -> Iterator[str]:
     """In words, what the table's columns are, and what has no factors."""
     yield (
         "of the directions that the tokens take (here at most 128 tokens of each model): the mean coefficient, its "
-        "standard deviation, the least and the largest, and how many directions get another one than α; other "
-        "directions, biases, norms and all else that has no factors get α"
+        "standard deviation, the least and the largest, and how many directions are told apart; all else in the "
+        "layers, such as biases, norms and the other directions, gets α × the model's share of the weights"
     )
     for model, (file, _) in kron.factors.items():
         if file.without:
@@ -81,6 +81,7 @@ def _layer(layer: KronLayer) -> dict[str, Any]:
         "index": layer.pair.source_layer,
         "task_vector_sq_norm": layer.sq_norm,
         "alpha": layer.alpha,
+        "beta": layer.beta,
         "parts": {part: dict(vars(spread)) for part, spread in layer.spreads.items()},
     }
     is_same = layer.pair.source_layer == layer.pair.base_layer

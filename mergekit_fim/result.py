@@ -111,6 +111,7 @@ class KronLayer:
         pair: the layer, and the base's that it is merged into.
         sq_norm: squared norm of its task vector.
         alpha: the mean of its tensors' α, as set by hand or not.
+        beta: likewise of α × the model's share of the weights, the coefficient of all that has no factors.
         spreads: of the directions' coefficients, of `attention` (whatever mixes tokens) and `mlp`, together over the
             matrices that have factors; only those parts that have any.
     """
@@ -118,6 +119,7 @@ class KronLayer:
     pair: LayerPair
     sq_norm: float
     alpha: float
+    beta: float
     spreads: Mapping[str, Spread]
 
 

@@ -141,7 +141,10 @@ def _dress(panels: "Sequence[Axes]", ticks: Mapping[float, str]) -> None:
 
 
 def _draw_kron(report: Mapping[str, Any]) -> "Figure":
-    """A strip for each layer, of attention and of MLP: from the least coefficient to the largest, ±1 std., the mean."""
+    """A strip for each layer, of attention and of MLP: from the least coefficient to the largest, ± std., and the mean.
+
+    The dotted line is what all that has no factors gets.
+    """
     from matplotlib.figure import Figure
 
     models, parts = report["kron"]["models"], ("attention", "mlp")
@@ -154,7 +157,7 @@ def _draw_kron(report: Mapping[str, Any]) -> "Figure":
     for panel, part in zip(panels, parts, strict=True):
         for i, (model, name, (colour, marker, _)) in enumerate(zip(models, names, _styles(len(models)), strict=True)):
             strips = [
-                (layer.get("base_index", layer["index"]), layer["alpha"], layer["parts"][part])
+                (layer.get("base_index", layer["index"]), layer["beta"], layer["parts"][part])
                 for layer in model["layers"]
                 if part in layer["parts"]
             ]
@@ -164,14 +167,16 @@ def _draw_kron(report: Mapping[str, Any]) -> "Figure":
             high = [min(strip["largest"], strip["mean"] + strip["std"]) for _, _, strip in strips]
             for bottom, top, opacity in ((least, most, 0.3), (low, high, 0.75)):
                 height = [b - a for a, b in zip(bottom, top, strict=True)]
-                panel.bar(x, height, 0.8 * thick, bottom, linewidth=0, color=colour, alpha=opacity)
+                label = name if opacity > 0.5 else None
+                panel.bar(x, height, 0.8 * thick, bottom, linewidth=0, color=colour, alpha=opacity, label=label)
             means = [strip["mean"] for _, _, strip in strips]
-            panel.plot(x, means, marker, color="white", markeredgecolor=INK, markersize=4, label=name)
-            panel.plot(x, [alpha for _, alpha, _ in strips], ":", color=INK, linewidth=1.0)
+            panel.plot(x, means, marker, color="white", markeredgecolor=INK, markersize=4)
+            betas = [beta for _, beta, _ in strips]
+            panel.hlines(betas, [at - 0.5 * thick for at in x], [at + 0.5 * thick for at in x], INK, ":", linewidth=1.2)
         panel.set_ylim(-0.03, 1.03)
         panel.set_ylabel(f"{part}\ncoefficients α", color=INK)
     if len(models) > 1:
-        panels[0].legend(fontsize=8, frameon=False)
+        panels[0].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(models))
     _dress(panels, {layer: str(layer) for layer in range(0, last + 1, math.ceil((last + 1) / 15))})
     return figure
 
