@@ -62,7 +62,7 @@ def measure(
 
 
 def resolve(config: MergeConfiguration | dict[str, Any], options: MergeOptions | None = None) -> MergePlan:
-    """Run everything of a merge by `fim_ties` or `fim_ta` up to its coefficients, and merge nothing.
+    """Run everything of a merge by one of this package's methods up to its coefficients, and merge nothing.
 
     Args:
         config: the merge config, left as it is.

@@ -24,7 +24,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.group(context_settings=_CONTEXT)
 @click.version_option(mergekit_fim.__version__, prog_name="mergekit-fim")
 def main() -> None:
-    """Merge coefficients from Fisher information, for mergekit's merge methods fim_ties and fim_ta.
+    """Merge coefficients from Fisher information, for mergekit's merge methods fim_ties, fim_ta and fim_kron.
 
     Merges themselves are made by mergekit-yaml as ever. These commands measure a base model once, to be kept or
     published; show what a merge will do before it is made; write its coefficients as a config for stock mergekit; and
