@@ -31,12 +31,15 @@ _warned = False
 
 # The Python API, and where each name comes from when it is first asked for: records of numbers need no torch.
 _API = {
+    "FactorsFile": "measurements.factors",
     "FimError": "errors",
     "FisherSettings": "config.parameters",
     "Mapping": "coefficients",
     "Measurement": "measurements.record",
+    "compare_factors": "measurements.factors",
     "importance_scores": "coefficients",
     "measure": "api",
+    "measure_factors": "api",
     "merge": "api",
     "merge_coefficients": "coefficients",
     "read_measurement": "measurements.store",

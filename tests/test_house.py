@@ -18,7 +18,7 @@ FLOORS = [
     {"config", "measurements", "card"},
     {"models"},
     {"fisher", "merging", "task_vectors"},
-    {"measured", "result", "launched"},
+    {"measured", "measured_factors", "result", "launched"},
     {"prepass", "report"},
     {"hook", "run_merge"},
     {"tools"},

@@ -11,6 +11,7 @@ from mergekit_fim.errors import FimError, shown
 
 METHODS = ("fim_ties", "fim_ta")
 LABELS = ("inputs", "sampled")
+FACTORS = ("inputs", "both")
 OTHER_MODULES = ("merge", "base", "tuned")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
