@@ -1,10 +1,10 @@
 """FIM-Merging for mergekit: merge coefficients set layer by layer by Fisher information on random tokens.
 
 Importing this package makes mergekit accept the merge methods `fim_ties`, `fim_ta` and `fim_kron`. mergekit 0.1.5
-discovers no plug-ins, so `mergekit_fim.pth` (or, from Python 3.15 on, `mergekit_fim.start`, PEP 829) in site-packages does that at
-interpreter start-up. All that happens then is that one finder is put on `sys.meta_path`. When, much later, mergekit's
-own modules named in `_TARGETS` have been imported, ours that build on them are imported too. Interpreters that never
-import mergekit pay for this file only, so it imports nothing that Python has not loaded already.
+discovers no plug-ins, so `mergekit_fim.pth` (or, from Python 3.15 on, `mergekit_fim.start`, PEP 829) in site-packages
+does that at interpreter start-up. All that happens then is that one finder is put on `sys.meta_path`. When, much later,
+mergekit's own modules named in `_TARGETS` have been imported, ours that build on them are imported too. Interpreters
+that never import mergekit pay for this file only, so it imports nothing that Python has not loaded already.
 
 Set the environment variable MERGEKIT_FIM_DISABLE to a non-empty value to switch the hook off.
 """
@@ -31,12 +31,15 @@ _warned = False
 
 # The Python API, and where each name comes from when it is first asked for: records of numbers need no torch.
 _API = {
+    "FactorsFile": "measurements.factors",
     "FimError": "errors",
     "FisherSettings": "config.parameters",
     "Mapping": "coefficients",
     "Measurement": "measurements.record",
+    "compare_factors": "measurements.factors",
     "importance_scores": "coefficients",
     "measure": "api",
+    "measure_factors": "api",
     "merge": "api",
     "merge_coefficients": "coefficients",
     "read_measurement": "measurements.store",

@@ -29,7 +29,7 @@ from mergekit_fim.fisher.loading import LoadedModel
 from mergekit_fim.fisher.measure import NotFiniteError, prepared, with_model
 from mergekit_fim.fisher.samples import Samples, sequence_loss
 from mergekit_fim.fisher.weights import replaced
-from mergekit_fim.measurements.factors import Factors, LinearFactors
+from mergekit_fim.measurements.factors import Factors, LinearFactors, is_finite
 from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.models.layout import local_name
 from mergekit_fim.models.names import Place
@@ -221,7 +221,7 @@ def _whole(
             return original(*args, **kwargs)
 
     def embed(original: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
-        return original(*args).detach().requires_grad_(backward)
+        return original(*args).detach().requires_grad_(backward).clone()  # which some models write to
 
     embedding: Any = model.get_input_embeddings()
     with contextlib.ExitStack() as stack:
@@ -329,7 +329,7 @@ def _together(name: str, parts: Sequence[_Part], backward: bool) -> tuple[_Seen,
         key = tuple(map(id, tensors))
         if key not in joined:
             joined[key] = tensors[0] if len(tensors) == 1 else torch.cat([*tensors])
-            if not bool(joined[key].isfinite().all()):
+            if not is_finite(joined[key]):
                 raise NotFiniteError(
                     f"{name}: what the tensor {own} of decoder layer {index} is given, or its gradient, isn't finite "
                     f"(in {str(tensors[0].dtype).removeprefix('torch.')}); check the checkpoint for NaN, or set a "
@@ -376,6 +376,7 @@ def _named(
                     without.append(name)
             elif stack and place is None:
                 its[name] = stack
+                not_reached += [f"{name}[{number}]" for number, expert in enumerate(stack) if expert is None]
             elif one is None:
                 not_reached.append(name)
             else:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FORMAT, VERSION = "mergekit-fim/factors", 1
-KINDS = ("inputs", "both")
 _AGAIN = "record them again with `mergekit-fim fisher --factors`"
 
 
@@ -118,7 +117,7 @@ def write_factors(
         model: of which they are.
         settings: how they were recorded.
         factors: by decoder layer.
-        not_reached: experts' tensors that no token came to.
+        not_reached: experts' tensors that no token came to, in a stack with their number: `experts.down_proj[3]`.
         without: the layers' other matrices that have no factors.
         warnings: what the user should know, a line each.
 
@@ -181,6 +180,11 @@ def _digest(tensor: "Tensor") -> str:
     return digest.hexdigest()
 
 
+def is_finite(tensor: "Tensor") -> bool:
+    """Whether all numbers of a tensor are finite; several times as fast as by `isfinite` in 16 bits."""
+    return all(math.isfinite(end) for end in tensor.aminmax())
+
+
 def _checksum(metadata: Mapping[str, str]) -> str:
     rest = {key: value for key, value in metadata.items() if key != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
@@ -203,7 +207,7 @@ class FactorsFile:
         path: the file.
         identity: of which model.
         settings: how they were recorded.
-        not_reached: experts' tensors that no token came to.
+        not_reached: experts' tensors that no token came to, in a stack with their number: `experts.down_proj[3]`.
         without: the layers' other matrices that have no factors.
         warnings: what was out of the ordinary, a line each.
     """
@@ -239,7 +243,7 @@ class FactorsFile:
                     tensor = file.get_tensor(name)
                     if _digest(tensor) != header.digests.get(name):
                         raise FimError(f"{where}: changed after it was written (its checksum differs); {_AGAIN}")
-                    if not bool(tensor.isfinite().all()):
+                    if not is_finite(tensor):
                         raise FimError(f"{where}: expected finite numbers, found others in {name}; {_AGAIN}")
         except FimError:
             raise
