@@ -25,6 +25,8 @@ from torch.linalg import solve_triangular
 # Conjugate gradients end at this part of the right-hand side, or fail after so many steps.
 _TOLERANCE, _STEPS = 1e-10, 2000
 
+_BLOCK = 256  # rows of a symmetric product that are made at a time
+
 # A spread is of at most so many tokens of each model, evenly spaced: an eigenproblem takes their number's third power.
 _TOKENS_OF_SPREAD = 128
 
@@ -99,12 +101,12 @@ class InputMap:
         eye = torch.eye(min(count, width), dtype=rows.dtype, device=rows.device)
         self._basis = None
         if count >= width:
-            factor = _cholesky(rows.T @ rows + mean * eye)
+            factor = _cholesky(_gram(rows.T) + mean * eye)
             parts = [rows[owners[m + 1]] for m in self._moving]
             made = [x.T @ x + betas[m] * lambdas[m + 1] * eye for m, x in zip(self._moving, parts, strict=True)]
             self._maps = [torch.cholesky_solve(a, factor).T.to(dtype) for a in made]
             return
-        factor = _cholesky(rows @ rows.T + mean * eye)
+        factor = _cholesky(_gram(rows) + mean * eye)
         self._basis = solve_triangular(factor, rows, upper=False).to(dtype)
         self._maps = []
         for m, share in zip(self._moving, self._shares, strict=True):
@@ -117,6 +119,11 @@ class InputMap:
         if self._plain is not None:
             return weighted(deltas, self._plain)
         moving = [deltas[m] for m in self._moving]
+        if self._basis is not None and self._is_better_whole(len(deltas[0])):
+            eye = torch.eye(self._basis.shape[1], dtype=self._basis.dtype, device=self._basis.device)
+            maps = zip(self._maps, self._shares, strict=True)
+            self._maps = [(self._basis.T @ (own @ self._basis)).add_(eye, alpha=share) for own, share in maps]
+            self._basis = None
         if self._basis is None:
             return sum((d @ own for d, own in zip(moving, self._maps, strict=True)), torch.zeros_like(deltas[0]))
         inside = torch.zeros(len(deltas[0]), len(self._basis), dtype=deltas[0].dtype, device=deltas[0].device)
@@ -126,6 +133,12 @@ class InputMap:
         for delta, share in zip(moving, self._shares, strict=True):
             merged.add_(delta, alpha=share)
         return merged
+
+    def _is_better_whole(self, outputs: int) -> bool:
+        """Whether C_m, [input, input], takes fewer operations for a matrix of so many outputs, its making included."""
+        assert self._basis is not None
+        count, width = self._basis.shape
+        return outputs * width + count * (count + width) < outputs * count * (2 + count / width)
 
 
 def merge_by_both(deltas: Sequence[Tensor], inputs: "Side", gradients: "Side", betas: Sequence[float]) -> Tensor:
@@ -189,7 +202,7 @@ class Side:
         self.dampings = [damping_of(x, damping) for x in rows]
         stacked, owners = _rows(rows, [1.0] * len(rows))
         wide = len(stacked) < stacked.shape[1]
-        values, vectors = torch.linalg.eigh(_finite(stacked @ stacked.T if wide else stacked.T @ stacked))
+        values, vectors = torch.linalg.eigh(_finite(_gram(stacked if wide else stacked.T)))
         # Directions of so little beside the damping change no coefficient, and are known to few digits.
         rounding = len(values) * torch.finfo(values.dtype).eps * float(values[-1])
         kept = values > max(1e-6 * min(self.dampings), rounding)
@@ -330,6 +343,16 @@ def _rows(rows: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, lis
     for x, weight in zip(rows, weights, strict=True):
         owners.append(slice(end, end := end + (len(x) if weight > 0 else 0)))
     return torch.cat(scaled), owners
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """R Rᵀ of [row, column], in blocks of which the symmetric ones are made once."""
+    made = torch.empty(len(rows), len(rows), dtype=rows.dtype, device=rows.device)
+    for part in torch.arange(len(rows), device="cpu").split(_BLOCK):
+        start, end = int(part[0]), int(part[-1]) + 1
+        made[start:, start:end] = block = rows[start:] @ rows[start:end].T
+        made[start:end, end:] = block[end - start :].T
+    return made
 
 
 def _congruent(factor: Tensor, matrix: Tensor) -> Tensor:

@@ -100,6 +100,21 @@ def test_in_float32(both):
     close(found, dense(deltas, inputs, gradients, [0.4, 0.3]), 2e-5)
 
 
+@pytest.mark.parametrize("models", [1, 2])
+def test_many_outputs_take_the_map_itself(models):
+    """The first call makes it of the thin matrices, and others use it."""
+    deltas, inputs, _ = case(2, models, outputs=60, inputs=14, tokens=4)
+    betas, its = [0.4, 0.3][:models], [torch.tensor(d) for d in deltas]
+    made = InputMap([torch.tensor(x) for x in inputs], betas, DAMPING, torch.float64)
+    few = made([d[:2] for d in its]).numpy()
+    expected = dense(deltas, inputs, None, betas)
+    close(few, expected[:2])
+    assert made._basis is not None
+    for _ in range(2):
+        close(made(its).numpy(), expected)
+    assert made._basis is None
+
+
 @KINDS
 def test_the_ends_are_the_models_themselves(both):
     deltas, inputs, gradients = case(models=2)
