@@ -365,8 +365,11 @@ def _together(spreads: Sequence[Spread]) -> Spread:
 def _warnings(factors: Mapping[InputModel, tuple[FactorsFile, str]]) -> Iterator[str]:
     for model, (file, _) in factors.items():
         yield from file.warnings
-        if file.not_reached:
+        idle = [*file.not_reached]
+        for name in file.names:
+            idle += [f"{name}[{i}]" for i, keys in enumerate(file.keys_of(name)) if keys is None]
+        if idle:
             yield (
-                f"{model}: no token came to the experts of {len(file.not_reached)} tensors such as "
-                f"{file.not_reached[0]}, which are merged by α alone; more fisher_samples reach more"
+                f"{model}: no token came to the experts of {len(idle)} matrices such as {idle[0]}, which are merged by "
+                "α alone; more fisher_samples reach more"
             )

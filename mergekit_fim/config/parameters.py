@@ -12,7 +12,7 @@ from mergekit_fim.errors import FimError, shown
 METHODS = ("fim_ties", "fim_ta", "fim_kron")
 BY_LAYER = METHODS[:2]  # those that weigh a layer by one number
 LABELS = ("inputs", "sampled")
-TEXTS = ("random", "own")
+TEXTS = ("random",)
 FACTORS = ("inputs", "both")
 OTHER_MODULES = ("merge", "base", "tuned")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -106,9 +106,8 @@ def _parameters() -> dict[str, Parameter]:
         Parameter("fisher_labels", str, "`inputs` or `sampled`", lambda v: v in LABELS, merge, "inputs", "ours",
                   "what is predicted: the next random token (empirical Fisher), or a token drawn from the model's "
                   "own distribution (a one-sample estimate of the true Fisher)"),
-        Parameter("fisher_text", str, "`random` or `own`", lambda v: v in TEXTS, merge, "random", "ours",
-                  "fim_kron: what the models are run on: random tokens, or text that they write themselves",
-                  methods=kron),
+        Parameter("fisher_text", str, "`random`", lambda v: v in TEXTS, merge, "random", "ours",
+                  "fim_kron: what the models are run on: random tokens", methods=kron),
         Parameter("factors", str, "`inputs` or `both`", lambda v: v in FACTORS, merge, "inputs", "ours",
                   "fim_kron: what weighs a linear layer's directions: its inputs, or also the gradients at its outputs",
                   methods=kron),
