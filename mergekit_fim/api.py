@@ -78,17 +78,10 @@ def measure_factors(
     options: MergeOptions | None = None,
     cache: bool = True,
 ) -> FactorsFile:
-    """Record the Kronecker factors of a model's linear layers on random tokens, in a safetensors file.
+    """Record the Kronecker factors of a model's linear layers on random tokens in a file, `path`.
 
-    Args:
-        model: as for `measure`; likewise what isn't said here.
-        path: the file to write.
-        settings: number and length of the sequences, seed, and for `both` the labels.
-        kind: `inputs`, or `both` inputs and the gradients at the outputs.
-        dtype: what its weights are read as.
-        revision: branch, tag or commit of a model on the Hub.
-        options: mergekit's.
-        cache: use factors that were kept, and keep these.
+    `kind` is `inputs`, or `both` inputs and the gradients at the outputs, for which the labels count. The rest is as
+    for `measure`.
 
     Raises:
         FimError: the model can't be opened or run, or the file not be written.

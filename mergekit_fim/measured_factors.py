@@ -1,5 +1,7 @@
 """One model's Kronecker factors: saved, kept from an earlier time, or recorded now."""
 
+import atexit
+import functools
 import hashlib
 import logging
 import os
@@ -7,7 +9,6 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-import torch
 from accelerate import PartialState
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
@@ -25,8 +26,13 @@ from mergekit_fim.models.inputs import InputModel
 
 LOG = logging.getLogger("mergekit_fim")
 
-# Where what isn't kept is for as long as this process lives.
-_TEMPORARY: list[tempfile.TemporaryDirectory[str]] = []
+
+@functools.cache
+def _temporary_folder() -> str:
+    """Where what isn't kept is for as long as this process lives."""
+    folder = tempfile.TemporaryDirectory(prefix="mergekit-fim-")
+    atexit.register(folder.cleanup)
+    return folder.name
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,9 @@ def measured_factors(
         drawn = samples or draw_samples(settings, opened[0].text_config.vocab_size)
         reading, running = dtypes(opened[0], dtype, options)
         tokens = hashlib.sha256(str(drawn.input_ids.tolist()).encode()).hexdigest()[:16]
-        wanted = FactorsSettings(**vars(settings), text=text, kind=kind, tokens=tokens, dtype=_name(running))
+        wanted = FactorsSettings(
+            **vars(settings), text=text, kind=kind, tokens=tokens, dtype=str(running).removeprefix("torch.")
+        )
         own = identity(opened[0])
         for file in saved:
             if not file.identity.difference(own):
@@ -92,27 +100,17 @@ def measured_factors(
             return entry.path, f"kept from an earlier recording: {entry.path}"
         made = record_factors(opened[0], settings, drawn, kind, dtype, options, running=running)
 
-        def write(path: str) -> str:
-            write_factors(
-                path,
-                own,
-                replace(wanted, dtype=made.dtype),
-                made.factors,
-                not_reached=made.not_reached,
-                without=made.without,
-                warnings=made.warnings,
-            )
-            return path
-
+        content = (own, replace(wanted, dtype=made.dtype), made.factors, made.lists)
         if cache:
             try:
                 os.makedirs(os.path.dirname(entry.path), exist_ok=True)
-                return write(entry.path), ""
+                write_factors(entry.path, *content)
+                return entry.path, ""
             except (OSError, FimError) as error:
                 LOG.warning("the factors are not kept for the next merge: %s", error)
-        if not _TEMPORARY:
-            _TEMPORARY.append(tempfile.TemporaryDirectory(prefix="mergekit-fim-"))
-        return write(os.path.join(_TEMPORARY[0].name, os.path.basename(entry.path))), ""
+        path = os.path.join(_temporary_folder(), os.path.basename(entry.path))
+        write_factors(path, *content)
+        return path, ""
 
     # What the main process found holds for all of them.
     found = in_all(state, find)[0]
@@ -123,25 +121,22 @@ def measured_factors(
     return MeasuredFactors(files[0], origin)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _check_saved(file: FactorsFile, wanted: FactorsSettings) -> None:
     """Check that factors of the model serve for what is wanted.
 
     Raises:
         FimError: they were recorded of other tokens, labels or kind.
     """
-    its = file.settings
-    names = ["tokens", "text", "kind", "labels"] if wanted.kind == "both" else ["tokens", "text"]
-    differing = [name for name in names if getattr(its, name) != getattr(wanted, name)]
+    names = ("tokens", "text", "kind", "labels")[: 4 if wanted.kind == "both" else 2]
+    differing = [name for name in names if getattr(file.settings, name) != getattr(wanted, name)]
     if differing:
+        described = (
+            f"{its.kind} of {its.samples} × {its.seq_len} {its.text} tokens, seed {its.seed}, labels {its.labels}"
+            for its in (wanted, file.settings)
+        )
         raise FimError(
-            f"{file.path}: its {' and '.join(differing)} differ from what the merge wants: found {its.kind} of "
-            f"{its.samples} × {its.seq_len} {its.text} tokens (seed {its.seed}, labels: {its.labels}), expected "
-            f"{wanted.kind} of {wanted.samples} × {wanted.seq_len} {wanted.text} ones (seed {wanted.seed}, labels: "
-            f"{wanted.labels}) that all models share; record them again with `mergekit-fim fisher --factors`"
+            f"{file.path}: expected {next(described)}, the same for all models, found {next(described)} (other "
+            f"{' and '.join(differing)}); record them again with `mergekit-fim fisher --factors`"
         )
 
 
@@ -151,10 +146,9 @@ def _is_kept(entry: CacheEntry, wanted: FactorsSettings) -> bool:
         return False
     try:
         kept = FactorsFile.open(entry.path)
+        if not kept.identity.difference(entry.model) and replace(kept.settings, dtype=wanted.dtype) == wanted:
+            return True
+        raise FimError(f"{entry.path} is of another model")
     except FimError as error:
         LOG.warning("the cache can't be used, the factors are recorded anew: %s", error)
         return False
-    if kept.identity.difference(entry.model) or replace(kept.settings, dtype=wanted.dtype) != wanted:
-        LOG.warning("the cache can't be used, the factors are recorded anew: %s is of another model", entry.path)
-        return False
-    return True

@@ -1,6 +1,5 @@
 """Kronecker factors: against plain hooks and autograd, by name for every architecture, as files, kept, and compared."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -127,7 +126,7 @@ def test_resident_is_as_streamed(saved, kind, monkeypatch):
 
     monkeypatch.setattr(recording, "watch_layers", unsupported)
     whole = recorded(saved, kind)
-    assert "can't be run layer by layer" in whole.warnings[0]
+    assert "can't be run layer by layer" in whole.lists["warnings"][0]
     for other in (resident, all_of(whole)):
         assert other.keys() == streamed.keys()
         for name, linear in streamed.items():
@@ -199,12 +198,12 @@ def test_experts_that_no_token_reaches_are_named(tmp_path):
         model.model.layers[1].mlp.gate.e_score_correction_bias[2] = -100
     single = recorded(tiny.save(model, tmp_path / "single"), "inputs", FisherSettings(8, 8))
     prefix = "model.layers.1.mlp.experts"
-    assert sorted(single.not_reached) == [f"{prefix}.2.{name}_proj.weight" for name in ("down", "gate", "up")]
+    assert sorted(single.lists["not_reached"]) == [f"{prefix}.2.{name}_proj.weight" for name in ("down", "gate", "up")]
     assert f"{prefix}.1.up_proj.weight" in single.factors[1]
     one = tiny.save(model, tmp_path / "one")
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, one / "model.safetensors")
     stacked = recorded(one, "inputs", FisherSettings(8, 8))
-    assert sorted(stacked.not_reached) == [f"{prefix}.{name}[2]" for name in ("down_proj", "gate_up_proj")]
+    assert sorted(stacked.lists["not_reached"]) == [f"{prefix}.{name}[2]" for name in ("down_proj", "gate_up_proj")]
     assert [linear is None for linear in stacked.factors[1][f"{prefix}.down_proj"]] == [False, False, True, False]
 
 
@@ -245,8 +244,8 @@ def test_the_matrices_of_every_architecture_have_factors(name, kind, tmp_path):
                     assert linear.gradients is None or linear.gradients.shape == (len(linear.inputs), ends[1])
                     assert linear.inputs.isfinite().all()
                     assert (linear.gradients is None) is (kind == "inputs")
-            elif tensor.name not in found.not_reached:
-                assert tensor.name in found.without
+            elif tensor.name not in found.lists["not_reached"]:
+                assert tensor.name in found.lists["without"]
                 assert any(tensor.name.endswith(f".{end}") for end in exempt), tensor.name
 
 
@@ -380,10 +379,10 @@ def test_saved_factors_are_taken_where_they_are_of_the_model(pair, counted):
     assert found.file.path == files[1].path
     assert found.origin == f"from {files[1].path}"
     assert len(counted) == 2
-    with pytest.raises(FimError, match="its tokens differ") as caught:
+    with pytest.raises(FimError, match=r"\(other tokens\)") as caught:
         measured(pair.long, saved=files, settings=FisherSettings(3, 8, 1))
     assert "\n" not in str(caught.value)
-    with pytest.raises(FimError, match="its labels differ"):
+    with pytest.raises(FimError, match=r"\(other labels\)"):
         measured(pair.long, "both", saved=files, settings=FisherSettings(3, 8, 2, "sampled"))
 
 
@@ -393,12 +392,13 @@ def changed(path, target, change=lambda metadata: None, tensors=None):
 
     from mergekit_fim.measurements.factors import _checksum
 
+    tensors = load_file(path) if tensors is None else tensors
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     change(metadata)
     if "checksum" in metadata:
-        metadata["checksum"] = _checksum(metadata)
-    save_file(load_file(path) if tensors is None else tensors, target, metadata=metadata)
+        metadata["checksum"] = _checksum(metadata, tensors.items())
+    save_file(tensors, target, metadata=metadata)
     return target
 
 
@@ -431,9 +431,7 @@ def test_damaged_files_are_refused_in_one_line(pair, tmp_path):
             lambda m: m.update(settings=m["settings"].replace('"samples": 3', '"samples": 0')),
             "`samples` must be",
         ),
-        "a tensor less": (fewer, "expected [token, feature] tensors"),
-        "another tensor": (tensors | {name: tensors[name] + 1}, "changed after it was written"),
-        "NaN": (nan, "changed after it was written"),
+        "a tensor less": (fewer, "expected two axes, token and feature"),
     }
     for case, (what, words) in cases.items():
         if callable(what) and not isinstance(what, type(tmp_path)):
@@ -446,13 +444,8 @@ def test_damaged_files_are_refused_in_one_line(pair, tmp_path):
         assert message.startswith(str(what)), case
         assert words in message, case
         assert message.isprintable(), case
-    digest = measuring.write_factors.__globals__["_digest"](nan[name])
-
-    def sealed(metadata):
-        metadata["digests"] = json.dumps(json.loads(metadata["digests"]) | {name: digest})
-
     with pytest.raises(FimError, match="expected finite numbers, found others in"):
-        FactorsFile.open(changed(path, target, sealed, nan))
+        FactorsFile.open(changed(path, target, tensors=nan))
 
 
 def test_a_value_that_is_not_finite_is_named(tmp_path, cache_folder):
@@ -471,7 +464,7 @@ def test_float16_that_overflows_is_recorded_in_a_wider_type(tmp_path):
     path = tiny.save(model, tmp_path / "model", torch.float16)
     found = recorded(path, "inputs", running=torch.float16)
     assert found.dtype == "float32"
-    assert "overflows in float16" in found.warnings[0]
+    assert "overflows in float16" in found.lists["warnings"][0]
     assert found.factors[2]["model.layers.2.mlp.down_proj.weight"].inputs.dtype is torch.float32
 
 
@@ -488,7 +481,7 @@ def test_memory_that_runs_short_halves_the_micro_batches(kind, pair, monkeypatch
 
     monkeypatch.setattr(recording._Watching, "_keep", keep)
     found = recorded(pair.base, kind)
-    assert f"{pair.base}: memory ran short for 3 sequences at a time, 2 at a time" in found.warnings[0]
+    assert f"{pair.base}: memory ran short for 3 sequences at a time, 2 at a time" in found.lists["warnings"][0]
     for name, linear in all_of(found).items():
         close(linear.inputs, wanted[name].inputs)
     most[0] = 0
@@ -539,8 +532,8 @@ def test_what_cannot_be_compared_ends_in_one_line(pair, tmp_path):
     ):
         assert run("fisher", model, "-o", tmp_path / name, *more, *options).exit_code == 0
     cases = {
-        ("both", "inputs"): ["expected two files of one kind", "of both", "of inputs"],
-        ("inputs", "other"): ["no tensor of one shape in common"],
+        ("both", "inputs"): ["expected factors of one kind", "with both", "with inputs"],
+        ("inputs", "other"): ["of tensors of one shape", "0 layers alike"],
         ("inputs", "fisher"): [str(tmp_path / "fisher"), "expected a file of factors"],
         ("fisher", "both"): [str(tmp_path / "fisher"), "expected a file of factors"],
         ("inputs", "nothing"): [str(tmp_path / "nothing"), "No such file"],

@@ -72,7 +72,6 @@ def watch_layers(
     watcher: Callable[[], W],
     *,
     backward: bool,
-    tokens: int | None = None,
 ) -> list[W]:
     """Run the decoder layers one by one with their weights, and have them watched; see `batched_engine` for the rest.
 
@@ -86,7 +85,6 @@ def watch_layers(
         watcher: makes what watches one micro-batch. It is entered around a layer's forward pass; with `backward` that
             is the one which autograd goes back through, with the gradients of each sequence's sum of next-token losses.
         backward: also the backward pass, as the engine does it; without it there is no output head either.
-        tokens: how many tokens a micro-batch may have.
 
     Returns:
         The watchers of all micro-batches, in the order of the sequences.
@@ -98,7 +96,7 @@ def watch_layers(
         (run.measure if backward else run.forward)(part, device)
         return made
 
-    return _by_micro_batches(run, samples, work, warn, tokens)
+    return _by_micro_batches(run, samples, work, warn)
 
 
 def _by_micro_batches(
@@ -106,7 +104,7 @@ def _by_micro_batches(
     samples: Samples,
     work: Callable[[Samples, torch.device], T],
     warn: Callable[[str], object],
-    tokens: int | None,
+    tokens: int | None = None,
 ) -> list[T]:
     """What `work` makes of one micro-batch after the other; they are halved where memory runs out."""
     count, length = samples.input_ids.shape

@@ -38,7 +38,7 @@ class NotFiniteError(FimError):
 
 
 @contextlib.contextmanager
-def prepared(model: PreTrainedModel) -> Iterator[None]:
+def _prepared(model: PreTrainedModel) -> Iterator[None]:
     """Evaluation mode, no gradients but those that the engine asks for; everything as it was afterwards."""
     training = {module: module.training for module in model.modules()}
     required = {parameter: parameter.requires_grad for parameter in model.parameters()}
@@ -96,7 +96,7 @@ def measure(
     steps = 2 * len(layers) * len(samples.input_ids)
     with (
         tqdm.tqdm(total=steps, desc="Measuring Fisher information", unit="step", disable=quiet) as progress,
-        prepared(model),
+        _prepared(model),
         experts.watching(),
     ):
         try:

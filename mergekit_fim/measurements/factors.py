@@ -9,12 +9,12 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.errors import FimError, brief, misfit, reason, wrapped
@@ -34,8 +34,7 @@ class LinearFactors:
 
     Attributes:
         inputs: X, [token, d_in].
-        gradients: B, [token, d_out], of the sum of each sequence's next-token losses; None where only the inputs were
-            recorded.
+        gradients: B, [token, d_out]; None where only the inputs were recorded.
         transposed: whether the checkpoint stores its weight as [d_in, d_out].
     """
 
@@ -50,16 +49,12 @@ Factors = Mapping[str, LinearFactors | Sequence[LinearFactors | None]]
 
 @dataclass(frozen=True)
 class FactorsSettings:
-    """What determines factors, besides the model.
+    """What determines factors, besides the model: number and length of the sequences, seed, labels, and these.
 
     Attributes:
-        samples: number of sequences.
-        seq_len: tokens per sequence.
-        seed: of the tokens.
-        labels: what is predicted, `inputs` or `sampled`; without gradients nothing is.
         text: what the tokens are, `random` or `own`.
         kind: what was recorded, `inputs` or `both` inputs and gradients.
-        tokens: a digest of the tokens, and of what decides on sampled labels: the same for models that saw the same.
+        tokens: a digest of the tokens: the same for models that saw the same.
         dtype: what the model ran in.
     """
 
@@ -82,13 +77,13 @@ class Keys(BaseModel, frozen=True):
 
 
 class _Entry(BaseModel):
-    layer: Annotated[int, Field(ge=0)]
-    linear: Keys | None = None
-    experts: list[Keys | None] | None = None
+    layer: int
+    stacked: bool
+    linears: list[Keys | None]
 
 
 class _Header(BaseModel):
-    version: Annotated[int, Field(ge=VERSION, le=VERSION)]
+    version: int
     model: ModelIdentity
     settings: FactorsSettings
     tensors: dict[str, _Entry]
@@ -96,7 +91,6 @@ class _Header(BaseModel):
     without: list[str]
     warnings: list[str]
     versions: dict[str, str]
-    digests: dict[str, str]
     checksum: str
 
 
@@ -105,10 +99,7 @@ def write_factors(
     model: ModelIdentity,
     settings: FactorsSettings,
     factors: Sequence[Factors],
-    *,
-    not_reached: Sequence[str] = (),
-    without: Sequence[str] = (),
-    warnings: Sequence[str] = (),
+    lists: Mapping[str, Sequence[str]],
 ) -> None:
     """Write factors atomically: no reader ever sees half of them. A tensor that several layers share is written once.
 
@@ -117,9 +108,7 @@ def write_factors(
         model: of which they are.
         settings: how they were recorded.
         factors: by decoder layer.
-        not_reached: experts' tensors that no token came to, in a stack with their number: `experts.down_proj[3]`.
-        without: the layers' other matrices that have no factors.
-        warnings: what the user should know, a line each.
+        lists: `not_reached`, `without` and `warnings`, as in a `FactorsFile`.
 
     Raises:
         FimError: it can't be written.
@@ -138,21 +127,17 @@ def write_factors(
     tensors: dict[str, Any] = {}
     for layer, its in enumerate(factors):
         for name, one in its.items():
-            linear = entry(one) if isinstance(one, LinearFactors) else None
-            experts = None if isinstance(one, LinearFactors) else [entry(expert) for expert in one]
-            tensors[name] = {"layer": layer, "linear": linear, "experts": experts}
+            linears = [one] if isinstance(one, LinearFactors) else one
+            tensors[name] = {"layer": layer, "stacked": linears is one, "linears": [entry(part) for part in linears]}
     stored = dict(held.values())
-    content = {
-        **{"format": FORMAT, "version": VERSION, "model": vars(model), "settings": vars(settings)},
-        **{"tensors": tensors, "not_reached": [*not_reached], "without": [*without], "warnings": [*warnings]},
-        **{"versions": versions(), "digests": {name: _digest(tensor) for name, tensor in stored.items()}},
-    }
-    metadata = {name: value if isinstance(value, str) else json.dumps(value) for name, value in content.items()}
-    metadata["checksum"] = _checksum(metadata)
+    content = {"version": VERSION, "model": vars(model), "settings": vars(settings), "versions": versions()}
+    metadata = {name: json.dumps(value) for name, value in {**content, "tensors": tensors, **lists}.items()}
+    metadata["format"] = FORMAT
+    metadata["checksum"] = _checksum(metadata, stored.items())
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
     for name, tensor in stored.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
+        start, end = end, end + tensor.nbytes
         header[name] = {"dtype": _DTYPES[str(tensor.dtype)], "shape": [*tensor.shape], "data_offsets": [start, end]}
     # By hand: safetensors' own writer copies every tensor before it writes the first.
     text = json.dumps(header).encode()
@@ -166,17 +151,19 @@ def write_factors(
 _DTYPES = {"torch.float64": "F64", "torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
 
 
-def _bytes(tensor: "Tensor") -> memoryview:
+def _bytes(tensor: "Tensor") -> Any:
     import torch
 
-    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(values)
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-def _digest(tensor: "Tensor") -> str:
-    """Of a tensor with its dtype and shape."""
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
-    digest.update(_bytes(tensor))
+def _checksum(metadata: Mapping[str, str], tensors: Iterable[tuple[str, "Tensor"]]) -> str:
+    """SHA-256 of the rest of the metadata, and by name of every tensor's dtype, shape and bytes."""
+    rest = {key: value for key, value in metadata.items() if key != "checksum"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name, tensor in sorted(tensors, key=lambda its: its[0]):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 
@@ -185,16 +172,11 @@ def is_finite(tensor: "Tensor") -> bool:
     return all(math.isfinite(end) for end in tensor.aminmax())
 
 
-def _checksum(metadata: Mapping[str, str]) -> str:
-    rest = {key: value for key, value in metadata.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def is_factors(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as factors do, not as a measurement."""
+def is_factors(path: str) -> bool:
+    """Whether a file begins as safetensors do, not as JSON."""
     try:
         with open(path, "rb") as file:
-            return file.read(9)[8:] == b"{" and os.path.getsize(path) > 8
+            return file.read(9)[8:] == b"{"
     except OSError:
         return False
 
@@ -222,11 +204,7 @@ class FactorsFile:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> "FactorsFile":
-        """Open a file.
-
-        Args:
-            path: of the file.
-            check: read all of it, to see that it is as it was written.
+        """Open a file; with `check`, read all of it, to see that it is as it was written.
 
         Raises:
             FimError: there is none, or it isn't one that this version can use.
@@ -237,16 +215,15 @@ class FactorsFile:
         try:
             with safetensors.safe_open(where, framework="pt") as file:
                 metadata, names = file.metadata() or {}, file.keys()
-                header = _header(metadata, where)
-                _check_entries(header, {n: tuple(file.get_slice(n).get_shape()) for n in names}, where)
+                header = _header(metadata, {name: file.get_slice(name).get_shape() for name in names})
+                tensors = ((name, file.get_tensor(name)) for name in names)
+                if check and header.checksum != _checksum(metadata, tensors):
+                    raise FimError(f"changed after it was written (its checksum differs); {_AGAIN}")
                 for name in names if check else ():
-                    tensor = file.get_tensor(name)
-                    if _digest(tensor) != header.digests.get(name):
-                        raise FimError(f"{where}: changed after it was written (its checksum differs); {_AGAIN}")
-                    if not is_finite(tensor):
-                        raise FimError(f"{where}: expected finite numbers, found others in {name}; {_AGAIN}")
-        except FimError:
-            raise
+                    if not is_finite(file.get_tensor(name)):
+                        raise FimError(f"expected finite numbers, found others in {name}; {_AGAIN}")
+        except FimError as error:
+            raise FimError(f"{where}: {error}") from None
         except Exception as error:  # safetensors and torch have their own
             raise FimError(f"{where}: expected a file of factors, found none ({reason(error)}); {_AGAIN}") from error
         not_reached, without, warnings = map(tuple, (header.not_reached, header.without, header.warnings))
@@ -274,79 +251,62 @@ class FactorsFile:
 
     def of(self, name: str) -> LinearFactors | None:
         """The factors of a matrix, by its name in mergekit's layout; None where it has none, or is a stack of them."""
-        entry = self._entries.get(name)
-        return None if entry is None or entry.linear is None else self._read(entry.linear)
+        return self.linears(name)[0] if name in self._entries and not self._entries[name].stacked else None
 
     def experts_of(self, name: str) -> list[LinearFactors | None] | None:
         """The factors of a stack of experts' matrices, None for an expert that no token came to; None for others."""
-        entry = self._entries.get(name)
-        if entry is None or entry.experts is None:
-            return None
-        return [None if linear is None else self._read(linear) for linear in entry.experts]
+        return self.linears(name) if name in self._entries and self._entries[name].stacked else None
 
     def linears(self, name: str) -> list[LinearFactors | None]:
-        """The factors of a matrix, or of all experts' in a stack; of a tensor without, an empty list."""
-        one = self.of(name)
-        return [one] if one is not None else self.experts_of(name) or []
+        """The factors of a matrix, or of all experts' in a stack; an empty list of a tensor that has none."""
+
+        def read(linear: Keys) -> LinearFactors:
+            gradients = None if linear.gradients is None else self._file.get_tensor(linear.gradients)
+            return LinearFactors(self._file.get_tensor(linear.inputs), gradients, linear.transposed)
+
+        return [None if linear is None else read(linear) for linear in self.keys_of(name)]
 
     def keys_of(self, name: str) -> list[Keys | None]:
-        """The keys of a matrix' factors, or of all experts' in a stack; of a tensor without, an empty list."""
-        entry = self._entries.get(name)
-        if entry is None:
-            return []
-        return [entry.linear] if entry.experts is None else list(entry.experts)
+        """The keys of a matrix' factors, or of all experts' in a stack; an empty list of a tensor that has none."""
+        return self._entries[name].linears if name in self._entries else []
 
     def tensor(self, key: str) -> "Tensor":
         """The inputs or gradients of one of the `Keys`, [token, feature]."""
         found: Tensor = self._file.get_tensor(key)
         return found
 
-    def _read(self, linear: Keys) -> LinearFactors:
-        gradients = None if linear.gradients is None else self._file.get_tensor(linear.gradients)
-        return LinearFactors(self._file.get_tensor(linear.inputs), gradients, linear.transposed)
 
+def _header(metadata: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> _Header:
+    """Check what a file says of itself, whatever it is.
 
-def _header(metadata: Mapping[str, str], where: str) -> _Header:
+    Raises:
+        FimError: it isn't what this version can use.
+    """
     if metadata.get("format") != FORMAT:
-        raise FimError(
-            f"{where}: expected factors (format {FORMAT}), found {brief(metadata.get('format') or 'another file')}; "
-            f"{_AGAIN}"
-        )
+        found = brief(metadata.get("format") or "another file")
+        raise FimError(f"expected factors (format {FORMAT}), found {found}; {_AGAIN}")
+    content: dict[str, Any] = {}
     try:
-        content = {
-            key: value if key in ("format", "checksum") else json.loads(value) for key, value in metadata.items()
-        }
-    except (ValueError, RecursionError) as error:
-        raise FimError(f"{where}: damaged ({reason(error)}); {_AGAIN}") from None
-    number = content.get("version")
-    if isinstance(number, int) and number > VERSION:
-        raise FimError(
-            f"{where}: expected factors of version {VERSION}, found {number}, made by a newer mergekit-fim; upgrade "
-            "mergekit-fim"
-        )
-    try:
+        content = {k: v if k in ("format", "checksum") else json.loads(v) for k, v in metadata.items()}
+        number = content.get("version")
+        if isinstance(number, int) and number > VERSION:
+            raise FimError(
+                f"expected factors of version {VERSION}, found {number}, made by a newer mergekit-fim; upgrade "
+                "mergekit-fim"
+            )
         header = _Header.model_validate_json(json.dumps(content), strict=True)
-        its = header.settings
-        FisherSettings(its.samples, its.seq_len, its.seed, its.labels)
+        FisherSettings(*(getattr(header.settings, name) for name in ("samples", "seq_len", "seed", "labels")))
     except ValidationError as error:
-        raise FimError(f"{where}: {misfit(error, content)}; {_AGAIN}") from None
-    except FimError as error:
-        raise FimError(f"{where}: `settings`: {error}; {_AGAIN}") from None
-    if header.checksum != _checksum(metadata):
-        raise FimError(f"{where}: changed after it was written (its checksum differs); {_AGAIN}")
+        raise FimError(f"{misfit(error, content)}; {_AGAIN}") from None
+    except (ValueError, RecursionError) as error:
+        raise FimError(f"damaged ({reason(error)}); {_AGAIN}") from None
+    for name, linear in (
+        (name, linear) for name, entry in header.tensors.items() for linear in entry.linears if linear
+    ):
+        its = [shapes.get(key, ()) for key in (linear.inputs, linear.gradients) if key is not None]
+        if any(len(shape) != 2 or 0 in shape or shape[0] != its[0][0] for shape in its):
+            raise FimError(f"{name}: expected two axes, token and feature, and as many tokens in each; {_AGAIN}")
     return header
-
-
-def _check_entries(header: _Header, shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    for name, entry in header.tensors.items():
-        for linear in [entry.linear] if entry.experts is None else entry.experts:
-            keys = [] if linear is None else [key for key in (linear.inputs, linear.gradients) if key is not None]
-            found = [shapes.get(key, ()) for key in keys]
-            if any(len(shape) != 2 or 0 in shape or shape[0] != found[0][0] for shape in found):
-                raise FimError(
-                    f"{where}: {name}: expected [token, feature] tensors of at least one token, found shapes "
-                    f"{', '.join(str(list(shape)) for shape in found)}; {_AGAIN}"
-                )
 
 
 def compare_factors(first: FactorsFile, second: FactorsFile) -> dict[int, list[tuple[str, list[float]]]]:
@@ -360,11 +320,6 @@ def compare_factors(first: FactorsFile, second: FactorsFile) -> dict[int, list[t
     Raises:
         FimError: they were recorded of different kinds, or have no tensor of one shape in common.
     """
-    if first.settings.kind != second.settings.kind:
-        raise FimError(
-            f"these can't be compared: expected two files of one kind, found {first.path} of {first.settings.kind} and "
-            f"{second.path} of {second.settings.kind}; record one of them again"
-        )
     found: dict[int, list[tuple[str, list[float]]]] = {}
     for name in first.names:
         for a, b in zip(first.linears(name), second.linears(name), strict=False):
@@ -372,17 +327,18 @@ def compare_factors(first: FactorsFile, second: FactorsFile) -> dict[int, list[t
             pairs = [(x, y) for x, y in sides if x is not None and y is not None and x.shape[1] == y.shape[1]]
             if pairs:
                 found.setdefault(first.layer_of(name), []).append((name, [_cosine(x, y) for x, y in pairs]))
-    if not found:
+    kinds = (first.settings.kind, second.settings.kind)
+    if kinds[0] != kinds[1] or not found:
         raise FimError(
-            f"these can't be compared: {first.path} and {second.path} have no tensor of one shape in common; name the "
-            "factors of models of one shape"
+            f"these can't be compared: expected factors of one kind and of tensors of one shape, found {first.path} "
+            f"with {kinds[0]} and {second.path} with {kinds[1]}, {len(found)} layers alike; name two of models of one "
+            "shape"
         )
     return found
 
 
 def _cosine(x: "Tensor", y: "Tensor") -> float:
-    x, y = x.float(), y.float()
-    squares = [float((a @ b.T).square().sum(dtype=a.double().dtype)) for a, b in ((x, y), (x, x), (y, y))]
+    squares = [float((a.float() @ b.float().T).square().sum()) for a, b in ((x, y), (x, x), (y, y))]
     return squares[0] / (math.sqrt(squares[1] * squares[2]) or 1.0)
 
 
@@ -392,21 +348,15 @@ def render_factors(first: FactorsFile, second: FactorsFile) -> str:
     Raises:
         FimError: they can't be compared.
     """
-    found = compare_factors(first, second)
-    lines = []
+    found, lines = compare_factors(first, second), []
     for name, side in (("first", first), ("second", second)):
         its = side.settings
-        lines += wrapped(
-            f"{name}: {side.identity.id}, {its.samples} × {its.seq_len} tokens ({its.text}), seed {its.seed}, in "
-            f"{its.dtype}"
-        )
-    if first.settings.tokens != second.settings.tokens:
-        lines += wrapped("They are of different tokens.")
+        tokens = f"{its.samples} × {its.seq_len} {its.text} tokens, seed {its.seed}"
+        lines += wrapped(f"{name}: {side.identity.id}, {tokens}, in {its.dtype}")
+    lines += wrapped("They are of different tokens.") if first.settings.tokens != second.settings.tokens else []
     lines += ["", f"{'layer':>8}{'inputs':>10}{'gradients':>12}   least alike"]
     for layer, tensors in sorted(found.items()):
-        means = [
-            f"{math.fsum(side) / len(side):.3f}" for side in zip(*(cosines for _, cosines in tensors), strict=True)
-        ]
+        means = [f"{math.fsum(its) / len(its):.3f}" for its in zip(*(cosines for _, cosines in tensors), strict=True)]
         least, name = min((min(cosines), name) for name, cosines in tensors)
-        lines.append(f"{layer:>8}{means[0]:>10}{means[1] if len(means) > 1 else '':>12}   {least:.3f} {name}")
+        lines.append(f"{layer:>8}{means[0]:>10}{''.join(means[1:]):>12}   {least:.3f} {name}")
     return "\n".join(lines)

@@ -125,11 +125,8 @@ class Loading:
     def place(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Place | None:
         """Where a matrix of the checkpoint is put that is loaded as a part of a parameter; None where that isn't seen.
 
-        It is seen by what transformers' converters make of numbered rows, and of numbered columns.
-
-        Args:
-            name: of the matrix.
-            shapes: those of all matrices that are loaded into the same parameter.
+        It is seen by what transformers' converters make of numbered rows, and of numbered columns; `shapes` are those
+        of the checkpoint's tensors.
         """
         keys = self.targets(name)
         if len(keys) != 1 or any(len(shapes.get(source, ())) != 2 for source in self.sources.get(keys[0], ())):
@@ -146,16 +143,14 @@ class Loading:
             except Exception:  # a converter that needs the values' true shape
                 return None
             where = torch.zeros(0, 0) if made is None else (made > 0).nonzero()
-            if made is None or where.shape[-1] not in (2, 3) or len(where) != shapes[name][axis]:
+            if made is None or made.ndim not in (2, 3) or len(where) != shapes[name][axis]:
                 return None
             found.append(where[made[tuple(where.T)].argsort()])
-        ends = [tuple(int(w[:, -2 + axis].unique().numel() > 1) for axis in (0, 1)) for w in found]
-        turned = ends[0] == (0, 1) or ends[1] == (1, 0)
-        if turned and (ends[0] == (1, 0) or ends[1] == (0, 1)):
+        # Along which axis of the parameter the rows run, and the columns; those of one have no say.
+        runs = [{axis for axis in (-2, -1) if len(its[:, axis].unique()) > 1} for its in found]
+        turned = -1 in runs[0] or -2 in runs[1]
+        experts = {tuple(place) for its in found for place in its[:, :-2].tolist()}
+        if len(experts) != 1 or (turned and (-2 in runs[0] or -1 in runs[1])):
             return None
-        matrices = {tuple(row) for w in found for row in w[:, :-2].tolist()}
-        if len(matrices) != 1:
-            return None
-        rows, columns = (w[:, -2 + (axis ^ turned)] for axis, w in enumerate(found))
-        first = next(iter(matrices))
-        return Place(keys[0], first[0] if first else None, turned, *((columns, rows) if turned else (rows, columns)))
+        rows, columns = (found[turned][:, -2], found[not turned][:, -1])
+        return Place(keys[0], next(iter(*experts), None), turned, rows, columns)
