@@ -29,6 +29,11 @@ SHAPES = {
     "7b": {"vocab": 152064, "hidden": 3584, "inter": 18944, "layers": 28, "heads": 28, "kv": 4, "tied": False},
 }
 SIDES = ["matmul", "paper", "reference", "fast", "ties", "by_hand", "fim_ties", "task_arithmetic", "fim_ta"]
+SIDES += ["fim_kron", "fim_kron_both"]
+# Of the 1.5b shape, what fim_kron may take of the time of stock `ties`, and its memory; of the 7b shape its minutes.
+KRON_BARS = {"fim_kron": 0.75, "fim_kron_both": 1.0}
+KRON_MEMORY = {"1.5b": 5.0, "7b": 7.0}
+KRON_MINUTES = {"7b": 8.0}
 # On an accelerator also: the base by transformers, the pre-pass with weights streamed to 8 GB, and by several at once.
 ON_ACCELERATORS = ["load", "streamed", "several"]
 MEASURING = ["matmul", "paper", "reference", "fast", *ON_ACCELERATORS]
@@ -243,6 +248,8 @@ OWN = {
     "by_hand": "{density: 0.2, weight: 1.0, alpha: 1.0}",
     "task_arithmetic": "{weight: 0.5}",
     "fim_ta": "{}",
+    "fim_kron": "{}",
+    "fim_kron_both": "{}",
 }
 
 
@@ -250,10 +257,13 @@ def merge_config(side: str, folder: Path, dtype: str) -> str:
     shared = "{}"
     if side.startswith("fim"):
         shared = "{fisher_cache: false}"  # every side measures anew
+    if side == "fim_kron_both":
+        shared = "{fisher_cache: false, factors: both}"
     elif side == "by_hand":
         shared = "{gate_scale: 1, norm_tolerance: 0}"
+    method = "fim_ties" if side == "by_hand" else side.removesuffix("_both")
     return (
-        f"merge_method: {'fim_ties' if side == 'by_hand' else side}\nbase_model: {folder / 'base'}\nmodels:\n"
+        f"merge_method: {method}\nbase_model: {folder / 'base'}\nmodels:\n"
         f"  - model: {folder / 'long'}\n    parameters: {OWN[side]}\nparameters: {shared}\ndtype: {dtype}\n"
     )
 
@@ -294,7 +304,7 @@ def difference(found: list, expected: list) -> float:
     return max(abs(sum(a) / sum(b) - 1) for a, b in zip(found, expected, strict=True))
 
 
-def table(results: dict, shape: dict, device: str) -> str:
+def table(results: dict, shape: dict, device: str, name: str) -> str:
     on_gpu = any("gpu_gb" in found for found in results.values())
     more = (" peak memory on the accelerator |", " --- |") if on_gpu else ("", "")
     lines = [f"| side | seconds | of which measuring | peak anonymous memory |{more[0]}"]
@@ -330,9 +340,30 @@ def table(results: dict, shape: dict, device: str) -> str:
     if {"fim_ta", "task_arithmetic", "fast"} <= have:
         both = results["task_arithmetic"]["whole"] + results["fast"]["measure"]
         ratio("fim_ta / (task_arithmetic + pre-pass), whole commands", results["fim_ta"]["whole"], both)
+    lines += kron_bars(results, name)
     if device != "cpu":
         lines += ["", *bars(results)]
     return "\n".join(lines)
+
+
+def kron_bars(results: dict, name: str) -> list[str]:
+    """What fim_kron takes beside what it may; of the sides that were run, on the whole shapes."""
+    lines = []
+    for side in KRON_BARS.keys() & results.keys():
+        found, said = results[side], []
+        if "ties" in results:
+            ratio, most = found["whole"] / results["ties"]["whole"], KRON_BARS[side] if name == "1.5b" else None
+            said.append(f"{ratio:.2f} of ties' time{_held(ratio, most)}")
+        if name in KRON_MINUTES:
+            minutes = found["whole"] / 60
+            said.append(f"{minutes:.1f} minutes{_held(minutes, KRON_MINUTES[name])}")
+        said.append(f"{found['peak_gb']:.2f} GB{_held(found['peak_gb'], KRON_MEMORY.get(name))}")
+        lines.append(f"- {side}: {', '.join(said)}")
+    return sorted(lines)
+
+
+def _held(found: float, most: float | None) -> str:
+    return "" if most is None else f" (at most {most:g}: {'held' if found <= most else 'NOT held'})"
 
 
 def bars(results: dict) -> list[str]:
@@ -422,7 +453,7 @@ def main() -> None:
             print(f"  {results[side]['whole']:.1f} s", file=sys.stderr, flush=True)
     device = next((found["accelerator"] for found in results.values() if "accelerator" in found), args.device)
     print(f"{args.shape}, {shape['layers']} layers, {args.dtype}, {device}, {os.cpu_count()} cores\n")
-    print(table(results, shape, args.device))
+    print(table(results, shape, args.device, args.shape))
     machine = {"platform": platform.platform(), "cores": os.cpu_count(), "memory": psutil.virtual_memory().total}
     content = {"shape": shape, "dtype": args.dtype, "device": args.device, "machine": machine, "results": results}
     if args.json:

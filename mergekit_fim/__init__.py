@@ -1,10 +1,10 @@
 """FIM-Merging for mergekit: merge coefficients set layer by layer by Fisher information on random tokens.
 
-Importing this package makes mergekit accept the merge methods `fim_ties` and `fim_ta`. mergekit 0.1.5 discovers no
-plug-ins, so `mergekit_fim.pth` (or, from Python 3.15 on, `mergekit_fim.start`, PEP 829) in site-packages does that at
-interpreter start-up. All that happens then is that one finder is put on `sys.meta_path`. When, much later, mergekit's
-own modules named in `_TARGETS` have been imported, ours that build on them are imported too. Interpreters that never
-import mergekit pay for this file only, so it imports nothing that Python has not loaded already.
+Importing this package makes mergekit accept the merge methods `fim_ties`, `fim_ta` and `fim_kron`. mergekit 0.1.5
+discovers no plug-ins, so `mergekit_fim.pth` (or, from Python 3.15 on, `mergekit_fim.start`, PEP 829) in site-packages
+does that at interpreter start-up. All that happens then is that one finder is put on `sys.meta_path`. When, much later,
+mergekit's own modules named in `_TARGETS` have been imported, ours that build on them are imported too. Interpreters
+that never import mergekit pay for this file only, so it imports nothing that Python has not loaded already.
 
 Set the environment variable MERGEKIT_FIM_DISABLE to a non-empty value to switch the hook off.
 """
@@ -31,13 +31,16 @@ _warned = False
 
 # The Python API, and where each name comes from when it is first asked for: records of numbers need no torch.
 _API = {
+    "FactorsFile": "measurements.factors",
     "FimError": "errors",
     "FisherSettings": "config.parameters",
     "Mapping": "coefficients",
     "Measurement": "measurements.record",
+    "compare_factors": "measurements.factors",
     "importance_scores": "coefficients",
     "measure": "api",
     "measure_delta": "api",
+    "measure_factors": "api",
     "merge": "api",
     "merge_coefficients": "coefficients",
     "read_measurement": "measurements.store",
@@ -99,7 +102,7 @@ def _run_hook(name: str) -> None:
             import logging
 
             logging.getLogger("mergekit_fim").warning(
-                "fim_ties and fim_ta are not available: this mergekit is not one that mergekit-fim supports "
+                "fim_ties, fim_ta and fim_kron are not available: this mergekit is not one that mergekit-fim supports "
                 "(>=0.1.5,<0.2); install such a version, or uninstall mergekit-fim (%s: %s)",
                 type(error).__name__,
                 error,

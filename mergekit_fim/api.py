@@ -8,9 +8,12 @@ from mergekit.options import MergeOptions
 
 from mergekit_fim.coefficients import Mapping, importance_scores, merge_coefficients
 from mergekit_fim.config.file import validated
-from mergekit_fim.config.parameters import FisherSettings
+from mergekit_fim.config.parameters import FACTORS, FisherSettings
 from mergekit_fim.errors import FimError
+from mergekit_fim.files import copy_whole
 from mergekit_fim.measured import measured
+from mergekit_fim.measured_factors import measured_factors
+from mergekit_fim.measurements.factors import FactorsFile, compare_factors
 from mergekit_fim.measurements.file import write_measurement
 from mergekit_fim.measurements.record import Measurement
 from mergekit_fim.measurements.store import read_measurement
@@ -19,13 +22,16 @@ from mergekit_fim.tools.delta import Delta, measure_names
 from mergekit_fim.tools.plan import MergePlan, merge_whole, plan_fim_merge
 
 __all__ = [
+    "FactorsFile",
     "FimError",
     "FisherSettings",
     "Mapping",
     "Measurement",
+    "compare_factors",
     "importance_scores",
     "measure",
     "measure_delta",
+    "measure_factors",
     "merge",
     "merge_coefficients",
     "read_measurement",
@@ -84,8 +90,39 @@ def measure_delta(
     return measure_names(os.fspath(base), os.fspath(model), dtype, options or MergeOptions(quiet=True))
 
 
+def measure_factors(
+    model: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    settings: FisherSettings | None = None,
+    *,
+    kind: str = "inputs",
+    dtype: str | None = None,
+    revision: str | None = None,
+    options: MergeOptions | None = None,
+    cache: bool = True,
+) -> FactorsFile:
+    """Record the Kronecker factors of a model's linear layers on random tokens in a file, `path`.
+
+    `kind` is `inputs`, or `both` inputs and the gradients at the outputs, for which the labels count. The rest is as
+    for `measure`.
+
+    Raises:
+        FimError: the model can't be opened or run, or the file not be written.
+    """
+    if kind not in FACTORS:
+        raise FimError(f"kind: expected one of {', '.join(FACTORS)}, found {kind}")
+    chosen = options or MergeOptions(quiet=True)
+    found = measured_factors(
+        *(lambda: open_model(os.fspath(model), revision, chosen), settings or FisherSettings(), dtype, chosen),
+        kind=kind,
+        cache=cache,
+    )
+    copy_whole(found.file.path, os.fspath(path))
+    return FactorsFile.open(path, check=False)
+
+
 def resolve(config: MergeConfiguration | dict[str, Any], options: MergeOptions | None = None) -> MergePlan:
-    """Run everything of a merge by `fim_ties` or `fim_ta` up to its coefficients, and merge nothing.
+    """Run everything of a merge by one of this package's methods up to its coefficients, and merge nothing.
 
     Args:
         config: the merge config, left as it is.

@@ -17,6 +17,7 @@ LOG = logging.getLogger("mergekit_fim")
 
 _BEGIN, _END, _MEASURED = "<!-- mergekit-fim -->", "<!-- /mergekit-fim -->", "### Measured"
 _SECTION = re.compile(rf"^{_BEGIN}\n(?P<body>.*?)^{_END}\n?", re.M | re.S)
+_ALT_KRON = "Per decoder layer: the directions' merge coefficients, from the least to the largest, and their mean"
 _ALT = "Per decoder layer: Fisher information, norm of the task vector, and merge coefficient"
 
 
@@ -76,14 +77,19 @@ def render_section(report: Mapping[str, Any] | None, *, figure: str | None = Non
 def _report_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[str]:
     versions, settings = report["versions"], report["settings"]
     bases = {report["base_model"]: report["fisher"], **report["fisher_of_other_bases"]}
-    measured = any(bases.values())
+    kron = report.get("kron")
+    measured = any(bases.values()) or kron is not None
     yield "## Merge coefficients"
-    yield (
-        f"Merged by `{report['method']}` of mergekit-fim {versions['mergekit-fim']}, after FIM-Merging "
-        "([arXiv 2603.21705](https://arxiv.org/abs/2603.21705)): each decoder layer has a merge coefficient α of its "
-        "own, which follows from its score F · ‖δ‖², the base's Fisher information on random tokens times the squared "
-        "norm of the task vector δ." + ("" if measured else " Here every α was set by hand.")
-    )
+    if kron is not None:
+        yield from _kron_blocks(report, kron, figure)
+        figure = None
+    else:
+        yield (
+            f"Merged by `{report['method']}` of mergekit-fim {versions['mergekit-fim']}, after FIM-Merging "
+            "([arXiv 2603.21705](https://arxiv.org/abs/2603.21705)): each decoder layer has a merge coefficient α of "
+            "its own, which follows from its score F · ‖δ‖², the base's Fisher information on random tokens times the "
+            "squared norm of the task vector δ." + ("" if measured else " Here every α was set by hand.")
+        )
     if figure is not None:
         yield f"![{_ALT}]({figure})"
     for model in report["models"]:
@@ -108,6 +114,39 @@ def _report_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[st
     yield "With the configuration above, which lies beside this card:"
     yield "```sh\nmergekit-fim merge mergekit_config.yml merged   # or: mergekit-yaml mergekit_config.yml merged\n```"
     yield f"Made with {', '.join(f'{name} {version}' for name, version in versions.items())}."
+
+
+def _kron_blocks(report: Mapping[str, Any], kron: Mapping[str, Any], figure: str | None) -> Iterator[str]:
+    """What `fim_kron` did: the coefficients of each layer's directions."""
+    factors, its = report["settings"]["factors"], kron["factors"][0]["settings"]
+    by = "the inputs of every linear layer" if factors == "inputs" else "every linear layer's inputs and gradients"
+    yield (
+        f"Merged by `{report['method']}` of mergekit-fim {report['versions']['mergekit-fim']}: each direction of a "
+        f"matrix has a coefficient of its own, which follows from its size in {by} at the base and at the fine-tuned "
+        f"models, on {its['samples']} × {its['seq_len']} {its['text']} tokens (Kronecker factors as in K-FAC, "
+        "[arXiv 1503.05671](https://arxiv.org/abs/1503.05671); by inputs alone a weighted RegMean, "
+        "[arXiv 2212.09849](https://arxiv.org/abs/2212.09849)). Below stand their mean and standard deviation, the "
+        "least and the largest, and how many directions are told apart, of attention and of MLP."
+    )
+    if figure is not None:
+        yield f"![{_ALT_KRON}]({figure})"
+    for model in kron["models"]:
+        yield f"### {escaped(model['model'])} into {escaped(model['base_model'])}"
+        yield markdown_table(
+            ("layer", "‖δ‖", "α", *("mean", "±", "least", "largest", "number") * 2), _rows(model), "--:"
+        )
+
+
+def _rows(model: Mapping[str, Any]) -> Iterator[list[str]]:
+    for layer in model["layers"]:
+        index = layer.get("base_index", layer["index"])
+        row = [f"{index}" if index == layer["index"] else f"{index} (from {layer['index']})"]
+        row += [f"{math.sqrt(layer['task_vector_sq_norm']):.3g}", f"{layer['alpha']:.3f}"]
+        for part in (layer["parts"].get(name) for name in ("attention", "mlp")):
+            numbers = [] if part is None else [part[name] for name in ("mean", "std", "least", "largest")]
+            row += [""] * 5 if part is None else [*(f"{n:.3f}" for n in numbers), f"{part['directions']:.0f}"]
+        yield row
+    yield ["outside", "", f"{model['alpha_other']:.3f}", *[""] * 10]
 
 
 def _layers(model: Mapping[str, Any], fisher: Mapping[str, Any]) -> Iterator[list[str]]:

@@ -13,9 +13,9 @@ from typing import Any
 import click
 
 import mergekit_fim
-from mergekit_fim.config.parameters import FLOAT_DTYPES, LABELS, PARAMETERS, FisherSettings
-from mergekit_fim.errors import FimError, echo, reason, wrapped
-from mergekit_fim.files import REPORT_NAME, check_writable, write_json, write_text
+from mergekit_fim.config.parameters import FACTORS, FLOAT_DTYPES, LABELS, PARAMETERS, FisherSettings
+from mergekit_fim.errors import FimError, echo, reason, size, wrapped
+from mergekit_fim.files import REPORT_NAME, check_writable, copy_whole, write_json, write_text
 
 _PATH = click.Path(readable=False)  # for completion; what it must be is checked where it is read
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -24,7 +24,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.group(context_settings=_CONTEXT)
 @click.version_option(mergekit_fim.__version__, prog_name="mergekit-fim")
 def main() -> None:
-    """Merge coefficients from Fisher information, for mergekit's merge methods fim_ties and fim_ta.
+    """Merge coefficients from Fisher information, for mergekit's merge methods fim_ties, fim_ta and fim_kron.
 
     Merges themselves are made by mergekit-yaml as ever. These commands measure a base model once, to be kept or
     published; show what a merge will do before it is made; write its coefficients as a config for stock mergekit; and
@@ -160,7 +160,15 @@ def _accepted(_context: click.Context, option: click.Parameter, value: Any) -> A
 
 @main.command(short_help="Measure a model's Fisher information, once.")
 @click.argument("model", type=_PATH)
-@click.option("-o", "--output", required=True, type=click.Path(), help="The JSON file to write.")
+@click.option(
+    "-o", "--output", required=True, type=click.Path(), help="The file to write: JSON, or with --factors safetensors."
+)
+@click.option(
+    "--factors",
+    type=click.Choice(FACTORS),
+    help="Record Kronecker factors instead, for fim_kron: what the linear layers are given, or also the gradients at "
+    "their outputs.",
+)
 @_settings
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @_no_cache
@@ -168,6 +176,7 @@ def _accepted(_context: click.Context, option: click.Parameter, value: Any) -> A
 def fisher(
     model: str,
     output: str,
+    factors: str | None,
     samples: int,
     seq_len: int,
     seed: int,
@@ -178,6 +187,8 @@ def fisher(
     **options: Any,
 ) -> None:
     """Measure the Fisher information of MODEL's decoder layers on random tokens, and write it to a file.
+
+    With --factors it is the Kronecker factors of each linear layer that are written, some numbers for each token.
 
     MODEL is a folder or a model on the Hub, with an adapter as in mergekit: model+adapter. A merge uses the file
     instead of measuring with `parameters: {fisher: FILE}` in its config.
@@ -193,6 +204,7 @@ def fisher(
     """
     from mergekit_fim.fisher.processes import SharedError, processes
     from mergekit_fim.measured import measured
+    from mergekit_fim.measured_factors import measured_factors
     from mergekit_fim.measurements.file import model_files, write_measurement
     from mergekit_fim.models.inputs import InputModel, open_model
 
@@ -207,20 +219,34 @@ def fisher(
 
         try:
             settings = FisherSettings(samples, seq_len, seed, labels)
-            found = measured(open_base, settings, dtype, merge_options, cache=not no_cache, state=state)
+            wanted: Any = (open_base, settings, dtype, merge_options)
+            found: Any = None
+            if factors is None:
+                found = measured(*wanted, cache=not no_cache, state=state)
+            else:
+                found = measured_factors(*wanted, kind=factors, cache=not no_cache, state=state)
         except SharedError:
             if is_main:
                 raise
             sys.exit(1)
-        if is_main:
+        if not is_main:
+            return
+        if factors is None:
             write_measurement(found.measurement, output)
-    if is_main:
-        its = found.measurement
-        for warning in its.fisher.warnings:
-            click.echo(f"Warning: {warning}", err=True)
-        if not options["quiet"]:
-            origin = f", {found.origin}" if found.origin else ""
-            click.echo(f"{output}: {its.model.num_layers} decoder layers of {model}, in {its.fisher.dtype}{origin}")
+        else:
+            copy_whole(found.file.path, output)
+    if factors is None:
+        warnings, its = found.measurement.fisher.warnings, found.measurement.fisher
+        what = f"{found.measurement.model.num_layers} decoder layers of {model}, in {its.dtype}"
+    else:
+        warnings, its = found.file.warnings, found.file
+        if its.not_reached:
+            warnings += (f"no token reached {len(its.not_reached)} tensors of experts, such as {its.not_reached[0]}",)
+        what = f"factors of {len(its.names)} tensors of {model}, in {its.settings.dtype}, {size(its.size)}"
+    for warning in warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    if not options["quiet"]:
+        click.echo(f"{output}: {what}{f', {found.origin}' if found.origin else ''}")
 
 
 @main.command(short_help="Show what a task vector looks like.")
@@ -315,6 +341,7 @@ def export(config_file: str, output: str, check: bool, no_cache: bool, options: 
     from mergekit_fim.tools import export as exporting
     from mergekit_fim.tools.plan import plan_fim_merge
 
+    exporting.check_exportable(config.merge_method)
     planned, pre_pass = plan_fim_merge(config, options)
     exported = exporting.export(planned, options)
     for warning in pre_pass.warnings:
@@ -469,13 +496,20 @@ def plot(report: str, output: str) -> None:
 @click.argument("second", type=_PATH)
 @click.option("--layers", "count", default=5, show_default=True, type=click.IntRange(min=0), help="How many to list.")
 def compare(first: str, second: str, count: int) -> None:
-    """Compare two measurements, FIRST and SECOND, made with other settings or of other models.
+    """Compare two measurements or two files of factors, FIRST and SECOND, made with other settings or of other models.
 
     Prints the correlation of their ranks (Spearman) and of their logarithms (Pearson), and the layers that moved most,
     each with its shift in standard errors: what is beyond two of them isn't chance. A factor common to all layers
     changes no merge coefficient, so shifts are counted from the mean.
+
+    Of two files that `fisher --factors` wrote: how alike the factors of each layer's tensors are, 1 where they are the
+    same but for a number.
     """
     from mergekit_fim.measurements.compare import render_comparison
+    from mergekit_fim.measurements.factors import FactorsFile, is_factors, render_factors
     from mergekit_fim.measurements.store import read_measurement
 
-    echo(render_comparison(read_measurement(first), read_measurement(second), count))
+    if is_factors(first) or is_factors(second):
+        echo(render_factors(FactorsFile.open(first), FactorsFile.open(second)))
+    else:
+        echo(render_comparison(read_measurement(first), read_measurement(second), count))

@@ -167,3 +167,13 @@ def write_text(path: str, text: str) -> None:
     """
     with written_whole(path) as part, open(part, "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def copy_whole(source: str, path: str) -> None:
+    """Copy a file atomically.
+
+    Raises:
+        FimError: it can't be written.
+    """
+    with written_whole(path) as part:
+        shutil.copyfile(source, part)

@@ -2,16 +2,16 @@
 
 All that this package uses of mergekit beyond its public names:
 
-- `MergePlanner.normalize_config` and `.plan_to_disk` are wrapped, here, and act for `fim_ties` and `fim_ta` only. After
+- `MergePlanner.normalize_config` and `.plan_to_disk` are wrapped, here, and act for this package's methods only. After
   the first, everything in the config is modules -> slices -> sources, with the options, the architecture and the
   output's config at hand, and no output folder made yet: the pre-pass runs there, and the planner's `arch_info` is
   exchanged for one that has every tensor of the models (`models.completion`). To the tasks of the second is added
   the one that keeps the report beside the merged model. Guard: `_PLANNER_ATTRIBUTES`.
-- `mergekit.merge.run_merge` is wrapped, in `mergekit_fim.run_merge`, and acts for the two methods only: of several
+- `mergekit.merge.run_merge` is wrapped, in `mergekit_fim.run_merge`, and acts for these methods only: of several
   processes one merges, and the others have a part in the pre-pass; and mergekit writes the model's card when its tasks
   have run, and our section comes after it. Whoever took the function from there before this
   package was imported gets the card without it.
-- `MultiGPUExecutor.__init__` is wrapped, in `merging.executor`, at the first merge by one of the two with
+- `MultiGPUExecutor.__init__` is wrapped, in `merging.executor`, at the first merge by one of them with
   `--multi-gpu`, and acts for such merges only. Guard: there.
 - `mergekit.merge._model_out_config`, in `tools.plan`, which plans a merge as `run_merge` does. Guard: there.
 """

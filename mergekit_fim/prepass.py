@@ -25,7 +25,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_fim import launched
+from mergekit_fim import launched, prepass_kron
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
 from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.config.settings import Settings, as_set, base_of, check_config, check_modules, conditions, settings_of
@@ -38,7 +38,7 @@ from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_k
 from mergekit_fim.merging.output_config import ConfigDifference, adapt_output_config
 from mergekit_fim.models.checkpoint import model_config
 from mergekit_fim.models.inputs import InputModel, check_compatible, check_tokenizer, open_models
-from mergekit_fim.result import BaseCoefficients, ModelCoefficients, ModelSettings, PrePass, SourceSlice
+from mergekit_fim.result import BaseCoefficients, Kron, ModelCoefficients, ModelSettings, PrePass, SourceSlice
 from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
 
 # Below this many base parameters `density` is the paper's value for 1.5B, from there on its value for 7B. Where between
@@ -110,6 +110,45 @@ def run(
     kept = _kept(config, base)
     warnings = [*_check_inputs(slices, sources, inputs, config, options)]
 
+    density = default_density(base) if config.merge_method == "fim_ties" else None
+    models = tuple(_model_settings(sources, inputs, density))
+    readers = [ConfigReader(config=config, t=0, slice_out=out_slice, module=module) for _, module, out_slice in every]
+    shared = {
+        name: as_set(readers, name, parameter.default_for(config.merge_method))
+        for name, parameter in PARAMETERS.items()
+        if parameter.scope_in(config.merge_method) is Scope.TENSOR and config.merge_method in parameter.methods
+    }
+    kron: Kron | None = None
+    coefficients: tuple[BaseCoefficients, ...] = ()
+    if settings.kron is not None:
+        settings, kron, more = prepass_kron.run(config, settings, inputs, sources, kept, options)
+    else:
+        settings, coefficients, more = _by_layer(config, settings, inputs, sources, kept, options)
+    warnings += more
+    _leave_unknown_gates(config, base)
+    _write_kept(config, base, kept)
+    if density is not None:
+        _write_default_density(config, density)
+    differences = _adapt(output_config, inputs, slices, config, options)
+    return PrePass(
+        *(settings, config, inputs, coefficients, models, shared, kept, density, differences, tuple(warnings), kron)
+    )
+
+
+def _by_layer(
+    config: MergeConfiguration,
+    settings: Settings,
+    inputs: Mapping[ModelReference, InputModel],
+    sources: Sequence[SourceSlice],
+    kept: Container[str],
+    options: MergeOptions,
+) -> tuple[Settings, tuple[BaseCoefficients, ...], list[str]]:
+    """Measure the bases, weigh the layers, and write the coefficients into the config: a coefficient for each layer.
+
+    Returns:
+        The settings, with those of a measurement that was saved; the coefficients; what the user should know.
+    """
+    warnings: list[str] = []
     automatic = [s for s in sources if not _is_set_by_hand(s, inputs[s.source.model], kept)]
     # All slices of a model that needs the pre-pass in one of them, so that the report can say what each layer gets.
     needed = _distinct((s.base, s.source.model) for s in automatic)
@@ -128,24 +167,8 @@ def run(
         coefficients.append(_coefficients(own, found, norms, to_measure, settings))
     warnings += [warning for c in coefficients for warning in c.measurement.fisher.warnings]
     warnings += _without_information(coefficients)
-
-    density = default_density(base) if config.merge_method == "fim_ties" else None
-    models = tuple(_model_settings(sources, inputs, density))
-    readers = [ConfigReader(config=config, t=0, slice_out=out_slice, module=module) for _, module, out_slice in every]
-    shared = {
-        name: as_set(readers, name, parameter.default_for(config.merge_method))
-        for name, parameter in PARAMETERS.items()
-        if parameter.scope is Scope.TENSOR
-    }
-    _leave_unknown_gates(config, base)
     _write_alphas(sources, automatic, coefficients)
-    _write_kept(config, base, kept)
-    if density is not None:
-        _write_default_density(config, density)
-    differences = _adapt(output_config, inputs, slices, config, options)
-    return PrePass(
-        *(settings, config, inputs, tuple(coefficients), models, shared, kept, density, differences, tuple(warnings))
-    )
+    return settings, tuple(coefficients), warnings
 
 
 def _source_slices(
@@ -372,19 +395,14 @@ def _write_alphas(
     for source in sources:
         by_hand = source.settings("alpha")
         if source not in automatic:  # but for tensors that are kept, of which mergekit wants to know it all the same
-            computed, other = [], 1.0
+            computed = [ConditionalParameter(value=1.0)]
         else:
             result = found[source.base, source.source.model]
             layout, other = result.model.layout, result.alpha_other
             alphas = dict(zip(result.pairs, result.alphas, strict=True))
             pairs = {p: alphas[pair] for pair in source.pairs() for p in layout.layers[pair.source_layer].prefixes}
-            # A prefix ends in a dot, so that `model.layers.1.` doesn't match layer 12. But it may be a part of a name
-            # outside, such as `vision_model.layers.1.norm`.
-            names = [t.name for t in layout.modules[source.module] if any(prefix in t.name for prefix in pairs)]
-            values = dict.fromkeys(names, other) | pairs
-            computed = [ConditionalParameter(filter=name, value=value) for name, value in values.items()]
-        outside = ConditionalParameter(value=other)
-        source.source.parameters = {**(source.source.parameters or {}), "alpha": [*by_hand, *computed, outside]}
+            computed = source.filters(result.model, pairs, other)
+        source.source.parameters = {**(source.source.parameters or {}), "alpha": [*by_hand, *computed]}
 
 
 def _write_kept(config: MergeConfiguration, base: InputModel, kept: Mapping[str, str]) -> None:

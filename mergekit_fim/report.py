@@ -11,6 +11,8 @@ from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel
 from pydantic import BaseModel
 
+from mergekit_fim import report_kron
+from mergekit_fim.config.parameters import PARAMETERS
 from mergekit_fim.errors import echo, width, wrapped
 from mergekit_fim.files import REPORT_FORMAT, REPORT_NAME, write_text
 from mergekit_fim.measurements.file import layers_as_json
@@ -43,6 +45,8 @@ def render(pre_pass: PrePass) -> str:
             lines += wrapped(f"({coefficients.origin})")
         lines += _table(coefficients)
         lines.append("")
+    if pre_pass.kron is not None:
+        lines += [*report_kron.table(pre_pass.kron), ""]
     lines += [line for note in _notes(pre_pass) for line in wrapped(f"- {note}")]
     return "\n".join(lines) + "\n"
 
@@ -82,10 +86,12 @@ def _cut(text: str, width: int) -> str:
 
 
 def _notes(pre_pass: PrePass) -> Iterator[str]:
-    if pre_pass.coefficients:
+    if pre_pass.coefficients or pre_pass.kron is not None:
         rule = "the mean of the layers' α" if pre_pass.settings.alpha_other is None else "set by alpha_other"
         more = ", vision or audio tower and projector" if pre_pass.base.other_modules else ""
         yield f"outside: embeddings, final norm, output head{more}; their α is {rule}"
+    if pre_pass.kron is not None:
+        yield from report_kron.notes(pre_pass.kron)
     yield from _module_notes(pre_pass)
     for found in pre_pass.coefficients:
         yield from _idle_experts(found)
@@ -94,11 +100,12 @@ def _notes(pre_pass: PrePass) -> Iterator[str]:
             yield f"alpha of {settings.model} is set by hand: {_plain(settings.alpha)}"
         if settings.density_is_default:
             yield f"density of {settings.model}: {settings.density:g}, the default for the size of the base"
+    pairs = [(m.model, pair) for c in pre_pass.coefficients for m in c.models for pair in m.pairs]
+    if pre_pass.kron is not None:
+        pairs += [(m.model, layer.pair) for m in pre_pass.kron.models for layer in m.layers]
     shifted = [
-        f"{m.model} layer {pair.source_layer} into base layer {pair.base_layer}"
-        for c in pre_pass.coefficients
-        for m in c.models
-        for pair in m.pairs
+        f"{model} layer {pair.source_layer} into base layer {pair.base_layer}"
+        for model, pair in pairs
         if pair.source_layer != pair.base_layer
     ]
     if added := pre_pass.base.added:
@@ -183,6 +190,7 @@ def as_json(pre_pass: PrePass) -> dict[str, Any]:
         "fisher": measured.pop(base, None),
         "fisher_of_other_bases": measured,
         "models": list(_models(pre_pass)),
+        **({} if pre_pass.kron is None else {"kron": report_kron.as_json(pre_pass.kron)}),
         "gate_projections": _gates(pre_pass, is_gate_projection),
         "fused_gate_projections": _protected_halves(pre_pass),
         "modules": list(_modules(pre_pass)),
@@ -211,12 +219,15 @@ def _modules(pre_pass: PrePass) -> Iterator[dict[str, Any]]:
 
 
 def _settings(pre_pass: PrePass) -> dict[str, Any]:
-    fisher, mapping = pre_pass.settings.fisher, pre_pass.settings.mapping
+    settings, method = pre_pass.settings, pre_pass.config.merge_method
+    own = vars(settings.mapping) | {"alpha_other": settings.alpha_other}
+    if settings.kron is not None:
+        its = settings.kron
+        own |= {"fisher_text": its.text, "factors": its.factors, "damping": its.damping}
     return {
-        "fisher": pre_pass.settings.saved,
-        **{f"fisher_{key}": value for key, value in vars(fisher).items()},
-        **vars(mapping),
-        "alpha_other": pre_pass.settings.alpha_other,
+        "fisher": settings.saved,
+        **{f"fisher_{key}": value for key, value in vars(settings.fisher).items()},
+        **{name: value for name, value in own.items() if method in PARAMETERS[name].methods},
         **{name: _jsonable(value) for name, value in pre_pass.shared.items()},
         "default_density": pre_pass.default_density,
         "dtype": pre_pass.config.dtype,

@@ -8,6 +8,8 @@ from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, ConfigReader, InputSliceDefinition, MergeConfiguration
 
 from mergekit_fim.config.settings import Settings, settings_of
+from mergekit_fim.kron import Spread
+from mergekit_fim.measurements.factors import FactorsFile
 from mergekit_fim.measurements.record import FisherMeasurement, Measurement
 from mergekit_fim.merging.output_config import ConfigDifference
 from mergekit_fim.models.inputs import InputModel
@@ -42,6 +44,18 @@ class SourceSlice:
     def settings(self, name: str) -> list[ConditionalParameter]:
         """The user's settings of a parameter, from the highest to the lowest precedence, as one list of filters."""
         return settings_of(self.reader, name, self.source.model)
+
+    def filters(self, model: InputModel, of_layers: dict[str, Any], outside: Any) -> list[ConditionalParameter]:
+        """A parameter as mergekit's filters: a value by each layer prefix of the model, and one for what is outside.
+
+        A prefix ends in a dot, so that `model.layers.1.` doesn't match layer 12. But it may be a part of a name
+        outside, such as `vision_model.layers.1.norm`.
+        """
+        tensors = model.layout.modules[self.module]
+        names = [tensor.name for tensor in tensors if any(prefix in tensor.name for prefix in of_layers)]
+        values = dict.fromkeys(names, outside) | of_layers
+        found = [ConditionalParameter(filter=name, value=value) for name, value in values.items()]
+        return [*found, ConditionalParameter(value=outside)]
 
 
 @dataclass(frozen=True)
@@ -90,6 +104,56 @@ class BaseCoefficients:
 
 
 @dataclass(frozen=True)
+class KronLayer:
+    """What `fim_kron` does with a decoder layer of a fine-tuned model.
+
+    Attributes:
+        pair: the layer, and the base's that it is merged into.
+        sq_norm: squared norm of its task vector.
+        alpha: the mean of its tensors' α, as set by hand or not.
+        beta: likewise of α × the model's share of the weights, the coefficient of all that has no factors.
+        spreads: of the directions' coefficients, of `attention` (whatever mixes tokens) and `mlp`, together over the
+            matrices that have factors; only those parts that have any.
+    """
+
+    pair: LayerPair
+    sq_norm: float
+    alpha: float
+    beta: float
+    spreads: Mapping[str, Spread]
+
+
+@dataclass(frozen=True)
+class KronModel:
+    """What `fim_kron` does with a fine-tuned model.
+
+    Attributes:
+        base: what it is merged into.
+        model: the fine-tuned model.
+        layers: in the order of the base's.
+        alpha_other: as in `ModelCoefficients`.
+    """
+
+    base: InputModel
+    model: InputModel
+    layers: tuple[KronLayer, ...]
+    alpha_other: float
+
+
+@dataclass(frozen=True)
+class Kron:
+    """What the pre-pass of `fim_kron` found.
+
+    Attributes:
+        factors: the file of each model's factors, and where it comes from in words; empty where recorded just now.
+        models: the fine-tuned models.
+    """
+
+    factors: Mapping[InputModel, tuple[FactorsFile, str]]
+    models: tuple[KronModel, ...]
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     """A fine-tuned model's own parameters as the user set them: see `config.settings.as_set`.
 
@@ -97,7 +161,7 @@ class ModelSettings:
         base: what the model is merged into.
         model: the fine-tuned model.
         weight: its weight beside the others.
-        density: None for fim_ta.
+        density: None but for fim_ties.
         density_is_default: whether the config leaves it to the default for the size of the base.
         alpha: what the user set by hand; None where all is left to the pre-pass.
     """
@@ -122,9 +186,10 @@ class PrePass:
         models: the fine-tuned models' own parameters.
         shared: those that are neither per model nor the pre-pass's, as the user set them.
         kept: the names of those tensors outside the language model that aren't merged, and from where they are kept.
-        default_density: what `density` is where the config doesn't set it; None for fim_ta.
+        default_density: what `density` is where the config doesn't set it; None but for fim_ties.
         differences: the config keys in which the inputs differ.
         warnings: what the user should know, a line each.
+        kron: of `fim_kron`, which has no `coefficients`.
     """
 
     settings: Settings
@@ -137,6 +202,7 @@ class PrePass:
     default_density: float | None
     differences: tuple[ConfigDifference, ...]
     warnings: tuple[str, ...]
+    kron: Kron | None = None
 
     @property
     def base(self) -> InputModel:

@@ -263,6 +263,32 @@ def test_the_merged_model_loads_as_what_was_merged_and_runs(checkpoints, merge):
         assert "gate protection: not applied" in printed
 
 
+def test_a_merge_by_directions_loads_and_runs(checkpoints, merge):
+    """Of every matrix that the report counts among those with factors some directions are told apart."""
+    parameters = {"fisher_samples": SETTINGS.samples, "fisher_seq_len": SETTINGS.seq_len}
+    paths = [str(path) for path in (checkpoints.base, checkpoints.long)]
+    config = {"merge_method": "fim_kron", "base_model": paths[0], "models": [{"model": paths[1]}]}
+    out, _ = merge.ok(config | {"dtype": "float32", "parameters": parameters})
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, info = load(out, output_loading_info=True)
+    assert not any(info.values()), info
+    generated = model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert generated.shape == (1, 7)
+    theta0, theta1 = (load(path).state_dict() for path in paths)
+    told_apart = set()
+    for name, value in model.state_dict().items():
+        plain = theta0[name] + 0.5 * (theta1[name] - theta0[name])
+        if not torch.allclose(value, plain, rtol=1e-4, atol=2e-5):
+            told_apart.add(name)
+            assert value.isfinite().all()
+            assert reference.layer_of(name) is not None
+    matrices = {n for n, v in theta0.items() if reference.layer_of(n) is not None and v.ndim > 1}
+    assert told_apart <= matrices
+    assert len(told_apart) >= len(matrices) / 2  # Mamba's convolutions and A have none
+    (of_model,) = reference.report(out)["kron"]["models"]
+    assert all(layer["parts"] for layer in of_model["layers"])
+
+
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind.fused])
 def test_the_second_half_of_a_fused_tensor_is_the_up_projection(name):
     """transformers' own code: the MLP's output is proportional to it, and not to the gate's half."""

@@ -22,7 +22,7 @@ def test_the_python_examples(pair, tmp_path, monkeypatch, capsys):
     shutil.copytree(pair.long, tmp_path / "long")
     monkeypatch.chdir(tmp_path)
     examples = blocks("python.md", "python")
-    assert len(examples) == 6
+    assert len(examples) == 7
     namespace: dict = {}
     for example in examples:
         exec(compile(example, "docs/python.md", "exec"), namespace)

@@ -19,7 +19,9 @@ def test_there_are_examples():
     assert {"demo", "l2s-1.5b-fim-ties", "l2s-1.5b-fim-ta", "l2s-7b-fim-ties", "l2s-7b-fim-ta", "three-models"} <= {
         path.stem for path in CONFIGS
     }
-    assert {"qwen3-4b-fim-ties", "qwen3-4b-fim-ta", "sparse-fim-ties"} <= {path.stem for path in CONFIGS}
+    assert {"qwen3-4b-fim-ties", "qwen3-4b-fim-ta", "sparse-fim-ties", "l2s-1.5b-fim-kron"} <= {
+        path.stem for path in CONFIGS
+    }
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -39,7 +41,7 @@ def test_example(path, merge, tmp_path):
     report = reference.report(out)
     assert report["method"] == config["merge_method"]
     assert [m["model"] for m in report["models"]] == [stand_ins[name] for name in names[1:]]
-    for model in report["models"]:
+    for model in report["kron"]["models"] if config["merge_method"] == "fim_kron" else report["models"]:
         alphas = [layer["alpha"] for layer in model["layers"]]
         assert len(alphas) == 5
         assert all(0 < alpha < 1 for alpha in alphas)

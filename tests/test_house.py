@@ -13,12 +13,13 @@ from conftest import ROOT, config_for, ends_in_one_line
 PACKAGE = ROOT / "mergekit_fim"
 # Each may import what stands before it, and itself. Those of one line don't know one another.
 FLOORS = [
-    {"errors", "coefficients"},
+    {"errors", "coefficients", "kron"},
     {"files", "norms", "parallel", "config.parameters"},
     {"config", "measurements", "card"},
     {"models"},
     {"fisher", "merging", "task_vectors"},
-    {"measured", "result", "launched"},
+    {"measured", "measured_factors", "result", "launched"},
+    {"prepass_kron", "report_kron"},
     {"prepass", "report"},
     {"hook", "run_merge"},
     {"tools"},

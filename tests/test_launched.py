@@ -49,6 +49,17 @@ def test_the_same_merge_as_one_process_makes(processes, command, method, pair, w
     assert sorted(os.listdir(tmp_path)) == ["config.yml", "many", "one"]
 
 
+def test_the_same_merge_by_directions(pair, warm, tmp_path):
+    """The main process records the factors, and the others leave at the end of the pre-pass."""
+    config = written(config_for(pair, "fim_kron"), tmp_path)
+    one = warm.run("mergekit-fim", "merge", config, str(tmp_path / "one"), "--no-copy-tokenizer", "--quiet")
+    assert one.status == 0, one.stderr
+    done = together(warm, 2, "merge", config, str(tmp_path / "many"), "--no-copy-tokenizer", "--quiet")
+    assert [(its.status, errors(its)) for its in done] == [(0, "")] * 2
+    for name in (WEIGHTS, "fim_report.json"):
+        assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
 SHARED = """
 import mergekit_fim.fisher.batched as batched
 import mergekit_fim.task_vectors as task_vectors

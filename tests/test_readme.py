@@ -19,6 +19,16 @@ NO_VALUE = {
 }
 
 
+def others(parameter) -> str:
+    """The methods that have another default, in brackets."""
+    methods: dict[str, list[str]] = {}
+    for method in parameter.methods:
+        if (own := shown(parameter.default_for(method))) != shown(parameter.default):
+            methods.setdefault(own, []).append(f"`{method}`")
+    listed = [f"{', '.join(its)}: {own}" for own, its in methods.items()]
+    return f" ({'; '.join(listed)})" if listed else ""
+
+
 def test_the_parameter_table():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
@@ -29,8 +39,7 @@ def test_the_parameter_table():
         parameter = PARAMETERS[name]
         assert meaning == f"{parameter.meaning}; {parameter.expected}", name
         if parameter.default is None:
-            assert default == NO_VALUE[name], name
+            assert default == NO_VALUE[name] + others(parameter), name
         else:
-            ties, ta = (shown(parameter.default_for(method)) for method in ("fim_ties", "fim_ta"))
-            assert default == (ties if ties == ta else f"{ties} (`fim_ta`: {ta})"), name
+            assert default == shown(parameter.default) + others(parameter), name
         assert source == parameter.source, name

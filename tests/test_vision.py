@@ -95,6 +95,26 @@ def test_the_language_model_is_measured_and_all_is_merged(name, merge, tmp_path)
             assert not np.array_equal(value.numpy(), a.astype(np.float32)), key
 
 
+@pytest.mark.parametrize("name", ADDED)
+def test_a_merge_by_directions(name, merge, tmp_path):
+    """Directions are told apart in the decoder layers alone, and what isn't the language model's may be kept."""
+    base, long, _ = saved(name, tmp_path)
+    out, _ = merge.ok(config_of(base, long, method="fim_kron", other_modules="base", alpha_other=0.25))
+    _, info = AutoModelForImageTextToText.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    theta = [AutoModelForImageTextToText.from_pretrained(path).state_dict() for path in (base, long, out)]
+    told_apart = 0
+    for key, value in theta[2].items():
+        if value.is_floating_point():
+            layer = reference.decoder_layer_of(key)
+            alpha = 0.0 if not is_language(key) else 0.25 if layer is None else 0.5
+            plain = theta[0][key] + alpha * (theta[1][key] - theta[0][key])
+            is_plain = torch.allclose(value, plain, rtol=1e-4, atol=2e-5)
+            assert is_plain or (layer is not None and value.ndim > 1), key
+            told_apart += not is_plain
+    assert told_apart > 6
+
+
 @pytest.mark.parametrize("by_module", [False, True])
 @pytest.mark.parametrize("name", MODULES)
 def test_a_merge_by_ties_against_the_reference(name, by_module, merge, tmp_path):

@@ -106,6 +106,25 @@ def test_a_model_is_measured_and_merged_whole(name, merge, tmp_path):
         assert generated.shape == (1, 4)
 
 
+@pytest.mark.parametrize("name", ADDED)
+def test_a_model_is_merged_by_directions(name, merge, tmp_path):
+    """What has no factors gets α, and nothing is lost."""
+    base = zoo.build(name)
+    paths = [tiny.save(base, tmp_path / "base"), tiny.save(zoo.tuned(base), tmp_path / "long")]
+    out, _ = merge.ok(config_of(*paths) | {"merge_method": "fim_kron"})
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model, info = load(out, output_loading_info=True)
+    assert not any(info.values()), info
+    theta0, theta1 = (load(path).state_dict() for path in paths)
+    for key, value in model.state_dict().items():
+        if value.is_floating_point():
+            assert value.isfinite().all(), key
+            if value.ndim < 2 or reference.layer_of(key) is None:
+                plain = theta0[key] + 0.5 * (theta1[key] - theta0[key])
+                torch.testing.assert_close(value, plain, rtol=1e-4, atol=2e-5, msg=key)
+    assert reference.report(out)["kron"]["models"][0]["layers"]
+
+
 def test_slices_take_what_is_added_along(merge, tmp_path):
     """The layer with experts twice: each of the two has those of its source, by its source's α."""
     base = zoo.build("deepseek_v3")

@@ -1,18 +1,25 @@
-"""Every parameter of the two methods: name, type, legal values, default, and whose choice the default is."""
+"""Every parameter of the methods: name, type, legal values, default, and whose choice the default is."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from mergekit_fim.coefficients import MAPPINGS
 from mergekit_fim.errors import FimError, shown
 
-METHODS = ("fim_ties", "fim_ta")
+METHODS = ("fim_ties", "fim_ta", "fim_kron")
+BY_LAYER = METHODS[:2]  # those that weigh a layer by one number
 LABELS = ("inputs", "sampled")
+TEXTS = ("random",)
+FACTORS = ("inputs", "both")
 OTHER_MODULES = ("merge", "base", "tuned")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+# How many tokens fim_kron's factors are of.
+KRON_SAMPLES, KRON_SEQ_LEN = 8, 64
 
 
 class Scope(Enum):
@@ -35,11 +42,16 @@ class Parameter:
     default: Any
     source: str
     meaning: str
-    default_ta: Any = None  # the default in fim_ta, where it is another one
+    others: Mapping[str, Any] = field(default_factory=dict)  # the defaults of methods that have another one
+    methods: tuple[str, ...] = METHODS  # those in which it has a meaning
 
     def default_for(self, method: str) -> Any:
         """The default in one of `METHODS`."""
-        return self.default_ta if method == "fim_ta" and self.default_ta is not None else self.default
+        return self.others.get(method, self.default)
+
+    def scope_in(self, method: str) -> Scope:
+        """Where it has a meaning in one of `METHODS`: fim_kron trims what the models' task vectors became together."""
+        return Scope.TENSOR if method == "fim_kron" and self.name == "density" else self.scope
 
     def parse(self, value: Any) -> Any:
         """The checked value.
@@ -78,41 +90,55 @@ def _convert(value: Any, kind: type) -> Any:
 
 def _parameters() -> dict[str, Parameter]:
     merge, tensor, model = Scope.MERGE, Scope.TENSOR, Scope.MODEL
+    kron = ("fim_kron",)
     # fmt: off
     table = [
         Parameter("fisher", str, "a file, or user/repo or user/repo/FILE on the Hub", bool, merge, None, "ours",
-                  "a saved measurement to use instead of measuring"),
+                  "a saved measurement to use instead of measuring; in fim_kron files of factors, separated by commas"),
         Parameter("fisher_cache", bool, "true or false", lambda v: True, merge, True, "ours",
-                  "keep the measurement for the next merge on this base, and use what was kept"),
+                  "keep the measurement for the next merge of these models, and use what was kept"),
         Parameter("fisher_samples", int, "a whole number of at least 1", lambda v: v >= 1, merge, 8, "paper",
-                  "number N of random-token sequences"),
+                  "number N of random-token sequences", {"fim_kron": KRON_SAMPLES}),
         Parameter("fisher_seq_len", int, "a whole number of at least 2", lambda v: v >= 2, merge, 64, "paper",
-                  "tokens T per sequence"),
+                  "tokens T per sequence", {"fim_kron": KRON_SEQ_LEN}),
         Parameter("fisher_seed", int, "a whole number from 0 to 2^63 − 1", lambda v: 0 <= v < 2**63, merge, 0, "ours",
                   "seed of the random tokens (mergekit's --random-seed doesn't change them)"),
         Parameter("fisher_labels", str, "`inputs` or `sampled`", lambda v: v in LABELS, merge, "inputs", "ours",
                   "what is predicted: the next random token (empirical Fisher), or a token drawn from the model's "
                   "own distribution (a one-sample estimate of the true Fisher)"),
+        Parameter("fisher_text", str, "`random`", lambda v: v in TEXTS, merge, "random", "ours",
+                  "fim_kron: what the models are run on: random tokens", methods=kron),
+        Parameter("factors", str, "`inputs` or `both`", lambda v: v in FACTORS, merge, "inputs", "ours",
+                  "fim_kron: what weighs a linear layer's directions: its inputs, or also the gradients at its outputs",
+                  methods=kron),
+        Parameter("damping", float, "a number in (0, 1]", lambda v: 0 < v <= 1, merge, 1e-3, "ours",
+                  "fim_kron: what is added to the diagonal of every factor, as a part of its mean", methods=kron),
         Parameter("sharpness", float, "a finite number", math.isfinite, merge, 1.0, "ours",
-                  "slope of the sigmoid; 0 is the uniform merge, a negative one turns the mapping round"),
+                  "slope of the sigmoid; 0 is the uniform merge, a negative one turns the mapping round",
+                  methods=BY_LAYER),
         Parameter("mapping", str, "`centred` or `anchored`", lambda v: v in MAPPINGS, merge, "centred", "ours",
                   "where the sigmoid has its middle: at the mean log-score, or at the largest, which leaves that layer "
-                  "half-way and the others above (with `alpha_mean` both are the same)"),
+                  "half-way and the others above (with `alpha_mean` both are the same)", methods=BY_LAYER),
         Parameter("alpha_mean", float, "a number in (0, 1)", lambda v: 0 < v < 1, merge, None, "ours",
-                  "moves the sigmoid's centre so that the layers' α average to this"),
-        Parameter("alpha_min", float, "a finite number", math.isfinite, merge, 0.0, "ours", "lower end of α"),
-        Parameter("alpha_max", float, "a finite number", math.isfinite, merge, 1.0, "ours", "upper end of α"),
+                  "moves the sigmoid's centre so that the layers' α average to this; in fim_kron α itself",
+                  {"fim_kron": 0.5}),
+        Parameter("alpha_min", float, "a finite number", math.isfinite, merge, 0.0, "ours", "lower end of α",
+                  methods=BY_LAYER),
+        Parameter("alpha_max", float, "a finite number", math.isfinite, merge, 1.0, "ours", "upper end of α",
+                  methods=BY_LAYER),
         Parameter("alpha_other", float, "a finite number", math.isfinite, merge, None, "ours",
                   "α of the tensors outside the decoder layers (default: the mean of the layers' α)"),
         Parameter("gate_scale", float, "a finite number of at least 0", lambda v: math.isfinite(v) and v >= 0, tensor,
-                  0.7, "paper", "gate protection: α of the MLP gate projection is multiplied by this", default_ta=1.0),
+                  0.7, "paper", "gate protection: α of the MLP gate projection is multiplied by this",
+                  {"fim_ta": 1.0, "fim_kron": 1.0}),
         Parameter("norm_tolerance", float, "a finite number of at least 0 (0 switches it off)",
                   lambda v: math.isfinite(v) and v >= 0, tensor, 0.05, "paper",
-                  "norm calibration: a merged tensor whose norm is off by more than this is rescaled", default_ta=0.0),
+                  "norm calibration: a merged tensor whose norm is off by more than this is rescaled",
+                  {"fim_ta": 0.0, "fim_kron": 0.0}),
         Parameter("lambda", float, "a finite number", math.isfinite, tensor, 1.0, "mergekit",
                   "factor of the whole merged task vector"),
         Parameter("normalize", bool, "true or false", lambda v: True, tensor, True, "mergekit",
-                  "divide by the sum of the models' weights", default_ta=False),
+                  "divide by the sum of the models' weights", {"fim_ta": False}),
         Parameter("other_modules", str, "`merge`, `base` or `tuned`", lambda v: v in OTHER_MODULES, tensor, "merge",
                   "ours", "what becomes of all that isn't the language model's (vision or audio tower, projector): "
                   "merged, by the α outside the decoder layers, or kept as in the base or in the fine-tuned model"),
@@ -124,9 +150,9 @@ def _parameters() -> dict[str, Parameter]:
                   "the model's weight beside the other fine-tuned models"),
         Parameter("density", float, "a number in (0, 1]", lambda v: 0 < v <= 1, model, None, "paper",
                   "fraction of each task vector's entries that is kept (0.2 below 3 billion base parameters, "
-                  "else 0.4)"),
+                  "else 0.4); in fim_kron of the merged task vector's", {"fim_kron": 1.0}),
         Parameter("alpha", float, "a finite number", math.isfinite, model, None, "ours",
-                  "sets α by hand; with it on every model there is no pre-pass"),
+                  "sets α by hand; with it on every model there is no pre-pass but fim_kron's"),
     ]
     # fmt: on
     return {parameter.name: parameter for parameter in table}

@@ -20,6 +20,21 @@ from mergekit_fim.errors import FimError, brief, shown
 
 
 @dataclass(frozen=True)
+class KronSettings:
+    """What only fim_kron has; `config.parameters` says what it means.
+
+    Attributes:
+        text: `random` or `own`.
+        factors: `inputs` or `both`.
+        damping: a part of the mean diagonal.
+    """
+
+    text: str
+    factors: str
+    damping: float
+
+
+@dataclass(frozen=True)
 class Settings:
     """The settings of the pre-pass: one value each for the whole merge.
 
@@ -30,6 +45,7 @@ class Settings:
         cache: whether measurements are kept and used again.
         mapping: how scores become coefficients.
         alpha_other: the coefficient outside the decoder layers; None for the mean of theirs.
+        kron: None for the other methods.
     """
 
     fisher: FisherSettings
@@ -38,6 +54,7 @@ class Settings:
     cache: bool
     mapping: coefficients.Mapping
     alpha_other: float | None
+    kron: KronSettings | None = None
 
 
 # Where a `parameters:` mapping of a merge config stands, in words; its values; and what may stand there.
@@ -144,7 +161,7 @@ def read_settings(config: MergeConfiguration) -> Settings:
             _check_parameter(name, setting, where, scope, config.merge_method)
     given = config.parameters or {}
     values = {
-        name: parameter.parse(given[name]) if name in given else parameter.default
+        name: parameter.parse(given[name]) if name in given else parameter.default_for(config.merge_method)
         for name, parameter in PARAMETERS.items()
         if parameter.scope is Scope.MERGE
     }
@@ -158,21 +175,34 @@ def read_settings(config: MergeConfiguration) -> Settings:
         values["fisher_samples"], values["fisher_seq_len"], values["fisher_seed"], values["fisher_labels"]
     )
     by_user = frozenset(name for name in vars(fisher) if f"fisher_{name}" in given)
-    return Settings(fisher, by_user, values["fisher"], values["fisher_cache"], mapping, values["alpha_other"])
+    kron = None
+    if config.merge_method == "fim_kron":
+        kron = KronSettings(values["fisher_text"], values["factors"], values["damping"])
+        if kron.factors == "inputs" and "labels" in by_user:
+            raise FimError(
+                "the top-level parameters: `fisher_labels` has no effect in fim_kron with `factors: inputs`, which "
+                "predicts nothing; leave it out, or set `factors: both`"
+            )
+    return Settings(fisher, by_user, values["fisher"], values["fisher_cache"], mapping, values["alpha_other"], kron)
 
 
 def _check_parameter(name: str, setting: Any, where: str, scope: Scope, method: str) -> None:
     parameter = PARAMETERS.get(name)
     if parameter is None:
-        near = difflib.get_close_matches(name, PARAMETERS, n=1)
-        hint = f"did you mean `{near[0]}`?" if near else f"{method} knows {', '.join(PARAMETERS)}"
+        known = [own.name for own in PARAMETERS.values() if method in own.methods]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"{method} knows {', '.join(known)}"
         raise FimError(f"{where}: unknown parameter `{brief(name)}`; {hint}")
+    if method not in parameter.methods:
+        raise FimError(
+            f"{where}: `{name}` has no meaning in {method}, only in {' and '.join(parameter.methods)}; leave it out"
+        )
     if scope is not Scope.MERGE:
         if parameter.scope is Scope.MERGE:
             raise FimError(
                 f"{where}: `{name}` is one value for the whole merge; move it to the top-level `parameters:`"
             )
-        if parameter.scope is Scope.TENSOR and scope is Scope.MODEL:
+        if parameter.scope_in(method) is Scope.TENSOR and scope is Scope.MODEL:
             raise FimError(f"{where}: `{name}` has no effect on a single model; set it {Scope.TENSOR.value} instead")
     if parameter.scope is Scope.MERGE and isinstance(setting, (list, ConditionalParameter)):
         raise FimError(

@@ -26,7 +26,7 @@ def twin(
 ) -> tuple[dict[str, Any], MergeConfiguration]:
     """The merge of the same models by another method, at the same strength.
 
-    What `alpha_mean` is to `fim_ties` and `fim_ta`, `t` is to slerp and `weight` to mergekit's other methods: each
+    What `alpha_mean` is to this package's methods, `t` is to slerp and `weight` to mergekit's other methods: each
     model's weight of the config times that, with `normalize: false`, as the weight of a single model means nothing
     otherwise. Where a config normalises the weights of several models, its twin does so too, and has its strength in
     `lambda`, the factor of what they come to. A method that takes no base as such, as `linear`, gets it as one model

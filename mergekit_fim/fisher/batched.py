@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,12 @@ from mergekit_fim.fisher.samples import Samples
 from mergekit_fim.fisher.weights import ResidentWeights, Weights, replaced
 from mergekit_fim.models.language import decoder
 from mergekit_fim.norms import squared_norm
+
+# (number of a decoder layer, the layer, which has its weights) -> a context for its forward pass
+Watch = Callable[[int, nn.Module], contextlib.AbstractContextManager[object]]
+
+T = TypeVar("T")
+W = TypeVar("W", bound=Watch)
 
 # Tokens in a micro-batch of more than one sequence: enough for matrix products at full speed.
 _TOKENS = 1024
@@ -52,18 +58,65 @@ def batched_engine(
             be run this way at all.
         RuntimeError, MemoryError: a single sequence is too large (torch.OutOfMemoryError on an accelerator).
     """
-    weights = weights or ResidentWeights()
-    count, length = samples.input_ids.shape
-    device = weights.rows(model.get_input_embeddings(), slice(0, 1)).device
-    size = wanted = micro_batch(count, length, device.type, tokens)
-    model.requires_grad_(False)
+    run = _Run(model, layers, weights or ResidentWeights(), progress)
+    return torch.cat(_by_micro_batches(run, samples, run.measure, warn, tokens))
+
+
+def watch_layers(
+    model: PreTrainedModel,
+    layers: Sequence[nn.Module],
+    samples: Samples,
+    progress: Callable[[int], object],
+    weights: Weights,
+    warn: Callable[[str], object],
+    watcher: Callable[[], W],
+    *,
+    backward: bool,
+) -> list[W]:
+    """Run the decoder layers one by one with their weights, and have them watched; see `batched_engine` for the rest.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        layers: its decoder layers.
+        samples: the sequences.
+        progress: called with the number of steps that are done, one or, with `backward`, two per layer and sequence.
+        weights: where the model's weights are.
+        warn: told where memory runs short.
+        watcher: makes what watches one micro-batch. It is entered around a layer's forward pass; with `backward` that
+            is the one which autograd goes back through, with the gradients of each sequence's sum of next-token losses.
+        backward: also the backward pass, as the engine does it; without it there is no output head either.
+
+    Returns:
+        The watchers of all micro-batches, in the order of the sequences.
+    """
     run = _Run(model, layers, weights, progress)
-    parts: list[torch.Tensor] = []
+
+    def work(part: Samples, device: torch.device) -> W:
+        run.watch = made = watcher()
+        (run.measure if backward else run.forward)(part, device)
+        return made
+
+    return _by_micro_batches(run, samples, work, warn)
+
+
+def _by_micro_batches(
+    run: "_Run",
+    samples: Samples,
+    work: Callable[[Samples, torch.device], T],
+    warn: Callable[[str], object],
+    tokens: int | None = None,
+) -> list[T]:
+    """What `work` makes of one micro-batch after the other; they are halved where memory runs out."""
+    count, length = samples.input_ids.shape
+    device = run.weights.rows(run.embedding, slice(0, 1)).device
+    size = wanted = micro_batch(count, length, device.type, tokens)
+    run.model.requires_grad_(False)
+    parts: list[T] = []
     start = 0
     try:
         while start < count:
             try:
-                parts.append(run.measure(samples.part(start, start + size), device))
+                parts.append(work(samples.part(start, start + size), device))
             except (FimError, NotSupportedError, OSError):
                 raise
             except Exception as error:  # a model's own code raises anything
@@ -79,9 +132,9 @@ def batched_engine(
     if size < wanted:
         warn(
             f"memory ran short for {wanted} sequences at a time, {size} at a time were measured in the end: the last "
-            "digits of the Fisher information may differ from those with enough memory"
+            "digits may differ from those with enough memory"
         )
-    return torch.cat(parts)
+    return parts
 
 
 def micro_batch(sequences: int, length: int, device_type: str, tokens: int | None = None) -> int:
@@ -94,9 +147,14 @@ class _Run:
     """The measurement of one model, a micro-batch at a time."""
 
     def __init__(
-        self, model: PreTrainedModel, layers: Sequence[nn.Module], weights: Weights, progress: Callable[[int], object]
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[nn.Module],
+        weights: Weights,
+        progress: Callable[[int], object],
     ) -> None:
         self.model, self.weights, self.progress = model, weights, progress
+        self.watch: Watch | None = None
         self.embedding: Any = model.get_input_embeddings()
         self.head: Any = model.get_output_embeddings()
         self.base = model.base_model if model.base_model is not model else decoder(model)[1]  # Llama 4's is itself
@@ -135,6 +193,16 @@ class _Run:
         if (self.norms < 0).any():
             raise NotSupportedError  # no gradient came to some layer
         return self.norms / (ids.shape[1] - 1) ** 2  # the gradients were those of the sum over the positions
+
+    def forward(self, samples: Samples, device: torch.device) -> None:
+        """One micro-batch, only forward: every layer is watched, and nothing is kept."""
+        ids = samples.input_ids.to(device)
+        self.norms = torch.zeros(len(ids), 0)
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(replaced(layer.module, partial(_watched, layer)))
+            stack.enter_context(replaced(self.embedding, self._embed))
+            self._forward(ids)
 
     def _forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """The hidden states that go into the head, and what the model without the head gave."""
@@ -221,6 +289,15 @@ def _checkpointed(layer: "_Layer", _original: Callable[..., Any], *args: Any, **
     return tree_unflatten(results, call.result_spec)
 
 
+def _watched(layer: "_Layer", _original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """A decoder layer's forward pass while it is watched."""
+    assert layer.run.watch is not None
+    with layer.run.weights.layer(layer.module), layer.run.watch(layer.index, layer.module):
+        results = layer.forward(*args, **kwargs)
+    layer.run.progress(len(layer.run.norms))
+    return results
+
+
 class _Checkpoint(torch.autograd.Function):
     """A decoder layer as one node of autograd's graph."""
 
@@ -262,7 +339,17 @@ class _Layer:
             run.has_rules[self.kind] = False
 
     def backward(self, call: _LayerCall, inputs: list[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
-        """Recompute the layer, take its gradient norms, and leave the inputs' gradients in their `.grad`."""
+        """Recompute the layer, take its gradient norms, and leave the inputs' gradients in their `.grad`.
+
+        Where it is watched, there are no norms.
+        """
+        if self.run.watch is not None:
+            with torch.enable_grad(), self.run.weights.layer(self.module):
+                with self.run.watch(self.index, self.module):
+                    results = call.run(self.forward, inputs)
+                _backward(results, gradients)
+            self.run.norms[:, self.index] = 0
+            return
         has_rules = self.run.has_rules.get(self.kind)
         norms = None if has_rules is False else self._by_rules(call, inputs, gradients)
         if has_rules is None:  # the first layer of a kind is checked against autograd

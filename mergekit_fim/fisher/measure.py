@@ -3,9 +3,9 @@
 import contextlib
 import gc
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import tqdm
@@ -20,12 +20,14 @@ from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.engine import FisherEngine, ForwardError, NotSupportedError, autograd_engine
 from mergekit_fim.fisher.experts import ReachedExperts
-from mergekit_fim.fisher.loading import Placement, load_model
+from mergekit_fim.fisher.loading import LoadedModel, Placement, load_model
 from mergekit_fim.fisher.replicas import Replica, over_replicas
 from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.fisher.weights import ResidentWeights, Weights
 from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher
 from mergekit_fim.models.inputs import InputModel
+
+T = TypeVar("T")
 
 # Far beyond any use: as many take a model of 1.5 billion parameters weeks on a CPU.
 _MOST_TOKENS = 1 << 24
@@ -181,6 +183,56 @@ def measure_checkpoint(
     Raises:
         FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
+
+    def work(loaded: LoadedModel, whole: bool) -> FisherMeasurement:
+        return measure(
+            loaded.model,
+            loaded.layers,
+            settings,
+            engine=reference if whole else engine,
+            reference=reference,
+            weights=loaded.weights,
+            replicas=loaded.replicas,
+            name=str(base),
+            quiet=options.quiet,
+        )
+
+    found, warnings = with_model(
+        base, settings, dtype, options, work, running=running, sequences=settings.samples, beside=beside
+    )
+    return replace(found, warnings=(*warnings, *found.warnings))
+
+
+def with_model(
+    base: InputModel,
+    settings: FisherSettings,
+    dtype: str | None,
+    options: MergeOptions,
+    work: Callable[[LoadedModel, bool], T],
+    *,
+    running: torch.dtype | None = None,
+    sequences: int = 1,
+    beside: loading.Beside | None = None,
+) -> tuple[T, list[str]]:
+    """Load a model, do something with it, and let it go; again in another way where memory or digits don't suffice.
+
+    Args:
+        base: the model.
+        settings: how long its sequences are.
+        dtype: the merge's dtype, or None for the checkpoint's own.
+        options: the merge's options, which say where it runs.
+        work: is given the model, and whether all of it is in memory because it can't be run layer by layer; raises
+            `NotSupportedError` where it can't be, and `NotFiniteError`.
+        running: what to run it in; by default as `dtypes` has it.
+        sequences: how many accelerators may be of use with a replica each.
+        beside: is shown every tensor that is read whole, on the device that it is for; from several threads.
+
+    Returns:
+        What `work` returned, and what the user should know about how it was run, a line each.
+
+    Raises:
+        FimError: it can't be loaded, doesn't fit, or a value isn't finite.
+    """
     where = first = loading.placement(options)
     warnings: list[str] = []
     whole = False  # whether all of the model must be in memory
@@ -190,22 +242,11 @@ def measure_checkpoint(
         while True:
             try:
                 loaded = load_model(
-                    base, dtype, options, where, running=running, sequences=settings.samples, rows=rows, beside=beside
+                    base, dtype, options, where, running=running, sequences=sequences, rows=rows, beside=beside
                 )
                 if whole and loaded.placement.streamed:
                     raise torch.OutOfMemoryError
-                found = measure(
-                    loaded.model,
-                    loaded.layers,
-                    settings,
-                    engine=engine,
-                    reference=reference,
-                    weights=loaded.weights,
-                    replicas=loaded.replicas,
-                    name=str(base),
-                    quiet=options.quiet,
-                )
-                return replace(found, warnings=(*warnings, *found.warnings))
+                return work(loaded, whole), warnings
             except NotFiniteError:
                 assert loaded is not None
                 if loaded.model.dtype is not torch.float16:
@@ -220,10 +261,9 @@ def measure_checkpoint(
                     rows = False
                 else:
                     why = f" ({reason(error.__cause__)})" if error.__cause__ is not None else ""
-                    where, engine, whole = replace(where, streamed=False), reference, True
+                    where, whole = replace(where, streamed=False), True
                     warnings.append(
-                        f"{base} can't be run layer by layer{why}: its Fisher information was measured with all of it "
-                        "in memory"
+                        f"{base} can't be run layer by layer{why}: it was measured with all of it in memory"
                     )
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):

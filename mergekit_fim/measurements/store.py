@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.errors import FimError, reason
 from mergekit_fim.files import read_json
+from mergekit_fim.measurements.factors import FactorsSettings
 from mergekit_fim.measurements.file import from_json, write_measurement
 from mergekit_fim.measurements.record import Measurement, ModelIdentity, versions
 
@@ -90,16 +91,16 @@ def cache_folder() -> str:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """The place of one measurement in the cache, which all depends on that can change its numbers.
+    """The place of one measurement, or one file of factors, in the cache: all that can change its numbers.
 
     Attributes:
         model: what is measured.
-        settings: on which tokens.
+        settings: on which tokens; for factors also how.
         dtypes: in which the weights are read, and in which the model runs.
     """
 
     model: ModelIdentity
-    settings: FisherSettings
+    settings: FisherSettings | FactorsSettings
     dtypes: tuple[str, str]
 
     @property
@@ -113,7 +114,8 @@ class CacheEntry:
             "versions": [made_with["mergekit-fim"], made_with["transformers"]],
         }
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-        return os.path.join(cache_folder(), f"{name}.json")
+        extension = "json" if isinstance(self.settings, FisherSettings) else "safetensors"
+        return os.path.join(cache_folder(), f"{name}.{extension}")
 
     def read(self) -> Measurement | None:
         """The kept measurement, as one of this model, or None where there is none that can be used."""

@@ -1,4 +1,4 @@
-"""mergekit's executor for `--multi-gpu`, made to lose nothing of a merge by `fim_ties` or `fim_ta`.
+"""mergekit's executor for `--multi-gpu`, made to lose nothing of a merge by this package's methods.
 
 In mergekit 0.1.5 its workers put their results into a queue, from which a thread of its own takes them as long as the
 workers run. What is in the queue when the last of them ends is lost, and made once more afterwards, on the CPU: tensors

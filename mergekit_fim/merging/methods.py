@@ -1,4 +1,4 @@
-"""The merge methods `fim_ta` and `fim_ties`, on mergekit's `GroupMergeMethod`, registered when this is imported.
+"""The merge methods, on mergekit's `GroupMergeMethod`, registered when this is imported.
 
 The merge coefficients arrive as mergekit's per-model parameter `alpha`, which has no default: whatever bypasses the
 Fisher pre-pass ends in mergekit's "Missing required parameter alpha" instead of an unweighted merge.
@@ -24,12 +24,14 @@ from mergekit.merge_methods.base import (
 
 from mergekit_fim.config.parameters import METHODS, PARAMETERS, Scope
 from mergekit_fim.errors import FimError
+from mergekit_fim.merging import directions
 from mergekit_fim.merging.gates import gate_parts
 from mergekit_fim.merging.trim import Threshold, find_threshold, runs, trim_run
 from mergekit_fim.norms import squared_norm
 
 PAPER = "https://arxiv.org/abs/2603.21705"
-_PRETTY_NAMES = {"fim_ties": "FIM-TIES", "fim_ta": "FIM Task Arithmetic"}
+SOURCE = "kron_source"  # fim_kron's: `directions.Source` as a string, which the pre-pass alone sets; see there
+_PRETTY_NAMES = {"fim_ties": "FIM-TIES", "fim_ta": "FIM Task Arithmetic", "fim_kron": "FIM-Kronecker"}
 
 
 class FimMerge(GroupMergeMethod):
@@ -141,6 +143,57 @@ class FimMerge(GroupMergeMethod):
         return merged.view(base.shape)
 
 
+class FimKron(FimMerge):
+    """`fim_kron`: every pair of a matrix' directions has a coefficient of its own; see `mergekit_fim.kron`."""
+
+    @torch.no_grad()
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        """Merge one tensor of all models, as `FimMerge` does where it has no factors.
+
+        Raises:
+            FimError: the result isn't finite, or the factors are not usable.
+        """
+        assert group.base is not None
+        base, entries, name = group.base.tensor, group.non_base, group.metadata.name or ""
+        told = [parameters[SOURCE][entry.id] for entry in entries]
+        found: list[directions.Place | None] = []
+        if parameters["other_modules"] == "merge" and told and all(told) and base.ndim > 1:
+            found = directions.places(name, [directions.Source.parse(text) for text in told])
+        if not any(found) and (parameters["density"] == 1 or not entries or parameters["other_modules"] != "merge"):
+            return super().merge_group(group, **parameters)
+        parts = shares([parameters["weight"][entry.id] for entry in entries], parameters["normalize"])
+        betas = [part * parameters["alpha"][entry.id] for part, entry in zip(parts, entries, strict=True)]
+        theta0 = base.to(torch.promote_types(base.dtype, torch.float32))
+        deltas = [entry.tensor.to(theta0.dtype) - theta0 for entry in entries]
+        try:
+            if base.ndim == 3 and found:
+                matrices = [directions.merged(at, [d[i] for d in deltas], betas) for i, at in enumerate(found)]
+                delta = torch.stack(matrices)
+            else:
+                delta = directions.merged(found[0] if found else None, deltas, betas)
+        except ValueError as error:
+            raise FimError(f"{name}: {error}; measure again, raise `damping`, or change `alpha`") from error
+        delta = delta.reshape(-1)
+        threshold = find_threshold(lambda run: delta[run].clone(), len(delta), parameters["density"], base.device)
+        merged = torch.empty_like(base).view(-1)
+        gate, others = gate_parts(name if parameters["gate_scale"] != 1 else "", base.shape)
+        for spans, scale in ((gate, parameters["gate_scale"]), (others, 1.0)):
+            moves = [parameters["lambda"] * scale * beta for beta in betas]
+            norm = torch.zeros((), dtype=torch.float64, device=base.device)
+            for run in _runs(spans, base.device):
+                values = trim_run(delta[run], run, threshold).mul_(scale * parameters["lambda"])
+                values += theta0.view(-1)[run]
+                norm += squared_norm(values)
+                merged[run] = values
+            if spans and parameters["norm_tolerance"] > 0:
+                norms = [_norm(t.reshape(-1), spans) for t in (base, *(entry.tensor for entry in entries))]
+                factor = _norm_factor(float(norm) ** 0.5, norms[0], norms[1:], moves, parameters["norm_tolerance"])
+                for run in _runs(spans, base.device) if factor != 1 else ():
+                    merged[run] *= factor
+        _check_finite(merged, name)
+        return merged.view(base.shape)
+
+
 def _runs(spans: Sequence[slice], device: torch.device) -> Iterator[slice]:
     for span in spans:
         for run in runs(span.stop - span.start, device):
@@ -164,14 +217,17 @@ def _parameter_specs(method: str) -> list[ParameterSpec]:
     """The parameters that reach the merge of a tensor, as mergekit wants them; the others belong to the pre-pass."""
     specs = []
     for parameter in PARAMETERS.values():
-        if parameter.scope is Scope.MERGE:
+        where = parameter.scope_in(method)
+        if where is Scope.MERGE:
             continue
-        scope = ParameterScope.NON_BASE if parameter.scope is Scope.MODEL else ParameterScope.SHARED
+        scope = ParameterScope.NON_BASE if where is Scope.MODEL else ParameterScope.SHARED
         default = parameter.default_for(method)
         if parameter.name == "density" and method == "fim_ta":
             default = 1.0  # accepted, without effect, as in stock task_arithmetic
         optional = {} if default is None else {"default": default}
         specs.append(ParameterSpec(parameter.name, parameter.type, scope, description=parameter.meaning, **optional))
+    if method == "fim_kron":
+        specs.append(ParameterSpec(SOURCE, str, ParameterScope.NON_BASE, description="set by the pre-pass"))
     return specs
 
 
@@ -243,7 +299,7 @@ def _register() -> None:
     known = {method.spec.name for method in registry.registered_methods()}
     for name in METHODS:
         if name not in known:
-            registry.register(FimMerge(name))
+            registry.register(FimKron(name) if name == "fim_kron" else FimMerge(name))
 
 
 _register()

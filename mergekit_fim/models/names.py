@@ -3,6 +3,7 @@
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -11,6 +12,25 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 # What a converter does that keeps entries in their order, or that mergekit does likewise.
 _PLAIN = {"Chunk", "Concatenate", "Interleave", "MergeModulelist", "Split", "SplitModulelist", "Transpose"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where transformers' loader puts a matrix of a checkpoint.
+
+    Attributes:
+        key: the parameter in the model's state dict.
+        expert: which of its matrices, where it is a stack of them.
+        turned: whether the matrix is transposed there.
+        rows: [row], which rows of the parameter are the matrix's.
+        columns: [column], likewise.
+    """
+
+    key: str
+    expert: int | None
+    turned: bool
+    rows: torch.Tensor
+    columns: torch.Tensor
 
 
 class Loading:
@@ -101,3 +121,36 @@ class Loading:
             converter.add_tensor(first, name, own, load(name))  # type: ignore[arg-type]  # what saving passes it
         made = converter.convert(first)[key]
         return made[0] if isinstance(made, list) else made
+
+    def place(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Place | None:
+        """Where a matrix of the checkpoint is put that is loaded as a part of a parameter; None where that isn't seen.
+
+        It is seen by what transformers' converters make of numbered rows, and of numbered columns; `shapes` are those
+        of the checkpoint's tensors.
+        """
+        keys = self.targets(name)
+        if len(keys) != 1 or any(len(shapes.get(source, ())) != 2 for source in self.sources.get(keys[0], ())):
+            return None
+        found = []
+        for axis in (0, 1):
+
+            def numbered(source: str, axis: int = axis) -> torch.Tensor:
+                numbers = torch.arange(1, shapes[source][axis] + 1)
+                return (numbers if source == name else -numbers).unsqueeze(1 - axis)
+
+            try:
+                made = self.read(keys[0], numbered)
+            except Exception:  # a converter that needs the values' true shape
+                return None
+            where = torch.zeros(0, 0) if made is None else (made > 0).nonzero()
+            if made is None or made.ndim not in (2, 3) or len(where) != shapes[name][axis]:
+                return None
+            found.append(where[made[tuple(where.T)].argsort()])
+        # Along which axis of the parameter the rows run, and the columns; those of one have no say.
+        runs = [{axis for axis in (-2, -1) if len(its[:, axis].unique()) > 1} for its in found]
+        turned = -1 in runs[0] or -2 in runs[1]
+        experts = {tuple(place) for its in found for place in its[:, :-2].tolist()}
+        if len(experts) != 1 or (turned and (-2 in runs[0] or -1 in runs[1])):
+            return None
+        rows, columns = (found[turned][:, -2], found[not turned][:, -1])
+        return Place(keys[0], next(iter(*experts), None), turned, rows, columns)

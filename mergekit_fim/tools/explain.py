@@ -59,6 +59,13 @@ def _cost(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
             sequences = micro_batch(settings.samples, settings.seq_len, "cpu")
             reads += (2 * math.ceil(settings.samples / sequences) - 1) * _layer_bytes(found.base)
             memory = max(memory, PRE_PASS_MEMORY + _activations(found, sequences * settings.seq_len))
+    if plan.pre_pass.kron is not None:  # a forward pass, and the task vectors
+        factors = plan.pre_pass.kron.factors
+        reads += 2 * sum(sizes[model.reference] for model in factors)
+        recorded = [file.size for file, origin in factors.values() if not origin]
+        memory = max([memory, *(PRE_PASS_MEMORY + count for count in recorded)])
+        on_disk = sum(file.size for file, _ in factors.values())
+        yield f"the factors of {len(factors)} models take {size(on_disk)} on disk"
     base = plan.pre_pass.base
     width = (dtype_from_name(plan.config.out_dtype or plan.config.dtype) or base.stored_dtype()).itemsize
     written = [width * _elements(tensor, base) for tensor in plan.tensors]

@@ -48,6 +48,19 @@ class Difference:
     of_change: float  # ‖θ_exported − θ‖ / ‖θ − θ0‖, θ0 the base's tensor
 
 
+def check_exportable(method: str) -> None:
+    """Check that stock mergekit has a method for it, before the work of planning.
+
+    Raises:
+        FimError: it hasn't.
+    """
+    if method == "fim_kron":
+        raise FimError(
+            "fim_kron can't be exported: a config for stock mergekit has one coefficient for a whole tensor, not one "
+            "for each of its directions; merge by `mergekit-yaml` or `mergekit-fim merge`"
+        )
+
+
 def export(plan: MergePlan, options: MergeOptions) -> Export:
     """Write a planned merge as one of mergekit's own methods.
 
@@ -56,8 +69,9 @@ def export(plan: MergePlan, options: MergeOptions) -> Export:
     gate protection included.
 
     Raises:
-        FimError: stock mergekit can't plan the exported config.
+        FimError: stock mergekit has no such method (`fim_kron`), or can't plan the exported config.
     """
+    check_exportable(plan.config.merge_method)
     config = plan.config.model_copy(deep=True)
     config.merge_method = STOCK_METHODS[plan.config.merge_method]
     config.parameters, config.modules = {"normalize": False}, None

@@ -79,13 +79,13 @@ class MergePlan:
 
     @property
     def inputs(self) -> Mapping[ModelReference, InputModel]:
-        """The models of a merge by `fim_ties` or `fim_ta`, the base first."""
+        """The models of a merge by this package's methods, the base first."""
         assert self.pre_pass is not None
         return self.pre_pass.inputs
 
     @property
     def slices(self) -> list[OutputSliceDefinition]:
-        """The slices of the module that has the decoder layers, of a merge by `fim_ties` or `fim_ta`."""
+        """The slices of the module that has the decoder layers, of a merge by this package's methods."""
         return (self.config.modules or {})[next(iter(self.inputs.values())).layout.stack].slices or []
 
 
@@ -103,7 +103,7 @@ def _check(config: MergeConfiguration, options: MergeOptions) -> None:
 
 
 def plan_merge(config: MergeConfiguration, options: MergeOptions) -> MergePlan:
-    """Plan a merge of any method, its config left as it is; for `fim_ties` and `fim_ta` that runs the Fisher pre-pass.
+    """Plan a merge of any method, its config left as it is; for this package's that runs the pre-pass.
 
     Raises:
         FimError: the merge would fail before its first tensor.

@@ -104,6 +104,8 @@ def draw(report: Mapping[str, Any]) -> "Figure | None":
     """
     from matplotlib.figure import Figure
 
+    if "kron" in report:
+        return _draw_kron(report)
     bases = {report["base_model"]: report["fisher"], **report["fisher_of_other_bases"]}
     bases = {name: part["layers"] for name, part in bases.items() if part}
     models = [model for model in report["models"] if model["layers"]]
@@ -122,6 +124,12 @@ def draw(report: Mapping[str, Any]) -> "Figure | None":
         _draw_norms(panels[1], models)
         _draw_alphas(panels[2], models, outside)
         ticks[outside] = "outside"
+    _dress(panels, ticks)
+    return figure
+
+
+def _dress(panels: "Sequence[Axes]", ticks: Mapping[float, str]) -> None:
+    """Grid, spines and ticks as all our figures have them, over the decoder layers."""
     for panel in panels:
         panel.grid(True, color="#DDDDDD", linewidth=0.6)
         panel.set_axisbelow(True)
@@ -130,6 +138,46 @@ def draw(report: Mapping[str, Any]) -> "Figure | None":
             panel.spines[side].set_visible(False)
     panels[-1].set_xlabel("decoder layer", color=INK)
     panels[-1].set_xticks(list(ticks), list(ticks.values()))
+
+
+def _draw_kron(report: Mapping[str, Any]) -> "Figure":
+    """A strip for each layer, of attention and of MLP: from the least coefficient to the largest, ± std., and the mean.
+
+    The dotted line is what all that has no factors gets.
+    """
+    from matplotlib.figure import Figure
+
+    models, parts = report["kron"]["models"], ("attention", "mlp")
+    figure = Figure(figsize=(8.0, 0.8 + 2.5 * len(parts)), layout="constrained")
+    panels: list[Axes] = list(figure.subplots(len(parts), 1, sharex=True, squeeze=False)[:, 0])
+    figure.suptitle(f"{report['method']} into {_short(report['base_model'])}", color=INK, fontsize=11)
+    names = _short_names([model["model"] for model in models])
+    last = max(layer.get("base_index", layer["index"]) for model in models for layer in model["layers"])
+    thick = 0.7 / len(models)
+    for panel, part in zip(panels, parts, strict=True):
+        for i, (model, name, (colour, marker, _)) in enumerate(zip(models, names, _styles(len(models)), strict=True)):
+            strips = [
+                (layer.get("base_index", layer["index"]), layer["beta"], layer["parts"][part])
+                for layer in model["layers"]
+                if part in layer["parts"]
+            ]
+            x = [index + thick * (i - (len(models) - 1) / 2) for index, _, _ in strips]
+            least, most = ([strip[key] for _, _, strip in strips] for key in ("least", "largest"))
+            low = [max(strip["least"], strip["mean"] - strip["std"]) for _, _, strip in strips]
+            high = [min(strip["largest"], strip["mean"] + strip["std"]) for _, _, strip in strips]
+            for bottom, top, opacity in ((least, most, 0.3), (low, high, 0.75)):
+                height = [b - a for a, b in zip(bottom, top, strict=True)]
+                label = name if opacity > 0.5 else None
+                panel.bar(x, height, 0.8 * thick, bottom, linewidth=0, color=colour, alpha=opacity, label=label)
+            means = [strip["mean"] for _, _, strip in strips]
+            panel.plot(x, means, marker, color="white", markeredgecolor=INK, markersize=4)
+            betas = [beta for _, beta, _ in strips]
+            panel.hlines(betas, [at - 0.5 * thick for at in x], [at + 0.5 * thick for at in x], INK, ":", linewidth=1.2)
+        panel.set_ylim(-0.03, 1.03)
+        panel.set_ylabel(f"{part}\ncoefficients α", color=INK)
+    if len(models) > 1:
+        panels[0].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(models))
+    _dress(panels, {layer: str(layer) for layer in range(0, last + 1, math.ceil((last + 1) / 15))})
     return figure
 
 

@@ -1,0 +1,88 @@
+"""What the user sees of a pre-pass of `fim_kron`: what the directions of each layer's matrices get."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from mergekit_fim.errors import size, wrapped
+from mergekit_fim.kron import Spread
+from mergekit_fim.result import Kron, KronLayer
+
+PARTS = ("attention", "mlp")
+
+
+def table(kron: Kron) -> Iterator[str]:
+    """Which factors were used, and one table per fine-tuned model."""
+    for model, (file, origin) in kron.factors.items():
+        its = file.settings
+        labels = f", labels: {its.labels}" if its.kind == "both" else ""
+        yield from wrapped(
+            f"Kronecker factors of {model} ({'inputs alone' if its.kind == 'inputs' else 'inputs and gradients'}) on "
+            f"{its.samples} × {its.seq_len} {its.text} tokens (seed {its.seed}{labels}, in {its.dtype}), "
+            f"{size(file.size)}"
+        )
+        if origin:
+            yield from wrapped(f"({origin})")
+    for its_model in kron.models:
+        yield ""
+        if len(kron.models) > 1:
+            yield from wrapped(f"{its_model.model} into {its_model.base}")
+        yield f"{'':>8}{'':>9}{'':>7}" + "".join(f"{f'{part}: coefficients of the directions':>38}" for part in PARTS)
+        yield f"{'layer':>8}{'‖δ‖':>9}{'α':>7}" + f"{'mean':>9}{'±':>7}{'least':>7}{'most':>7}{'number':>8}" * 2
+        for layer in its_model.layers:
+            cells = "".join(_cells(layer.spreads.get(part)) for part in PARTS)
+            yield f"{layer.pair.base_layer:>8}{math.sqrt(layer.sq_norm):>9.3g}{layer.alpha:>7.3f}{cells}"
+        yield f"{'outside':>8}{'':>9}{its_model.alpha_other:>7.3f}"
+
+
+def _cells(spread: Spread | None) -> str:
+    if spread is None:
+        return " " * 38
+    return f"{spread.mean:>9.3f}{spread.std:>7.3f}{spread.least:>7.3f}{spread.largest:>7.3f}{spread.directions:>8.0f}"
+
+
+def notes(kron: Kron) -> Iterator[str]:
+    """In words, what the table's columns are, and what has no factors."""
+    yield (
+        "of the directions that the tokens take (here at most 128 tokens of each model): the mean coefficient, its "
+        "standard deviation, the least and the largest, and how many directions are told apart; all else in the "
+        "layers, such as biases, norms and the other directions, gets α × the model's share of the weights"
+    )
+    for model, (file, _) in kron.factors.items():
+        if file.without:
+            yield f"{model}: {len(file.without)} matrices such as {file.without[0]} have no factors"
+
+
+def as_json(kron: Kron) -> dict[str, Any]:
+    """The section `kron` of the report."""
+    return {
+        "factors": [
+            {
+                **{"model": file.identity.id, "fingerprint": file.identity.fingerprint, "bytes": file.size},
+                **{"settings": dict(vars(file.settings)), "not_reached": list(file.not_reached)},
+                "without": list(file.without),
+            }
+            for file, _ in kron.factors.values()
+        ],
+        "models": [
+            {
+                "model": str(its.model),
+                "base_model": str(its.base),
+                "alpha_other": its.alpha_other,
+                "layers": [_layer(layer) for layer in its.layers],
+            }
+            for its in kron.models
+        ],
+    }
+
+
+def _layer(layer: KronLayer) -> dict[str, Any]:
+    found = {
+        "index": layer.pair.source_layer,
+        "task_vector_sq_norm": layer.sq_norm,
+        "alpha": layer.alpha,
+        "beta": layer.beta,
+        "parts": {part: dict(vars(spread)) for part, spread in layer.spreads.items()},
+    }
+    is_same = layer.pair.source_layer == layer.pair.base_layer
+    return found if is_same else found | {"base_index": layer.pair.base_layer}
