@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 import mergekit_fim
 from mergekit_fim.config.parameters import FACTORS, FLOAT_DTYPES, LABELS, PARAMETERS, FisherSettings
@@ -188,7 +189,8 @@ def fisher(
 ) -> None:
     """Measure the Fisher information of MODEL's decoder layers on random tokens, and write it to a file.
 
-    With --factors it is the Kronecker factors of each linear layer that are written, some numbers for each token.
+    With --factors it is the Kronecker factors of each linear layer that are written, some numbers for each token; of
+    fim_kron's own default number of samples, 2, unless --samples is given.
 
     MODEL is a folder or a model on the Hub, with an adapter as in mergekit: model+adapter. A merge uses the file
     instead of measuring with `parameters: {fisher: FILE}` in its config.
@@ -218,6 +220,9 @@ def fisher(
             return open_model(model, revision, merge_options)
 
         try:
+            default = click.get_current_context().get_parameter_source("samples") is ParameterSource.DEFAULT
+            if factors is not None and default:
+                samples = PARAMETERS["fisher_samples"].default_for("fim_kron")
             settings = FisherSettings(samples, seq_len, seed, labels)
             wanted: Any = (open_base, settings, dtype, merge_options)
             found: Any = None

@@ -268,7 +268,6 @@ def _factors(
             dtype,
             launched.options_of_process(options),
             kind=settings.kron.factors,
-            text=settings.kron.text,
             samples=samples,
             saved=saved,
             cache=settings.cache,

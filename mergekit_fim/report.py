@@ -223,7 +223,7 @@ def _settings(pre_pass: PrePass) -> dict[str, Any]:
     own = vars(settings.mapping) | {"alpha_other": settings.alpha_other}
     if settings.kron is not None:
         its = settings.kron
-        own |= {"fisher_text": its.text, "factors": its.factors, "damping": its.damping}
+        own |= {"factors": its.factors, "damping": its.damping}
     return {
         "fisher": settings.saved,
         **{f"fisher_{key}": value for key, value in vars(settings.fisher).items()},

@@ -134,7 +134,7 @@ def merge_tensor(method, theta0, thetas, alphas, weights, densities, gate, toler
     return merged
 
 
-def linear_rows(path: Path, samples=8, seq_len=64, seed=0, vocab=None, dtype=torch.float32) -> dict:
+def linear_rows(path: Path, samples=2, seq_len=64, seed=0, vocab=None, dtype=torch.float32) -> dict:
     """By weight name, [token, input] and [token, output]: a linear layer's inputs, and the gradients at its outputs.
 
     The gradients are those of the sum of each sequence's next-token losses.

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 import mergekit_fim
 from mergekit_fim import measured_factors as measuring
 from mergekit_fim.cli import main
-from mergekit_fim.config.parameters import FisherSettings
+from mergekit_fim.config.parameters import KRON_SAMPLES, KRON_SEQ_LEN, FisherSettings
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher import batched
 from mergekit_fim.fisher import factors as recording
@@ -521,6 +521,14 @@ def test_the_commands_record_and_compare(pair, tmp_path):
         assert cosine == pytest.approx(wanted, rel=1e-4)
     same = mergekit_fim.compare_factors(FactorsFile.open(files[0]), FactorsFile.open(files[0]))
     assert all(value == pytest.approx(1) for its in same.values() for _, values in its for value in values)
+
+
+def test_the_command_has_the_default_of_fim_kron(pair, tmp_path):
+    file = tmp_path / "factors.safetensors"
+    result = run("fisher", pair.base, "--factors", "inputs", "-o", file)
+    assert result.exit_code == 0, result.output
+    its = FactorsFile.open(file).settings
+    assert (its.samples, its.seq_len) == (KRON_SAMPLES, KRON_SEQ_LEN)
 
 
 def test_what_cannot_be_compared_ends_in_one_line(pair, tmp_path):

@@ -214,7 +214,6 @@ BAD = {
     "labels": ({"fisher_labels": "sampled"}, "`fisher_labels` has no effect in fim_kron with `factors: inputs`"),
     "damping": ({"damping": 0}, "`damping` must be a number in (0, 1], found 0"),
     "factors": ({"factors": "outputs"}, "`factors` must be `inputs` or `both`, found 'outputs'"),
-    "text": ({"fisher_text": "mine"}, "`fisher_text` must be `random`, found 'mine'"),
     "source": ({"kron_source": "x"}, "unknown parameter `kron_source`"),
     "too much": ({"alpha": 1.2}, "sum up to at most 1, found 1.2"),
     "below nothing": ({"alpha": [{"filter": "q_proj", "value": -0.1}]}, "q_proj.weight: expected coefficients"),
@@ -236,10 +235,10 @@ def test_density_of_one_model_is_refused(pair, merge):
     ends_in_one_line(result, "`density` has no effect on a single model", absent=target)
 
 
-@pytest.mark.parametrize("name", ["factors", "damping", "fisher_text"])
+@pytest.mark.parametrize("name", ["factors", "damping"])
 @pytest.mark.parametrize("method", ["fim_ta", "fim_ties"])
 def test_the_other_methods_refuse_its_parameters(name, method, pair, merge):
-    value = {"factors": "both", "damping": 0.1, "fisher_text": "random"}[name]
+    value = {"factors": "both", "damping": 0.1}[name]
     target, result = merge(config_for(pair, method, parameters={name: value}))
     ends_in_one_line(result, f"`{name}` has no meaning in {method}, only in fim_kron", absent=target)
 

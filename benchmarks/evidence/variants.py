@@ -180,6 +180,8 @@ VARIANTS: dict[str, Variant] = {
     ),
     "Fisher merging, both ends": Variant(functools.partial(entries.diagonal_fisher_merge, inputs=PAPER)),
     # This package's
+    "fim_kron": ours("fim_kron"),
+    "fim_kron both factors": ours("fim_kron", factors="both"),
     "fim_ta": ours("fim_ta"),
     "fim_ta sharpness -1": ours("fim_ta", sharpness=-1.0),
     "fim_ta sharpness 0": ours("fim_ta", sharpness=0.0),
@@ -281,6 +283,8 @@ LISTED = (
     "top singular pair, density 0.05",
     "δ² / (F + mean F), density 0.02",
     "Fisher merging, both ends",
+    "fim_kron",
+    "fim_kron both factors",
 )
 
 

@@ -24,12 +24,10 @@ class KronSettings:
     """What only fim_kron has; `config.parameters` says what it means.
 
     Attributes:
-        text: `random` or `own`.
         factors: `inputs` or `both`.
         damping: a part of the mean diagonal.
     """
 
-    text: str
     factors: str
     damping: float
 
@@ -177,7 +175,7 @@ def read_settings(config: MergeConfiguration) -> Settings:
     by_user = frozenset(name for name in vars(fisher) if f"fisher_{name}" in given)
     kron = None
     if config.merge_method == "fim_kron":
-        kron = KronSettings(values["fisher_text"], values["factors"], values["damping"])
+        kron = KronSettings(values["factors"], values["damping"])
         if kron.factors == "inputs" and "labels" in by_user:
             raise FimError(
                 "the top-level parameters: `fisher_labels` has no effect in fim_kron with `factors: inputs`, which "
