@@ -68,6 +68,8 @@ GOOD = {
     "weight": st.floats(-2, 2),
     "density": st.floats(1e-3, 1),
     "alpha": st.floats(-1, 2),
+    "damping": st.floats(1e-4, 1),
+    "factors": st.sampled_from(["inputs", "both"]),
 }
 
 
@@ -168,7 +170,9 @@ def check_plan(config: MergeConfiguration) -> bool:
             assert math.isfinite(tensor.per_model("weight")[model])
             layer = reference.layer_of(tensor.sources()[model].name)
             by_hand = [m.alpha for m in pre_pass.models if m.model.reference == model] != [None]
-            if layer is not None and not by_hand:
+            if layer is not None and not by_hand and pre_pass.kron is not None:
+                assert alpha == mapping.alpha_mean
+            elif layer is not None and not by_hand:
                 (found,) = [m for c in pre_pass.coefficients for m in c.models if m.model.reference == model]
                 assert alpha == found.alphas[[pair.source_layer for pair in found.pairs].index(layer)]
     return True

@@ -9,7 +9,7 @@ import zipfile
 import pytest
 from conftest import Environment, config_for, ends_in_one_line, make_environment, pip
 
-REGISTERED = "from mergekit import merge_methods as m; print([x.spec.name for x in m.registered_methods()][-2:])"
+REGISTERED = "from mergekit import merge_methods as m; print([x.spec.name for x in m.registered_methods()][-3:])"
 
 
 def names(environment: Environment, *flags: str, before: str = "", **options) -> str:
@@ -30,10 +30,10 @@ def test_install_and_uninstall(editable, source, tmp_path):
     assert "fim" not in names(environment)
     mode = ["--editable"] if editable else []
     pip(environment, "install", "--no-deps", "--no-build-isolation", "--quiet", *mode, str(source))
-    assert names(environment) == "['fim_ties', 'fim_ta']"
+    assert names(environment) == "['fim_ties', 'fim_ta', 'fim_kron']"
     where = environment.run("-c", "import mergekit_fim; print(mergekit_fim.__file__)").stdout
     assert where.startswith(str(source)) is editable
-    assert names(environment, env={"MERGEKIT_FIM_DISABLE": "1"}).startswith("['della'")
+    assert names(environment, env={"MERGEKIT_FIM_DISABLE": "1"}).endswith("'della', 'della_linear']")
     pip(environment, "uninstall", "--yes", "--quiet", "mergekit-fim")
     assert "fim" not in names(environment)
     assert files(environment) == before
@@ -65,7 +65,7 @@ def test_the_start_file_names_a_callable(installed):
         "pkgutil.resolve_name(open(sys.argv[1]).read().strip())(); "
     )
     done = installed.run("-c", code + REGISTERED, str(installed.site_packages / "mergekit_fim.start"))
-    assert done.stdout.strip() == "['fim_ties', 'fim_ta']"
+    assert done.stdout.strip() == "['fim_ties', 'fim_ta', 'fim_kron']"
 
 
 def test_start_up_imports_nothing_heavy(installed):
@@ -81,11 +81,11 @@ def test_start_up_imports_nothing_heavy(installed):
 def test_where_site_does_not_run(installed):
     """`python -S`, and folders on PYTHONPATH: importing the package first does it, and so does importing it late."""
     path = f"import sys; sys.path[:0] = {[str(installed.site_packages), *sys.path]!r}; "
-    assert names(installed, "-S", before=path + "import mergekit_fim; ") == "['fim_ties', 'fim_ta']"
+    assert names(installed, "-S", before=path + "import mergekit_fim; ") == "['fim_ties', 'fim_ta', 'fim_kron']"
     late = (
         path + "import mergekit.plan, mergekit_fim; assert mergekit.plan.MergePlanner.normalize_config.mergekit_fim; "
     )
-    assert names(installed, "-S", before=late) == "['fim_ties', 'fim_ta']"
+    assert names(installed, "-S", before=late) == "['fim_ties', 'fim_ta', 'fim_kron']"
     assert "fim" not in names(installed, "-S", before=path)
 
 

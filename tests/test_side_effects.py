@@ -38,7 +38,7 @@ parameters = {"weight": 0.6, "t": 0.3, "density": 0.5, "gamma": 0.1, "epsilon": 
 for method in registered_methods():
     spec, contract = method.spec, method.spec.contract
     print(spec.name, flush=True)
-    if spec.name in ("fim_ties", "fim_ta"):
+    if spec.name in ("fim_ties", "fim_ta", "fim_kron"):
         continue
     needs_base = contract.base.value == "required"
     count = min(2, (contract.max_inputs or 3) - needs_base)
@@ -54,7 +54,7 @@ for method in registered_methods():
         config["models"].insert(0, {"model": base})
     options = MergeOptions(quiet=True, copy_tokenizer=False, random_seed=3)
     run_merge(MergeConfiguration.model_validate(config), f"{out}/{spec.name}", options)
-assert ("mergekit_fim.merging.methods" in sys.modules) == (spec.name == "fim_ta")
+assert ("mergekit_fim.merging.methods" in sys.modules) == (spec.name == "fim_kron")
 assert "mergekit_fim.prepass" not in sys.modules
 """
 
@@ -67,7 +67,7 @@ def test_stock_methods_do_not_change(installed, pair, tmp_path):
     for kind, environment in (("with", {}), ("without", {"MERGEKIT_FIM_DISABLE": "1"})):
         arguments = [str(script), str(pair.base), str(pair.long), str(pair.third), str(tmp_path / kind)]
         names[kind] = installed.run(*arguments, env=environment).stdout.split()
-    assert names["with"] == [*names["without"], "fim_ties", "fim_ta"]
+    assert names["with"] == [*names["without"], "fim_ties", "fim_ta", "fim_kron"]
     assert names["with"] == [method.spec.name for method in registered_methods()]
     found = {k: {p.relative_to(tmp_path / k): p.read_bytes() for p in (tmp_path / k).glob("*/*")} for k in names}
     for content in found.values():
