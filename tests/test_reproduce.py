@@ -17,7 +17,6 @@ from conftest import ROOT
 from test_docs import blocks
 
 from mergekit_fim.cli import main
-from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.evaluate.problems import open_problems
 
 PAIRS = {
@@ -248,7 +247,6 @@ def test_generated_problems(pair):
     assert len(answers) == 2 * len(expected)
 
 
-@pytest.mark.skipif("fim_kron" not in METHODS, reason="fim_kron isn't there yet")
 @pytest.mark.parametrize("pair", ["l2s-1.5b", "qwen3-4b", "l2s-7b"])
 def test_generated_problems_by_fim_kron(pair):
     (command,) = (command for command in in_loop(SHELL[2]) if f"kron-{pair}" in shlex.split(command))

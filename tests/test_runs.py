@@ -160,6 +160,16 @@ def test_a_twin_has_the_strength_and_what_it_knows_of_the_rest():
     assert twin_of(config, "karcher").name == "karcher"
 
 
+def test_twins_of_fim_kron_lack_what_only_one_of_both_knows():
+    own = {"damping": 0.01, "factors": "both", "fisher": "a.safetensors", "fisher_samples": 4, "lambda": 0.9}
+    config = configured(PAIR, merge_method="fim_kron", parameters=own)
+    kept = {"fisher_samples": 4, "lambda": 0.9, "alpha_mean": 0.4}
+    assert written(twin_of(config, "fim_ta"))["parameters"] == kept
+    assert written(twin_of(config, "task_arithmetic"))["parameters"] == {"lambda": 0.9, "normalize": False}
+    config = configured(PAIR, parameters={"sharpness": 2, "fisher": "a.json", "density": 0.3, "fisher_samples": 4})
+    assert written(twin_of(config, "fim_kron"))["parameters"] == {"fisher_samples": 4, "alpha_mean": 0.4}
+
+
 def test_a_twin_that_trims_has_a_density():
     assert written(twin_of(configured(PAIR), "ties"))["parameters"] == {"normalize": False, "density": 0.3}
     assert written(twin_of(configured(PAIR), "dare_ties"))["parameters"]["density"] == 0.3

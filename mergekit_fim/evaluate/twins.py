@@ -48,6 +48,8 @@ def twin(
     trims = method == "fim_ties" or getattr(registry.get(method), "sparsification_method", None) is not None
     if not trims:
         names -= {"density"}  # some know it that have no use for it
+    if "fim_kron" in (method, config.merge_method) and method != config.merge_method:
+        names -= {"fisher"}  # files of another kind
     ids = [config.base_model, *tuned]
     try:
         spec.contract.validate_ids(ids, None if spec.contract.base is BasePolicy.IGNORED else config.base_model)

@@ -71,7 +71,9 @@ def spec_of(method: str) -> MergeMethodSpec:
 
 def parameter_names(method: str) -> set[str]:
     """The names of a method's parameters, those of its pre-pass included."""
-    return set(PARAMETERS) if method in METHODS else {parameter.name for parameter in spec_of(method).parameters}
+    if method in METHODS:
+        return {name for name, parameter in PARAMETERS.items() if method in parameter.methods}
+    return {parameter.name for parameter in spec_of(method).parameters}
 
 
 def _parameter(method: str, name: str) -> Any:
