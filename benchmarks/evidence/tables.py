@@ -22,8 +22,9 @@ COMMAND = "python -m benchmarks.evidence.tables"
 BESIDE = (REFERENCE, "ties density 0.02", "ties density 0.05", "ties density 0.2")
 PRESETS = (REFERENCE, "ties density 0.02", "ties density 0.2", "fim_ta", "fim_ties", "fim_ties density 0.02")
 # Of the listed variants, those of interest: six at most can be told apart in grey.
-DRAWN = (REFERENCE, "ties density 0.02", "ties density 0.2", "fim_ta", "fim_ties", "S3")
+DRAWN = (REFERENCE, "fim_kron", "ties density 0.02", "ties density 0.2", "fim_ta", "fim_ties")
 IN_SHORT = {
+    "fim_kron": "`fim_kron`",
     "ties density 0.02": "mergekit's `ties`, density 0.02, as the sparse preset",
     "fim_ties density 0.02": "`fim_ties`, density 0.02, the paper's mapping",
     "fim_ties": "`fim_ties`, density 0.2, the default",
