@@ -8,9 +8,10 @@ from mergekit.options import MergeOptions
 
 from mergekit_fim.coefficients import Mapping, importance_scores, merge_coefficients
 from mergekit_fim.config.file import validated
-from mergekit_fim.config.parameters import FACTORS, FisherSettings
+from mergekit_fim.config.parameters import FACTORS, KRON_SAMPLES, KRON_SEQ_LEN, FisherSettings
 from mergekit_fim.errors import FimError
 from mergekit_fim.files import copy_whole
+from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.measured import measured
 from mergekit_fim.measured_factors import measured_factors
 from mergekit_fim.measurements.factors import FactorsFile, compare_factors
@@ -96,6 +97,7 @@ def measure_factors(
     settings: FisherSettings | None = None,
     *,
     kind: str = "inputs",
+    vocab_size: int | None = None,
     dtype: str | None = None,
     revision: str | None = None,
     options: MergeOptions | None = None,
@@ -103,18 +105,22 @@ def measure_factors(
 ) -> FactorsFile:
     """Record the Kronecker factors of a model's linear layers on random tokens in a file, `path`.
 
-    `kind` is `inputs`, or `both` inputs and the gradients at the outputs, for which the labels count. The rest is as
-    for `measure`.
+    `kind` is `inputs`, or `both` inputs and the gradients at the outputs, for which the labels count. `settings` are by
+    default fim_kron's own. `vocab_size` is how many tokens they are drawn from: the smallest of a merge's models, where
+    these differ; by default this model's. The rest is as for `measure`.
 
     Raises:
         FimError: the model can't be opened or run, or the file not be written.
     """
     if kind not in FACTORS:
         raise FimError(f"kind: expected one of {', '.join(FACTORS)}, found {kind}")
-    chosen = options or MergeOptions(quiet=True)
+    if vocab_size is not None and vocab_size < 1:
+        raise FimError(f"vocab_size: expected a whole number of at least 1, found {vocab_size}")
+    chosen, settings = options or MergeOptions(quiet=True), settings or FisherSettings(KRON_SAMPLES, KRON_SEQ_LEN)
     found = measured_factors(
-        *(lambda: open_model(os.fspath(model), revision, chosen), settings or FisherSettings(), dtype, chosen),
+        *(lambda: open_model(os.fspath(model), revision, chosen), settings, dtype, chosen),
         kind=kind,
+        samples=None if vocab_size is None else draw_samples(settings, vocab_size),
         cache=cache,
     )
     copy_whole(found.file.path, os.fspath(path))

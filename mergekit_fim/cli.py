@@ -170,6 +170,12 @@ def _accepted(_context: click.Context, option: click.Parameter, value: Any) -> A
     help="Record Kronecker factors instead, for fim_kron: what the linear layers are given, or also the gradients at "
     "their outputs.",
 )
+@click.option(
+    "--vocab-size",
+    type=click.IntRange(min=1),
+    help="With --factors: how many tokens the random ones are drawn from; for models of different vocabularies the "
+    "smallest. By default this model's.",
+)
 @_settings
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @_no_cache
@@ -178,6 +184,7 @@ def fisher(
     model: str,
     output: str,
     factors: str | None,
+    vocab_size: int | None,
     samples: int,
     seq_len: int,
     seed: int,
@@ -205,11 +212,14 @@ def fisher(
     torchrun --nproc_per_node K -m mergekit_fim fisher MODEL -o FILE    (on CPUs)
     """
     from mergekit_fim.fisher.processes import SharedError, processes
+    from mergekit_fim.fisher.samples import draw_samples
     from mergekit_fim.measured import measured
     from mergekit_fim.measured_factors import measured_factors
     from mergekit_fim.measurements.file import model_files, write_measurement
     from mergekit_fim.models.inputs import InputModel, open_model
 
+    if vocab_size is not None and factors is None:
+        raise click.UsageError("--vocab-size goes with --factors")
     with processes() as state:
         is_main = state is None or state.is_main_process
         merge_options = _options_of_process(options, state)
@@ -229,7 +239,8 @@ def fisher(
             if factors is None:
                 found = measured(*wanted, cache=not no_cache, state=state)
             else:
-                found = measured_factors(*wanted, kind=factors, cache=not no_cache, state=state)
+                drawn = None if vocab_size is None else draw_samples(settings, vocab_size)
+                found = measured_factors(*wanted, kind=factors, samples=drawn, cache=not no_cache, state=state)
         except SharedError:
             if is_main:
                 raise

@@ -84,7 +84,10 @@ def measured_factors(
             check_measurable(opened[0], settings)
         if state is not None and not state.is_main_process:
             return None
-        drawn = samples or draw_samples(settings, opened[0].text_config.vocab_size)
+        known = opened[0].text_config.vocab_size
+        drawn = samples or draw_samples(settings, known)
+        if int(drawn.input_ids.max()) >= known:
+            raise FimError(f"{opened[0]}: expected tokens of its vocabulary of {known}, found larger ones; lower it")
         reading, running = dtypes(opened[0], dtype, options)
         tokens = hashlib.sha256(str(drawn.input_ids.tolist()).encode()).hexdigest()[:16]
         wanted = FactorsSettings(
@@ -136,7 +139,8 @@ def _check_saved(file: FactorsFile, wanted: FactorsSettings) -> None:
         )
         raise FimError(
             f"{file.path}: expected {next(described)}, the same for all models, found {next(described)} (other "
-            f"{' and '.join(differing)}); record them again with `mergekit-fim fisher --factors`"
+            f"{' and '.join(differing)}); record them again with `mergekit-fim fisher --factors`, and --vocab-size "
+            "where the models' vocabularies differ"
         )
 
 

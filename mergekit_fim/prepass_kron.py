@@ -5,6 +5,7 @@ by the names of the source layers: `alpha`, and which files of factors, and whic
 """
 
 import math
+import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from mergekit.options import MergeOptions
 from mergekit_fim import launched
 from mergekit_fim.config.parameters import PARAMETERS, FisherSettings
 from mergekit_fim.config.settings import Settings, settings_of
-from mergekit_fim.errors import FimError
+from mergekit_fim.errors import FimError, shown
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.measure import check_measurable
 from mergekit_fim.fisher.processes import in_all
@@ -69,6 +70,9 @@ def run(
     assert kron is not None
     assert alpha is not None
     directions.forget()
+    sweeps = {
+        base: _sweep(inputs[base], sources, inputs, config, options) for base in _distinct(s.base for s in sources)
+    }
     others = {(s.base, s.source.model): _outside(s, sources, inputs, settings) for s in sources}
     by_hand = {id(s): s.settings("alpha") for s in sources}
     for source in sources:
@@ -79,9 +83,6 @@ def run(
     groups = _groups(sources)
     for group in groups:
         _check_coefficients(group, inputs, kept)
-    sweeps = {
-        base: _sweep(inputs[base], sources, inputs, config, options) for base in _distinct(s.base for s in sources)
-    }
 
     models = [inputs[reference] for reference in _distinct(r for s in sources for r in (s.base, s.source.model))]
     saved = _saved(settings, models)
@@ -229,7 +230,9 @@ def _saved(settings: Settings, models: Sequence[InputModel]) -> list[FactorsFile
     Raises:
         FimError: one can't be used, is of none of the models, or was recorded with other settings than the config's.
     """
-    paths = [path.strip() for path in (settings.saved or "").split(",")]
+    paths = [os.path.expanduser(path.strip()) for path in (settings.saved or "").split(",")]
+    if settings.saved is not None and not all(paths):
+        raise FimError(f"fisher: expected files of factors, separated by commas, found {shown(settings.saved)}")
     saved = [FactorsFile.open(path) for path in paths if path]
     identities = [identity(model) for model in models] if saved else []
     for file in saved:

@@ -531,6 +531,27 @@ def test_the_command_has_the_default_of_fim_kron(pair, tmp_path):
     assert (its.samples, its.seq_len) == (KRON_SAMPLES, KRON_SEQ_LEN)
 
 
+def test_the_tokens_of_the_smallest_vocabulary(pair, tmp_path):
+    """What a merge of models of different vocabularies wants of each of them."""
+    file, few = tmp_path / "factors.safetensors", ("--samples", 2, "--seq-len", 8, "-q")
+    result = run("fisher", pair.base, "--factors", "inputs", "-o", file, "--vocab-size", 20, *few)
+    assert result.exit_code == 0, result.output
+    settings = FisherSettings(samples=2, seq_len=8)
+    plain = mergekit_fim.measure_factors(pair.base, tmp_path / "plain.safetensors", settings)
+    again = mergekit_fim.measure_factors(pair.base, tmp_path / "again.safetensors", settings, vocab_size=20)
+    assert FactorsFile.open(file).settings.tokens == again.settings.tokens != plain.settings.tokens
+    for options, words in (
+        (("--factors", "inputs", "--vocab-size", 10**6), "expected tokens of its vocabulary"),
+        (("--vocab-size", 20), "--vocab-size goes with --factors"),
+    ):
+        result = run("fisher", pair.base, "-o", tmp_path / "none", *options, *few)
+        assert result.exit_code != 0
+        assert words in result.output.replace("\n", " ")
+        assert not (tmp_path / "none").exists()
+    with pytest.raises(FimError, match="vocab_size: expected a whole number of at least 1"):
+        mergekit_fim.measure_factors(pair.base, tmp_path / "none", settings, vocab_size=0)
+
+
 def test_what_cannot_be_compared_ends_in_one_line(pair, tmp_path):
     options = ("--samples", 2, "--seq-len", 8, "-q")
     small = tiny.save(tiny.build(tiny.config("gpt2")), tmp_path / "gpt2")

@@ -218,6 +218,7 @@ BAD = {
     "too much": ({"alpha": 1.2}, "sum up to at most 1, found 1.2"),
     "below nothing": ({"alpha": [{"filter": "q_proj", "value": -0.1}]}, "q_proj.weight: expected coefficients"),
     "weights": ({"weight": 3, "normalize": False}, "sum up to at most 1, found 1.5"),
+    "no name": ({"fisher": "a.safetensors,"}, "fisher: expected files of factors, separated by commas"),
     "no file": ({"fisher": "nowhere.safetensors"}, "nowhere.safetensors"),
 }
 

@@ -31,6 +31,16 @@ def run(method, inputs, name="model.layers.1.mlp.up_proj.weight", **parameters):
     return get(method)([group], parameters=parameters)[0]
 
 
+def test_a_matrix_that_lies_transposed():
+    """As a pickled checkpoint may hold it."""
+    inputs = tensors(1)
+    shared = {"alpha": [0.5], "weight": [1.0], "density": 0.2, "kron_source": [""]}
+    found = run("fim_kron", [t.T.contiguous().T for t in inputs], **shared)
+    assert torch.equal(found, run("fim_kron", inputs, **shared))
+    moved = (found - inputs[0]).count_nonzero()
+    assert 0 < moved <= 0.2 * found.numel()
+
+
 @pytest.mark.parametrize("method", ["fim_ta", "fim_ties"])
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("normalize", [True, False])

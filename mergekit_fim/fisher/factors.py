@@ -124,6 +124,8 @@ class _Watching(TorchFunctionMode):
         if weight.ndim == 2:
             self._keep((self._index, name, number), x, y, transposed)
             return True
+        if x.ndim != 3 or len(x) != len(weight):
+            return False
         for expert in range(len(weight)):  # all tokens go to all experts, as zeros where they aren't for them
             rows = x[expert].any(-1)
             if bool(rows.any()):

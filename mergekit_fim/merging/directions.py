@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from mergekit_fim.errors import FimError, reason
 from mergekit_fim.kron import InputMap, Side, check_betas, merge_by_both, weighted
 from mergekit_fim.measurements.factors import FactorsFile
 
@@ -123,7 +124,12 @@ def merged(place: Place | None, deltas: Sequence[torch.Tensor], betas: Sequence[
 
 def opened(path: str) -> FactorsFile:
     """A file of factors, which the pre-pass has checked."""
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise FimError(
+            f"{path}: the factors that the pre-pass found can't be read ({reason(error)}); merge again"
+        ) from None
     return _opened(path, status.st_mtime_ns, status.st_size)
 
 

@@ -175,14 +175,15 @@ class FimKron(FimMerge):
             raise FimError(f"{name}: {error}; measure again, raise `damping`, or change `alpha`") from error
         delta = delta.reshape(-1)
         threshold = find_threshold(lambda run: delta[run].clone(), len(delta), parameters["density"], base.device)
-        merged = torch.empty_like(base).view(-1)
+        start = theta0.reshape(-1)  # a pickled checkpoint may hold a matrix that lies transposed
+        merged = torch.empty_like(start, dtype=base.dtype)
         gate, others = gate_parts(name if parameters["gate_scale"] != 1 else "", base.shape)
         for spans, scale in ((gate, parameters["gate_scale"]), (others, 1.0)):
             moves = [parameters["lambda"] * scale * beta for beta in betas]
             norm = torch.zeros((), dtype=torch.float64, device=base.device)
             for run in _runs(spans, base.device):
                 values = trim_run(delta[run], run, threshold).mul_(scale * parameters["lambda"])
-                values += theta0.view(-1)[run]
+                values += start[run]
                 norm += squared_norm(values)
                 merged[run] = values
             if spans and parameters["norm_tolerance"] > 0:

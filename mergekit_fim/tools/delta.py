@@ -136,7 +136,7 @@ def measure_names(base_name: str, model_name: str, dtype: str | None, options: M
     outside = summarize(parts.pop("", []))
     layers = summarize(sums for its in parts.values() for sums in its)
     kinds = {kind: summarize(its) for kind, its in parts.items()}
-    return Delta(str(base), str(model), layers, outside, kinds, tuple(notes))
+    return Delta(str(base), str(model), layers, outside, kinds, tuple(sorted(notes)))
 
 
 def summarize(parts: Iterable[TensorSums]) -> DeltaStatistics:
