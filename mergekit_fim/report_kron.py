@@ -58,11 +58,11 @@ def as_json(kron: Kron) -> dict[str, Any]:
     return {
         "factors": [
             {
-                **{"model": file.identity.id, "fingerprint": file.identity.fingerprint, "bytes": file.size},
+                **{"model": str(model), "fingerprint": file.identity.fingerprint, "bytes": file.size},
                 **{"settings": dict(vars(file.settings)), "not_reached": list(file.not_reached)},
                 "without": list(file.without),
             }
-            for file, _ in kron.factors.values()
+            for model, (file, _) in kron.factors.items()
         ],
         "models": [
             {

@@ -51,7 +51,7 @@ def test_the_same_merge_as_one_process_makes(processes, command, method, pair, w
 
 def test_the_same_merge_by_directions(pair, warm, tmp_path):
     """The main process records the factors, and the others leave at the end of the pre-pass."""
-    config = written(config_for(pair, "fim_kron"), tmp_path)
+    config = written(uncached(pair, "fim_kron"), tmp_path)
     one = warm.run("mergekit-fim", "merge", config, str(tmp_path / "one"), "--no-copy-tokenizer", "--quiet")
     assert one.status == 0, one.stderr
     done = together(warm, 2, "merge", config, str(tmp_path / "many"), "--no-copy-tokenizer", "--quiet")
