@@ -64,7 +64,7 @@ def measured_factors(
         dtype: what its weights are read as, as a merge with this `dtype` does; None for the checkpoint's own.
         options: mergekit's, for the device and for loading.
         kind: `inputs`, or `both` inputs and gradients.
-        text: what the tokens are, `random` or `own`.
+        text: what the tokens are: `random`.
         samples: the tokens, which all models of a merge must share; by default random ones of this model's vocabulary.
         saved: files of which the one that is of this model is taken.
         cache: use factors that were kept, and keep these; else they are in a temporary folder.

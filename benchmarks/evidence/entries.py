@@ -16,7 +16,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from benchmarks.evidence.signals import BASE, LONG, Inputs, sequences
+from benchmarks.evidence.signals import BASE, LONG, Inputs, backward, sequences
 from benchmarks.pairs.training import layer_of
 from mergekit_fim.tools.plan import merge_whole
 
@@ -110,12 +110,7 @@ def diagonal_fisher(pair: Path, inputs: Inputs) -> tuple[Weights, Weights]:
         squares = {name: torch.zeros_like(tensor) for name, tensor in model.named_parameters()}
         drawn = torch.Generator().manual_seed(1)
         for sequence in tqdm.tqdm(ids, desc=f"{pair.name}: diagonal Fisher, {inputs}", leave=False):
-            model.zero_grad(set_to_none=True)
-            logits = model(input_ids=sequence[None], use_cache=False).logits[0, :-1]
-            labels = sequence[1:]
-            if inputs.labels == "sampled":
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=drawn)[:, 0]
-            torch.nn.functional.cross_entropy(logits, labels).backward()
+            backward(model, sequence, inputs.labels, drawn)
             for name, tensor in model.named_parameters():
                 if tensor.grad is not None:
                     squares[name] += tensor.grad.square() / len(ids)

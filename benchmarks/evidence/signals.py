@@ -97,12 +97,7 @@ def _measure(pair: Path, inputs: Inputs) -> dict[str, Any]:
         model.eval()
         drawn = torch.Generator().manual_seed(1)
         for row, ids in enumerate(tqdm.tqdm(texts, desc=f"{pair.name}: {inputs} at {('base', 'long')[at]}")):
-            model.zero_grad(set_to_none=True)
-            logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
-            labels = ids[1:]
-            if inputs.labels == "sampled":
-                labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=drawn)[:, 0]
-            torch.nn.functional.cross_entropy(logits, labels).backward()
+            backward(model, ids, inputs.labels, drawn)
             for column, name in enumerate(names):
                 gradient = weights[at][name].grad
                 if gradient is not None:
@@ -115,6 +110,16 @@ def _measure(pair: Path, inputs: Inputs) -> dict[str, Any]:
         "sizes": np.array([deltas[name].numel() for name in names]),
         "moved": np.array([float(deltas[name].double().square().sum()) for name in names]),
     }
+
+
+def backward(model: Any, ids: torch.Tensor, labels: str, drawn: torch.Generator) -> None:
+    """Leave the gradients of a sequence's mean loss in the model; `labels` as in `Inputs`, sampled ones by `drawn`."""
+    model.zero_grad(set_to_none=True)
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+    expected = ids[1:]
+    if labels == "sampled":
+        expected = torch.multinomial(logits.detach().softmax(-1), 1, generator=drawn)[:, 0]
+    torch.nn.functional.cross_entropy(logits, expected).backward()
 
 
 def sequences(pair: Path, models: list[Any], inputs: Inputs) -> Iterator[torch.Tensor]:

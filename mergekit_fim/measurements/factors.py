@@ -52,7 +52,7 @@ class FactorsSettings:
     """What determines factors, besides the model: number and length of the sequences, seed, labels, and these.
 
     Attributes:
-        text: what the tokens are, `random` or `own`.
+        text: what the tokens are: `random`.
         kind: what was recorded, `inputs` or `both` inputs and gradients.
         tokens: a digest of the tokens: the same for models that saw the same.
         dtype: what the model ran in.
