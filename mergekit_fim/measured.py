@@ -1,7 +1,10 @@
 """One base's measurement: saved, kept from an earlier time, or made now. No other module decides which of the three."""
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -19,6 +22,35 @@ from mergekit_fim.measurements.record import Experts, FisherMeasurement, Measure
 from mergekit_fim.measurements.store import CacheEntry, read_measurement
 from mergekit_fim.models.identity import identity
 from mergekit_fim.models.inputs import InputModel
+
+T = TypeVar("T")
+
+# What merges of the same models share within `measured_once`: by all that it hangs on, what was measured.
+_SHARED: ContextVar[dict[Hashable, Any] | None] = ContextVar("shared", default=None)
+
+
+@contextlib.contextmanager
+def measured_once() -> Iterator[None]:
+    """While this lasts, merges of the same models take measurements and task vectors from the first of them.
+
+    The models are not to change meanwhile.
+    """
+    token = _SHARED.set({})
+    try:
+        yield
+    finally:
+        _SHARED.reset(token)
+
+
+def once(key: Hashable, measure: Callable[[], T]) -> T:
+    """What `measure` finds, within `measured_once` that of the first call with this key."""
+    shared = _SHARED.get()
+    if shared is None:
+        return measure()
+    if key not in shared:
+        shared[key] = measure()
+    found: T = shared[key]
+    return found
 
 
 @dataclass(frozen=True)

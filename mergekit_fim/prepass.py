@@ -5,10 +5,8 @@ written. The coefficients go back into the config as mergekit's own filtered per
 resolves with the names of the source layers: slices that drop, repeat or shift layers come out right.
 """
 
-import contextlib
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +31,7 @@ from mergekit_fim.errors import FimError
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.measure import check_measurable
 from mergekit_fim.fisher.processes import in_all
-from mergekit_fim.measured import Measured, measured, saved_measurement
+from mergekit_fim.measured import Measured, measured, once, saved_measurement
 from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_known
 from mergekit_fim.merging.output_config import ConfigDifference, adapt_output_config
 from mergekit_fim.models.checkpoint import model_config
@@ -44,24 +42,6 @@ from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSwee
 # Below this many base parameters `density` is the paper's value for 1.5B, from there on its value for 7B. Where between
 # the two the change lies is this project's choice.
 _LARGE_MODEL = 3_000_000_000
-
-# What merges of the same models share within `measured_once`: by models, layers, dtype and settings, what was measured.
-_SHARED: ContextVar[dict[Any, tuple[Measured, dict[ModelReference, TaskVectorNorms]]] | None] = ContextVar(
-    "shared", default=None
-)
-
-
-@contextlib.contextmanager
-def measured_once() -> Iterator[None]:
-    """While this lasts, merges of the same models take measurement and task vectors from the first of them.
-
-    The models are not to change meanwhile.
-    """
-    token = _SHARED.set({})
-    try:
-        yield
-    finally:
-        _SHARED.reset(token)
 
 
 def check(config: MergeConfiguration, architecture: ModelArchitecture, options: MergeOptions) -> Settings:
@@ -277,17 +257,17 @@ def _measured(
         inputs[model]: _population([s for s in own if s.source.model == model], len(base.layout.layers))
         for model in _distinct(s.source.model for s in own)
     }
-    shared = _SHARED.get()
     key = (base.reference, dtype, settings.fisher, settings.saved, *((m.reference, *p) for m, p in pairs.items()))
-    if shared is None or key not in shared:
-        state, options = launched.together(), launched.options_of_process(options)
-        devices = loading.placement(options).devices()
+
+    def measure() -> tuple[Measured, dict[ModelReference, TaskVectorNorms]]:
+        state, own_options = launched.together(), launched.options_of_process(options)
+        devices = loading.placement(own_options).devices()
         sweep = TaskVectorSweep(base, pairs, dtype, devices) if launched.is_main() else None
         found = measured(
             lambda: base,
             settings.fisher,
             dtype,
-            options,
+            own_options,
             saved=saved,
             cache=settings.cache,
             beside=sweep,
@@ -295,15 +275,14 @@ def _measured(
         )
 
         def norms() -> dict[ModelReference, TaskVectorNorms]:
-            its = {} if sweep is None else sweep.norms(quiet=options.quiet)
+            its = {} if sweep is None else sweep.norms(quiet=own_options.quiet)
             return {model.reference: of_model for model, of_model in its.items()}
 
         kept = in_all(state, norms)[0]
         LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
-        if shared is not None:
-            shared[key] = found, kept
-    else:
-        found, kept = shared[key]
+        return found, kept
+
+    found, kept = once(key, measure)
     return found, {model: kept[model.reference] for model in pairs}
 
 

@@ -5,7 +5,6 @@ by the names of the source layers: `alpha`, and which files of factors, and whic
 """
 
 import math
-import os
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,8 +25,10 @@ from mergekit_fim.fisher.measure import check_measurable
 from mergekit_fim.fisher.processes import in_all
 from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.kron import Spread, check_betas, spread
-from mergekit_fim.measured_factors import measured_factors
+from mergekit_fim.measured import once
+from mergekit_fim.measured_factors import MeasuredFactors, measured_factors
 from mergekit_fim.measurements.factors import FactorsFile
+from mergekit_fim.measurements.store import DEFAULT_NAME_OF_FACTORS, local_file
 from mergekit_fim.merging import directions
 from mergekit_fim.merging.methods import SOURCE, shares
 from mergekit_fim.models.identity import identity
@@ -85,7 +86,7 @@ def run(
         _check_coefficients(group, inputs, kept)
 
     models = [inputs[reference] for reference in _distinct(r for s in sources for r in (s.base, s.source.model))]
-    saved = _saved(settings, models)
+    saved = _saved(settings, models, options)
     if saved:
         its = {name: getattr(saved[0].settings, name) for name in vars(settings.fisher)}
         settings = replace(settings, fisher=FisherSettings(**its))
@@ -104,8 +105,7 @@ def run(
         }
 
     def weigh() -> list[KronModel]:
-        norms = {base: sweep.norms(quiet=options.quiet) for base, sweep in sweeps.items()}
-        LoaderCache().flush_all()
+        norms = {base: _norms(base, sweep, config.dtype, options) for base, sweep in sweeps.items()}
         return list(_models(groups, inputs, norms, others, loading.placement(options).device))
 
     found = in_all(launched.together(), lambda: [_portable(m) for m in weigh()] if launched.is_main() else [])[0]
@@ -224,16 +224,28 @@ def _sweep(
     return TaskVectorSweep(base, pairs, config.dtype, loading.placement(options).devices())
 
 
-def _saved(settings: Settings, models: Sequence[InputModel]) -> list[FactorsFile]:
+def _norms(
+    base: ModelReference, sweep: TaskVectorSweep, dtype: str | None, options: MergeOptions
+) -> Mapping[ModelReference, TaskVectorNorms]:
+    def measure() -> Mapping[ModelReference, TaskVectorNorms]:
+        found = sweep.norms(quiet=options.quiet)
+        LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
+        return {model.reference: norms for model, norms in found.items()}
+
+    return once(("norms", base, dtype, sweep.pairs), measure)
+
+
+def _saved(settings: Settings, models: Sequence[InputModel], options: MergeOptions) -> list[FactorsFile]:
     """The files of factors that the config names.
 
     Raises:
         FimError: one can't be used, is of none of the models, or was recorded with other settings than the config's.
     """
-    paths = [os.path.expanduser(path.strip()) for path in (settings.saved or "").split(",")]
-    if settings.saved is not None and not all(paths):
+    names = [name.strip() for name in (settings.saved or "").split(",")]
+    if settings.saved is not None and not all(names):
         raise FimError(f"fisher: expected files of factors, separated by commas, found {shown(settings.saved)}")
-    saved = [FactorsFile.open(path) for path in paths if path]
+    where = {"kind": "factors", "default": DEFAULT_NAME_OF_FACTORS}
+    saved = [FactorsFile.open(local_file(name, options.transformers_cache, **where)) for name in names if name]
     identities = [identity(model) for model in models] if saved else []
     for file in saved:
         if all(file.identity.difference(own) for own in identities):
@@ -262,32 +274,34 @@ def _factors(
     assert settings.kron is not None
     for model in models:
         check_measurable(model, settings.fisher)
-    samples = draw_samples(settings.fisher, min(model.text_config.vocab_size for model in models))
-    found = {}
-    for model in models:
-        made = measured_factors(
-            partial(_same, model),
+    vocabulary = min(model.text_config.vocab_size for model in models)
+    kind, samples = settings.kron.factors, draw_samples(settings.fisher, vocabulary)
+
+    def measure(model: InputModel) -> MeasuredFactors:
+        return measured_factors(
+            lambda: model,
             settings.fisher,
             dtype,
             launched.options_of_process(options),
-            kind=settings.kron.factors,
+            kind=kind,
             samples=samples,
             saved=saved,
             cache=settings.cache,
             state=launched.together(),
         )
+
+    found = {}
+    for model in models:
+        key = ("factors", model.reference, dtype, settings.fisher, settings.saved, kind, vocabulary)
+        made = once(key, partial(measure, model))
         found[model] = made.file, made.origin
     return found
-
-
-def _same(model: InputModel) -> InputModel:
-    return model
 
 
 def _models(
     groups: Sequence[Sequence[SourceSlice]],
     inputs: Mapping[ModelReference, InputModel],
-    norms: Mapping[ModelReference, Mapping[InputModel, TaskVectorNorms]],
+    norms: Mapping[ModelReference, Mapping[ModelReference, TaskVectorNorms]],
     others: Mapping[tuple[ModelReference, ModelReference], float],
     device: torch.device,
 ) -> Iterator[KronModel]:
@@ -302,7 +316,7 @@ def _models(
                 model, pair = inputs[source.source.model], source.pairs()[index]
                 layers[source.base, source.source.model][pair] = KronLayer(
                     pair,
-                    norms[source.base][model].layers[pair],
+                    norms[source.base][model.reference].layers[pair],
                     _alpha(source, model, index),
                     math.fsum(of_tensor[number] for of_tensor in betas) / len(betas),
                     {part: _together(found[number]) for part, found in spreads.items()},

@@ -7,6 +7,7 @@ from typing import NoReturn
 import torch
 import tqdm
 from mergekit.architecture import WeightInfo
+from mergekit.common import ModelReference
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.models.inputs import InputModel
@@ -69,6 +70,11 @@ class TaskVectorSweep:
         ]
         self._work = {part.tensor.name: part for part in parts if part.users}
         self._found: dict[str, list[float | None]] = {}
+
+    @property
+    def pairs(self) -> tuple[tuple[ModelReference, tuple[LayerPair, ...]], ...]:
+        """The fine-tuned models, and their pairs of layers."""
+        return tuple((model.reference, pairs) for model, pairs in self._models.items())
 
     def __call__(self, tensor: WeightInfo, values: torch.Tensor) -> None:
         """Measure the task vectors of a tensor of the base, on the device that its values are on.

@@ -3,6 +3,7 @@
 import functools
 import json
 
+import huggingface_hub
 import numpy as np
 import pytest
 import reference
@@ -13,6 +14,8 @@ from conftest import config_for, ends_in_one_line, unwrapped
 from safetensors.torch import load_file
 
 from mergekit_fim import prepass_kron
+from mergekit_fim.api import measure_factors
+from mergekit_fim.config.parameters import FisherSettings
 
 LAYERS = 5
 
@@ -246,8 +249,6 @@ def test_the_other_methods_refuse_its_parameters(name, method, pair, merge):
 
 def test_saved_factors(pair, merge, tmp_path):
     """Files by name, matched to the models; of another model, or of other tokens, they are refused."""
-    from mergekit_fim import FisherSettings
-    from mergekit_fim.api import measure_factors
 
     settings = FisherSettings(samples=2, seq_len=16, seed=5)
     paths = {n: str(tmp_path / f"{n}.safetensors") for n in ("base", "long", "third")}
@@ -264,6 +265,22 @@ def test_saved_factors(pair, merge, tmp_path):
     ):
         target, result = merge(kron(pair, parameters=parameters), out="refused")
         ends_in_one_line(result, *words, absent=target)
+
+
+def test_factors_from_the_hub(pair, merge, tmp_path, monkeypatch):
+    settings, asked = FisherSettings(samples=2, seq_len=16), []
+    for name in ("base", "long"):
+        measure_factors(getattr(pair, name), str(tmp_path / f"{name}.safetensors"), settings, dtype="float32")
+
+    def download(repo: str, name: str, revision: str | None, cache_dir: str | None) -> str:
+        asked.append((repo, name, revision))
+        return str(tmp_path / {"user/base": "base.safetensors"}.get(repo, name))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    merge.ok(kron(pair, parameters={"fisher": "user/base, user/long/long.safetensors@v1"}))
+    assert asked == [("user/base", "factors.safetensors", None), ("user/long", "long.safetensors", "v1")]
+    target, result = merge(kron(pair, parameters={"fisher": "no/such.safetensors"}), out="missing")
+    ends_in_one_line(result, "no/such.safetensors: expected the file of factors, or user/repo", absent=target)
 
 
 def test_narrow_weights_and_nan(merge, tmp_path):

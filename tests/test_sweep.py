@@ -24,7 +24,7 @@ from mergekit.options import MergeOptions
 from stub import good, say
 from warm import Outcome, Warm
 
-from mergekit_fim import prepass
+from mergekit_fim import measured_factors, prepass
 from mergekit_fim.cli import main
 from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate import folder as folder_module
@@ -35,6 +35,7 @@ from mergekit_fim.evaluate.grading import grade_math
 from mergekit_fim.evaluate.records import Answer
 from mergekit_fim.evaluate.refine import Point, next_strength
 from mergekit_fim.files import PART
+from mergekit_fim.task_vectors import TaskVectorSweep
 
 TEMPLATE = "{{ messages[0].content }}{% if messages|length > 1 %} {{ messages[1].content }}{% endif %}"
 TOKENS = 16
@@ -241,6 +242,16 @@ def test_measured_once(sweep, monkeypatch):
     assert counts == {"TaskVectorSweep": 1, "measured": 1}
     sweep.ok("--set", "alpha_mean=0.3", "--set", "fisher_seed=0,1", "--no-cache", "--n", "2", out="two")
     assert counts == {"TaskVectorSweep": 3, "measured": 3}
+
+
+def test_factors_are_recorded_once(talkers, sweep, monkeypatch):
+    recorded, read = [], []
+    original, norms = measured_factors.record_factors, TaskVectorSweep.norms
+    monkeypatch.setattr(measured_factors, "record_factors", lambda *a, **k: recorded.append(a[0]) or original(*a, **k))
+    monkeypatch.setattr(TaskVectorSweep, "norms", lambda self, **k: read.append(self) or norms(self, **k))
+    config = talkers.config() | {"merge_method": "fim_kron"}
+    sweep.ok("--set", "alpha_mean=0.2,0.4,0.6", "--no-cache", "--n", "2", config=config)
+    assert [len(set(map(str, recorded))), len(recorded), len(read)] == [2, 2, 1]
 
 
 @pytest.mark.parametrize("options", [["--batch", "1"], ["--batch", "5"], ["--num-threads", "1"]])

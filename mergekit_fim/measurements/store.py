@@ -29,7 +29,7 @@ from mergekit_fim.measurements.record import Measurement, ModelIdentity, version
 LOG = logging.getLogger("mergekit_fim")
 
 # What `user/repo` stands for.
-DEFAULT_NAME = "fisher.json"
+DEFAULT_NAME, DEFAULT_NAME_OF_FACTORS = "fisher.json", "factors.safetensors"
 
 _HUB = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[^@\\]+))?(?:@(?P<revision>[^@]+))?")
 
@@ -46,21 +46,35 @@ def read_measurement(reference: str | os.PathLike[str], cache_dir: str | None = 
         FimError: there is no such file, or it isn't a measurement that this version can use.
     """
     name = os.fspath(reference)
-    return from_json(read_json(_file(name, cache_dir), name), name)
+    return from_json(read_json(local_file(name, cache_dir), name), name)
 
 
-def _file(reference: str, cache_dir: str | None) -> str:
+def local_file(
+    reference: str, cache_dir: str | None, *, kind: str = "a saved measurement", default: str = DEFAULT_NAME
+) -> str:
+    """A file here, or downloaded from the Hub.
+
+    Args:
+        reference: see `read_measurement`.
+        cache_dir: likewise.
+        kind: what the file holds, for messages.
+        default: the file that `user/repo` stands for.
+
+    Raises:
+        FimError: there is no such file.
+    """
     path = os.path.expanduser(reference)
     if os.path.exists(path):
         return path
     match = _HUB.fullmatch(reference)
     # `folder/fisher.json` is a file that is missing; repositories aren't named so.
-    if match is None or reference.startswith(".") or (match["file"] is None and match["repo"].endswith(".json")):
+    extension = os.path.splitext(default)[1]
+    if match is None or reference.startswith(".") or (match["file"] is None and match["repo"].endswith(extension)):
         raise FimError(
-            f"{reference}: expected the file of a saved measurement, or user/repo or user/repo/FILE on the Hub; "
+            f"{reference}: expected the file of {kind}, or user/repo or user/repo/FILE on the Hub; "
             "found no such file; check the name"
         )
-    repo, name = match["repo"], match["file"] or DEFAULT_NAME
+    repo, name = match["repo"], match["file"] or default
     on_hub = f"the repository {repo} on the Hub"
     try:
         return huggingface_hub.hf_hub_download(repo, name, revision=match["revision"], cache_dir=cache_dir)

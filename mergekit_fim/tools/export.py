@@ -57,7 +57,8 @@ def check_exportable(method: str) -> None:
     if method == "fim_kron":
         raise FimError(
             "fim_kron can't be exported: a config for stock mergekit has one coefficient for a whole tensor, not one "
-            "for each of its directions; merge by `mergekit-yaml` or `mergekit-fim merge`"
+            "for each of its directions; merge by `mergekit-yaml`, and if you need a small file, make a LoRA of the "
+            "merged model by `mergekit-extract-lora`"
         )
 
 
