@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 DEMO := .demo/sums
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
+# Threads that spin while they wait take the cores that others could use.
+export OMP_WAIT_POLICY ?= passive
+
 DEVICE ?= cuda
 SHAPES ?= 1.5b 7b
 

@@ -4,6 +4,7 @@
     python benchmarks/cost.py --shape 7b --only fim_ties,ties
     python benchmarks/cost.py --layers 56 --only fast
     python benchmarks/cost.py --device cuda          # on a GPU, with the bars that the figures are held against
+    OMP_WAIT_POLICY=passive python benchmarks/cost.py --busy    # beside a process that keeps one core busy
 
 Every side runs in a process of its own, with the pair in the system's file cache where half the memory holds it. Memory
 is the peak of anonymous pages, sampled every 20 ms: mapped files, which the system can drop at any time, don't count.
@@ -11,6 +12,7 @@ On an accelerator, times are taken when it has done its work, and its memory is 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -220,6 +223,16 @@ def floor_flops(shape: dict) -> tuple[float, float]:
     tokens = SEQUENCES * LENGTH
     once, head = 2 * tokens * layer * shape["layers"], 2 * tokens * shape["hidden"] * shape["vocab"]
     return 2 * once + 2 * head, 3 * once + 2 * head
+
+
+@contextlib.contextmanager
+def one_core_busy() -> Iterator[None]:
+    """While this lasts, a process computes without end."""
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def run(command: list[str], log: Path) -> tuple[float, float]:
@@ -428,6 +441,7 @@ def main() -> None:
     parser.add_argument(
         "--json", type=Path, help="write the figures here too, and the norms of every layer and sequence"
     )
+    parser.add_argument("--busy", action="store_true", help="beside a process that keeps one core busy")
     parser.add_argument("--worker", choices=MEASURING, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
@@ -446,7 +460,8 @@ def main() -> None:
         for side in wanted:
             print(f"{side} ...", file=sys.stderr, flush=True)
             try:
-                results[side] = measure_side(side, folder, args)
+                with one_core_busy() if args.busy else contextlib.nullcontext():
+                    results[side] = measure_side(side, folder, args)
             except SystemExit as error:
                 if args.device == "cpu":
                     raise
@@ -456,7 +471,8 @@ def main() -> None:
                 continue
             print(f"  {results[side]['whole']:.1f} s", file=sys.stderr, flush=True)
     device = next((found["accelerator"] for found in results.values() if "accelerator" in found), args.device)
-    print(f"{args.shape}, {shape['layers']} layers, {args.dtype}, {device}, {os.cpu_count()} cores\n")
+    cores = f"{os.cpu_count()} cores, one of them busy" if args.busy else f"{os.cpu_count()} cores"
+    print(f"{args.shape}, {shape['layers']} layers, {args.dtype}, {device}, {cores}\n")
     print(table(results, shape, args.device, args.shape))
     machine = {"platform": platform.platform(), "cores": os.cpu_count(), "memory": psutil.virtual_memory().total}
     content = {"shape": shape, "dtype": args.dtype, "device": args.device, "machine": machine, "results": results}

@@ -13,6 +13,9 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+# OpenMP reads it when torch is loaded. Threads that spin while they wait take the cores that others could use.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import mergekit_fim
 from mergekit_fim.config.parameters import FACTORS, FLOAT_DTYPES, LABELS, PARAMETERS, FisherSettings
 from mergekit_fim.errors import FimError, echo, reason, size, wrapped
