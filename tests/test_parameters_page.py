@@ -1,4 +1,4 @@
-"""What the README says of the parameters is what the package does."""
+"""What docs/parameters.md says of the parameters is what the package does."""
 
 from conftest import ROOT
 
@@ -30,7 +30,7 @@ def others(parameter) -> str:
 
 
 def test_the_parameter_table():
-    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "docs/parameters.md").read_text(encoding="utf-8").splitlines()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
     table = {row[0].strip("`"): row[1:] for row in rows if row[0].strip("`") in PARAMETERS}
     assert list(table) == list(PARAMETERS)
