@@ -1,45 +1,44 @@
-"""What the README says of the parameters is what the package does."""
+"""The README is short, and every link of the documentation leads somewhere."""
 
+import re
+
+import pytest
 from conftest import ROOT
 
-from mergekit_fim.config.parameters import PARAMETERS
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 
-def shown(value) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+def without_code(text: str) -> str:
+    return re.sub(r"^(`{3,})[^\n]*\n.*?^\1$", "", text, flags=re.S | re.M)
 
 
-# The defaults that are no value, in words.
-NO_VALUE = {
-    "fisher": "none",
-    "alpha_mean": "none",
-    "alpha_other": "the layers' mean",
-    "density": "0.2 or 0.4",
-    "alpha": "from the pre-pass",
-}
+def anchors(text: str) -> set[str]:
+    """What its headings can be linked by, as the forge names them."""
+    titles = re.findall(r"^#+ (.+)$", without_code(text), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-def others(parameter) -> str:
-    """The methods that have another default, in brackets."""
-    methods: dict[str, list[str]] = {}
-    for method in parameter.methods:
-        if (own := shown(parameter.default_for(method))) != shown(parameter.default):
-            methods.setdefault(own, []).append(f"`{method}`")
-    listed = [f"{', '.join(its)}: {own}" for own, its in methods.items()]
-    return f" ({'; '.join(listed)})" if listed else ""
-
-
-def test_the_parameter_table():
+def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| `")]
-    table = {row[0].strip("`"): row[1:] for row in rows if row[0].strip("`") in PARAMETERS}
-    assert list(table) == list(PARAMETERS)
-    assert {name for name, parameter in PARAMETERS.items() if parameter.default is None} == set(NO_VALUE)
-    for name, (default, source, meaning) in table.items():
-        parameter = PARAMETERS[name]
-        assert meaning == f"{parameter.meaning}; {parameter.expected}", name
-        if parameter.default is None:
-            assert default == NO_VALUE[name] + others(parameter), name
-        else:
-            assert default == shown(parameter.default) + others(parameter), name
-        assert source == parameter.source, name
+    assert len(lines) <= 170
+    assert [line for line in lines if len(line) > 140 and not line.startswith("|")] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+        if re.match(r"https?:", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name) if name else page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_the_readme_leads_to_every_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in PAGES:
+        name = page.relative_to(ROOT).as_posix()
+        assert name == "README.md" or f"]({name})" in text, name
