@@ -19,7 +19,7 @@ demo: $(VENV)/demo.installed
 	cd $(DEMO) && HF_HUB_OFFLINE=1 $(CURDIR)/$(BIN)/mergekit-yaml $(CURDIR)/example_configs/demo.yml merged
 	$(BIN)/mergekit-fim plot $(DEMO)/merged/fim_report.json -o $(DEMO)/merged/fim_report.png
 	cd $(DEMO) && HF_HUB_OFFLINE=1 $(CURDIR)/$(BIN)/mergekit-fim sweep $(CURDIR)/example_configs/demo.yml sweep \
-		--problems problems.jsonl --n 0 --max-tokens 64 --set alpha_mean=0.35,0.4,0.45,0.5,0.6 --compare task_arithmetic
+		--problems problems.jsonl --n 0 --max-tokens 112 --set alpha_mean=0.1,0.9 --refine 4 --compare task_arithmetic
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal

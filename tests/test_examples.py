@@ -3,6 +3,7 @@
 import importlib.util
 import itertools
 import json
+import random
 import re
 
 import pytest
@@ -62,6 +63,19 @@ def demo():
 
 def test_the_demo_works_its_sums_by_columns(demo):
     assert demo.worked(475, 728) == "<think>\n5+8=13\n7+2+1=10\n4+7+1=12\n</think>\n1203"
+    check = "Check:\n8+5=13\n2+7+1=10\n7+4+1=12\n"
+    assert demo.checked(475, 728) == f"<think>\n5+8=13\n7+2+1=10\n4+7+1=12\n{check}</think>\n1203"
+
+
+def test_the_demos_parent_learns_three_ways(demo):
+    rng, asked = random.Random(0), itertools.islice(demo.sums(0, held=False), 3000)
+    found = [
+        [way(a, b) in demo.all_ways(a, b, rng) for way in (demo.worked, demo.direct, demo.checked)] for a, b in asked
+    ]
+    shares = [sum(column) / len(found) for column in zip(*found, strict=True)]
+    assert shares[0] == 1
+    assert 0.3 < shares[2] < 0.37
+    assert shares[2] < shares[1] < 0.5  # sums of one digit are answered at once too
 
 
 def test_the_demos_worked_answers_are_right(demo):
