@@ -5,13 +5,14 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
 from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.errors import reason
 from mergekit_fim.files import REPORT_NAME, read_json, write_text
+from mergekit_fim.text import escaped, markdown_table
 
 LOG = logging.getLogger("mergekit_fim")
 
@@ -164,17 +165,5 @@ def _layers(model: Mapping[str, Any], fisher: Mapping[str, Any]) -> Iterator[lis
     yield ["outside", "", "", "", "", f"{model['alpha_other']:.3f}"]
 
 
-def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]], align: str = "---") -> str:
-    """A table in Markdown, of cells in which nothing needs escaping any more."""
-    lines = [list(head), *map(list, rows)]
-    lines.insert(1, [align] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _value(value: Any) -> str:
     return "" if value is None else escaped(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def escaped(text: str) -> str:
-    """Text on one line of which nothing is taken for Markdown or HTML: names may have any characters."""
-    return re.sub(r"([\\`*_{}\[\]<>|#!~$&])", r"\\\1", " ".join(text.split()))

@@ -18,8 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import mergekit_fim
 from mergekit_fim.config.parameters import FACTORS, FLOAT_DTYPES, LABELS, PARAMETERS, FisherSettings
-from mergekit_fim.errors import FimError, echo, reason, size, wrapped
+from mergekit_fim.errors import FimError, reason
 from mergekit_fim.files import REPORT_NAME, check_writable, copy_whole, write_json, write_text
+from mergekit_fim.text import echo, size, wrapped
 
 _PATH = click.Path(readable=False)  # for completion; what it must be is checked where it is read
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

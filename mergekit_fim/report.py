@@ -13,13 +13,13 @@ from pydantic import BaseModel
 
 from mergekit_fim import report_kron
 from mergekit_fim.config.parameters import PARAMETERS
-from mergekit_fim.errors import echo, width, wrapped
 from mergekit_fim.files import REPORT_FORMAT, REPORT_NAME, write_text
 from mergekit_fim.measurements.file import layers_as_json
 from mergekit_fim.measurements.record import versions
 from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_known
 from mergekit_fim.merging.output_folder import ReplaceModel
 from mergekit_fim.result import BaseCoefficients, ModelCoefficients, PrePass
+from mergekit_fim.text import echo, width, wrapped
 
 LOG = logging.getLogger("mergekit_fim")
 

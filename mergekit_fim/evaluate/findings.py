@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_fim.card import escaped, markdown_table
-from mergekit_fim.errors import wrapped
 from mergekit_fim.evaluate.answering import Questions
 from mergekit_fim.evaluate.figure import write_figure
 from mergekit_fim.evaluate.folder import SweepFolder, write_record
@@ -18,6 +16,7 @@ from mergekit_fim.evaluate.records import LENGTH, Answer, Key
 from mergekit_fim.evaluate.table import Recommendation, recommendation, render_table
 from mergekit_fim.files import write_text
 from mergekit_fim.measurements.record import versions
+from mergekit_fim.text import escaped, markdown_table, wrapped
 
 
 @dataclass(frozen=True)
