@@ -477,8 +477,8 @@ def sweep(config_file: str, out: str, no_cache: bool, options: Any, **wanted: An
     adds to what is there, and with another --margin it concludes anew. The measurement and the task vectors are made
     once. docs/sweep.md says how to read a front, and how many problems tell two methods apart.
     """
-    from mergekit_fim.evaluate.findings import render
     from mergekit_fim.evaluate.folder import SweepFolder
+    from mergekit_fim.evaluate.front.findings import render
     from mergekit_fim.evaluate.sweep import Wanted
     from mergekit_fim.evaluate.sweep import sweep as run_sweep
 

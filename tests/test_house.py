@@ -53,6 +53,12 @@ def imports(tree: ast.Module) -> set[str]:
     return found
 
 
+def imported(tree: ast.Module) -> set[str]:
+    """The modules of the package that a module imports, or imports something from."""
+    names = (name.removeprefix("mergekit_fim.") for name in imports(tree) if name.startswith("mergekit_fim."))
+    return {name if name in modules() else name.rpartition(".")[0] for name in names} & modules().keys()
+
+
 def place(module: str) -> tuple[int, str]:
     """The floor of a module, and the room: the folder, or what is named for itself."""
     for floor, rooms in enumerate(FLOORS):
@@ -81,11 +87,7 @@ def test_imports_go_down(module):
 
 
 def test_no_circle_within_a_room():
-    graph = {
-        name: {".".join(i.split(".")[1:3]) for i in imports(tree) if i.startswith("mergekit_fim.")} & modules().keys()
-        for name, tree in modules().items()
-    }
-    graph = {name: others - {name} for name, others in graph.items()}
+    graph = {name: imported(tree) - {name} for name, tree in modules().items()}
     while graph:
         free = {name for name, others in graph.items() if not others & graph.keys()}
         assert free, f"a circle among {sorted(graph)}"

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
-from mergekit_fim.evaluate.generation import LanguageModel, Prompt
-from mergekit_fim.evaluate.generation import complete as complete_by_model
-from mergekit_fim.evaluate.grading import final_answer
-from mergekit_fim.evaluate.prompts import Template, messages
+from mergekit_fim.evaluate.answers.generation import LanguageModel, Prompt
+from mergekit_fim.evaluate.answers.generation import complete as complete_by_model
+from mergekit_fim.evaluate.answers.prompts import Template, messages
+from mergekit_fim.evaluate.answers.server import Request, Server
+from mergekit_fim.evaluate.answers.server import complete as complete_by_server
+from mergekit_fim.evaluate.problems.grading import final_answer
 from mergekit_fim.evaluate.records import Answer, Completion, Grade, Key, Problem, ProblemSet
-from mergekit_fim.evaluate.server import Request, Server
-from mergekit_fim.evaluate.server import complete as complete_by_server
 
 # Requests that a server has at a time, where nothing is said.
 _PARALLEL = 8

@@ -4,8 +4,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from mergekit_fim.evaluate.front import Estimate, Paired, RunSummary, Summary
-from mergekit_fim.evaluate.paired import enough_problems
+from mergekit_fim.evaluate.front.paired import enough_problems
+from mergekit_fim.evaluate.front.statistics import Estimate, Paired, RunSummary, Summary
 from mergekit_fim.text import markdown_table, wrapped
 
 # A run that is cut off more often than this is longer than it looks, and perhaps better.
