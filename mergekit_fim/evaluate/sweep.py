@@ -28,7 +28,7 @@ from mergekit_fim import launched
 from mergekit_fim.card import write_section
 from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.errors import FimError
-from mergekit_fim.evaluate.answers.answering import Decoding, Questions, Written, by_model, by_server, prompts
+from mergekit_fim.evaluate.answers.answering import Decoding, by_model, by_server, prompts
 from mergekit_fim.evaluate.answers.generation import load_model, load_tokenizer
 from mergekit_fim.evaluate.answers.prompts import Template, chat_template, file_template
 from mergekit_fim.evaluate.answers.server import Server, connect
@@ -46,8 +46,9 @@ from mergekit_fim.evaluate.front.findings import Findings, find, write_findings
 from mergekit_fim.evaluate.front.statistics import pareto_set
 from mergekit_fim.evaluate.front.table import markdown_rows
 from mergekit_fim.evaluate.problems.grading import CLOSE, OPEN
+from mergekit_fim.evaluate.problems.questions import Questions
 from mergekit_fim.evaluate.problems.sources import open_problems
-from mergekit_fim.evaluate.records import Answer, Key, ProblemSet
+from mergekit_fim.evaluate.records import Answer, Key, ProblemSet, Written
 from mergekit_fim.evaluate.runs.families import BASE, Run, at_strength, merges, models_as_they_are, series, strength
 from mergekit_fim.evaluate.runs.refine import Point, next_strength
 from mergekit_fim.evaluate.runs.varied import fine_tuned, parse_settings, spec_of
