@@ -44,9 +44,10 @@ def _hook_planner() -> None:
     def plan_to_disk(self: Any, out_path: str) -> list[Any]:
         if self.config.merge_method not in METHODS:
             return to_disk(self, out_path)
-        from mergekit_fim import launched, report
+        from mergekit_fim import report
         from mergekit_fim.merging.executor import deliver_all
         from mergekit_fim.merging.output_folder import check_output
+        from mergekit_fim.processes import launched
 
         if launched.is_main():
             check_output(out_path, self.config)
@@ -68,7 +69,8 @@ def _normalize_and_run(planner: Any, normalize: Any) -> None:
             f"mergekit-fim supports mergekit>=0.1.5,<0.2, whose planner has the attributes {', '.join(missing)}; "
             "this one lacks them: install a supported mergekit"
         )
-    from mergekit_fim import launched, prepass  # everything heavy: merges by other methods don't pay for it
+    from mergekit_fim import prepass  # everything heavy: merges by other methods don't pay for it
+    from mergekit_fim.processes import launched
 
     launched.inputs_are_there()
     settings = prepass.check(planner.config, planner.arch_info, planner.options)

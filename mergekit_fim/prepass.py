@@ -23,19 +23,20 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_fim import launched, prepass_kron
+from mergekit_fim import prepass_kron
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
 from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.config.settings import Settings, as_set, base_of, check_config, check_modules, conditions, settings_of
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.measure import check_measurable
-from mergekit_fim.fisher.processes import in_all
 from mergekit_fim.measured import Measured, measured, once, saved_measurement
 from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_known
 from mergekit_fim.merging.output_config import ConfigDifference, adapt_output_config
 from mergekit_fim.models.checkpoint import model_config
 from mergekit_fim.models.inputs import InputModel, check_compatible, check_tokenizer, open_models
+from mergekit_fim.processes import launched
+from mergekit_fim.processes.together import in_all
 from mergekit_fim.result import BaseCoefficients, Kron, ModelCoefficients, ModelSettings, PrePass, SourceSlice
 from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
 

@@ -16,13 +16,11 @@ from mergekit.config import ConditionalParameter, MergeConfiguration, evaluate_s
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_fim import launched
 from mergekit_fim.config.parameters import PARAMETERS, FisherSettings
 from mergekit_fim.config.settings import Settings, settings_of
 from mergekit_fim.errors import FimError, shown
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.measure import check_measurable
-from mergekit_fim.fisher.processes import in_all
 from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.kron import Spread, check_betas, spread
 from mergekit_fim.measured import once
@@ -33,6 +31,8 @@ from mergekit_fim.merging import directions
 from mergekit_fim.merging.methods import SOURCE, shares
 from mergekit_fim.models.identity import identity
 from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.processes import launched
+from mergekit_fim.processes.together import in_all
 from mergekit_fim.result import Kron, KronLayer, KronModel, SourceSlice
 from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
 

@@ -24,7 +24,7 @@ def _hook_run_merge() -> None:
         config, options = given.get("merge_config"), given.get("options")
         if getattr(config, "merge_method", None) not in METHODS:
             return original(*args, **kwargs)
-        from mergekit_fim import launched
+        from mergekit_fim.processes import launched
 
         def whole() -> Any:
             result = original(*args, **kwargs)

@@ -19,7 +19,6 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from transformers import PretrainedConfig
 
-from mergekit_fim import launched
 from mergekit_fim.card import write_section
 from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.config.settings import check_config
@@ -27,6 +26,7 @@ from mergekit_fim.errors import FimError, check_own_code, reason
 from mergekit_fim.merging.output_folder import check_output, model_written_whole
 from mergekit_fim.models.checkpoint import model_config, tensor_index
 from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.processes import launched
 from mergekit_fim.result import PrePass
 
 LOG = logging.getLogger("mergekit_fim")
