@@ -166,7 +166,7 @@ def fast(folder: Path, dtype_name: str, device: str, side: str = "fast") -> dict
     from mergekit_fim.fisher.loading import load_model, placement
     from mergekit_fim.fisher.measure import measure
     from mergekit_fim.models.inputs import open_model
-    from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
+    from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorSweep
 
     options = MergeOptions(device=device, quiet=True, multi_gpu=side == "several")
     LoaderCache().setup(options)

@@ -216,10 +216,10 @@ def fisher(
     torchrun --nproc_per_node K -m mergekit_fim fisher MODEL -o FILE    (on CPUs)
     """
     from mergekit_fim.fisher.samples import draw_samples
-    from mergekit_fim.measured import measured
-    from mergekit_fim.measured_factors import measured_factors
     from mergekit_fim.measurements.file import model_files, write_measurement
     from mergekit_fim.models.inputs import InputModel, open_model
+    from mergekit_fim.prepass.factors import measured_factors
+    from mergekit_fim.prepass.measured import measured
     from mergekit_fim.processes.together import SharedError, processes
 
     if vocab_size is not None and factors is None:

@@ -69,20 +69,19 @@ def _normalize_and_run(planner: Any, normalize: Any) -> None:
             f"mergekit-fim supports mergekit>=0.1.5,<0.2, whose planner has the attributes {', '.join(missing)}; "
             "this one lacks them: install a supported mergekit"
         )
-    from mergekit_fim import prepass  # everything heavy: merges by other methods don't pay for it
+    # Everything heavy: merges by other methods don't pay for it.
+    from mergekit_fim.prepass.run import check, run
     from mergekit_fim.processes import launched
 
     launched.inputs_are_there()
-    settings = prepass.check(planner.config, planner.arch_info, planner.options)
+    settings = check(planner.config, planner.arch_info, planner.options)
     # The caller's own config stays as it was: coefficients written into it would be taken for set by hand next time.
     planner.config = planner.config.model_copy(deep=True)
     normalize(planner)
     # The executor brings every tensor to the device that merges it. With --read-to-gpu it would first be read to the
     # first one, or be brought back to the CPU in between.
     planner.options = planner.options.model_copy(update={"read_to_gpu": False})
-    planner.fim_pre_pass = prepass.run(
-        planner.config, settings, planner.arch_info, planner.options, planner.out_model_config
-    )
+    planner.fim_pre_pass = run(planner.config, settings, planner.arch_info, planner.options, planner.out_model_config)
     planner.arch_info = planner.fim_pre_pass.base.architecture  # with what mergekit's own leaves out
     launched.end_of_share()
 

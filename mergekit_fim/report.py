@@ -18,7 +18,7 @@ from mergekit_fim.measurements.file import layers_as_json
 from mergekit_fim.measurements.record import versions
 from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_known
 from mergekit_fim.merging.output_folder import ReplaceModel
-from mergekit_fim.result import BaseCoefficients, ModelCoefficients, PrePass
+from mergekit_fim.prepass.result import BaseCoefficients, ModelCoefficients, PrePass
 from mergekit_fim.text import echo, width, wrapped
 
 LOG = logging.getLogger("mergekit_fim")

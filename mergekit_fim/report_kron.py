@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mergekit_fim.kron import Spread
-from mergekit_fim.result import Kron, KronLayer
+from mergekit_fim.prepass.result import Kron, KronLayer
 from mergekit_fim.text import size, wrapped
 
 PARTS = ("attention", "mlp")

@@ -62,7 +62,7 @@ def test_the_same_merge_by_directions(pair, warm, tmp_path):
 
 SHARED = """
 import mergekit_fim.fisher.batched as batched
-import mergekit_fim.task_vectors as task_vectors
+import mergekit_fim.prepass.task_vectors as task_vectors
 original, step = batched._Run.measure, task_vectors.TaskVectorSweep.__call__
 def measure(self, samples, *args):
     print(len(samples.input_ids), "sequences")

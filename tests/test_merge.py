@@ -23,11 +23,11 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mergekit_fim import prepass
 from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.models.inputs import InputModel, open_model
 from mergekit_fim.models.layout import layer_prefix
-from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
+from mergekit_fim.prepass import run as prepass
+from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorSweep
 
 
 def expect(base: Path, models: list[Path], method: str, alphas: list[list[float]], densities=None, weights=None):
@@ -235,8 +235,8 @@ def test_alpha_by_hand_runs_no_pre_pass(pair, merge, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("the pre-pass ran")
 
-    monkeypatch.setattr("mergekit_fim.measured.measure_checkpoint", forbidden)
-    monkeypatch.setattr("mergekit_fim.prepass.TaskVectorSweep", forbidden)
+    monkeypatch.setattr("mergekit_fim.prepass.measured.measure_checkpoint", forbidden)
+    monkeypatch.setattr("mergekit_fim.prepass.run.TaskVectorSweep", forbidden)
     models = [{"model": str(pair.long), "parameters": {"alpha": 0.3}}]
     out, result = merge.ok(config_for(pair, "fim_ta", models=models))
     assert "alpha of" in result.output

@@ -24,7 +24,6 @@ from mergekit.options import MergeOptions
 from stub import good, say
 from warm import Outcome, Warm
 
-from mergekit_fim import measured_factors, prepass
 from mergekit_fim.cli import main
 from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate import folder as folder_module
@@ -35,7 +34,9 @@ from mergekit_fim.evaluate.problems.grading import grade_math
 from mergekit_fim.evaluate.records import Answer
 from mergekit_fim.evaluate.runs.refine import Point, next_strength
 from mergekit_fim.files import PART
-from mergekit_fim.task_vectors import TaskVectorSweep
+from mergekit_fim.prepass import factors as measured_factors
+from mergekit_fim.prepass import run as prepass
+from mergekit_fim.prepass.task_vectors import TaskVectorSweep
 
 TEMPLATE = "{{ messages[0].content }}{% if messages|length > 1 %} {{ messages[1].content }}{% endif %}"
 TOKENS = 16

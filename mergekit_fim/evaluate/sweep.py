@@ -53,11 +53,11 @@ from mergekit_fim.evaluate.runs.refine import Point, next_strength
 from mergekit_fim.evaluate.runs.varied import fine_tuned, parse_settings, spec_of
 from mergekit_fim.files import write_text
 from mergekit_fim.fisher.measure import dtypes
-from mergekit_fim.measured import measured_once
 from mergekit_fim.measurements.record import versions
 from mergekit_fim.models.identity import fingerprint
 from mergekit_fim.models.inputs import InputModel, open_model
-from mergekit_fim.prepass import default_density
+from mergekit_fim.prepass.measured import measured_once
+from mergekit_fim.prepass.run import default_density
 from mergekit_fim.processes import launched
 from mergekit_fim.processes.together import in_all
 from mergekit_fim.tools.plan import merge_whole, plan_merge

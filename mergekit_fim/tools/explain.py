@@ -12,7 +12,7 @@ from mergekit_fim.fisher.batched import micro_batch
 from mergekit_fim.fisher.loading import device_plan
 from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.models.language import is_tied
-from mergekit_fim.result import BaseCoefficients
+from mergekit_fim.prepass.result import BaseCoefficients
 from mergekit_fim.text import size, wrapped
 from mergekit_fim.tools.plan import MergePlan, PlannedTensor
 

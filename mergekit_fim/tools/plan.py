@@ -26,8 +26,8 @@ from mergekit_fim.errors import FimError, check_own_code, reason
 from mergekit_fim.merging.output_folder import check_output, model_written_whole
 from mergekit_fim.models.checkpoint import model_config, tensor_index
 from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.prepass.result import PrePass
 from mergekit_fim.processes import launched
-from mergekit_fim.result import PrePass
 
 LOG = logging.getLogger("mergekit_fim")
 

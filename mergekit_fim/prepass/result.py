@@ -13,7 +13,7 @@ from mergekit_fim.measurements.factors import FactorsFile
 from mergekit_fim.measurements.record import FisherMeasurement, Measurement
 from mergekit_fim.merging.output_config import ConfigDifference
 from mergekit_fim.models.inputs import InputModel
-from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms
+from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorNorms
 
 
 @dataclass(frozen=True)

@@ -23,22 +23,22 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_fim import prepass_kron
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
 from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.config.settings import Settings, as_set, base_of, check_config, check_modules, conditions, settings_of
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.measure import check_measurable
-from mergekit_fim.measured import Measured, measured, once, saved_measurement
 from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_known
 from mergekit_fim.merging.output_config import ConfigDifference, adapt_output_config
 from mergekit_fim.models.checkpoint import model_config
 from mergekit_fim.models.inputs import InputModel, check_compatible, check_tokenizer, open_models
+from mergekit_fim.prepass.kron import run as by_direction
+from mergekit_fim.prepass.measured import Measured, measured, once, saved_measurement
+from mergekit_fim.prepass.result import BaseCoefficients, Kron, ModelCoefficients, ModelSettings, PrePass, SourceSlice
+from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
 from mergekit_fim.processes import launched
 from mergekit_fim.processes.together import in_all
-from mergekit_fim.result import BaseCoefficients, Kron, ModelCoefficients, ModelSettings, PrePass, SourceSlice
-from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
 
 # Below this many base parameters `density` is the paper's value for 1.5B, from there on its value for 7B. Where between
 # the two the change lies is this project's choice.
@@ -102,7 +102,7 @@ def run(
     kron: Kron | None = None
     coefficients: tuple[BaseCoefficients, ...] = ()
     if settings.kron is not None:
-        settings, kron, more = prepass_kron.run(config, settings, inputs, sources, kept, options)
+        settings, kron, more = by_direction(config, settings, inputs, sources, kept, options)
     else:
         settings, coefficients, more = _by_layer(config, settings, inputs, sources, kept, options)
     warnings += more
