@@ -28,6 +28,7 @@ from mergekit_fim.models.inputs import InputModel, open_model
 from mergekit_fim.models.layout import layer_prefix
 from mergekit_fim.prepass import run as prepass
 from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorSweep
+from mergekit_fim.prepass.written import default_density
 
 
 def expect(base: Path, models: list[Path], method: str, alphas: list[list[float]], densities=None, weights=None):
@@ -443,7 +444,7 @@ def test_the_default_density_follows_the_size_of_the_base():
     for parameters, density in ((2_999_999_999, 0.2), (3_000_000_000, 0.4)):
         shapes = [(3,), (parameters - 3, 1)]
         base = SimpleNamespace(headers={str(shape): SimpleNamespace(shape=shape) for shape in shapes})
-        assert prepass.default_density(base) == density
+        assert default_density(base) == density
 
 
 def testlayer_prefixes():

@@ -57,7 +57,7 @@ from mergekit_fim.measurements.record import versions
 from mergekit_fim.models.identity import fingerprint
 from mergekit_fim.models.inputs import InputModel, open_model
 from mergekit_fim.prepass.measured import measured_once
-from mergekit_fim.prepass.run import default_density
+from mergekit_fim.prepass.written import default_density
 from mergekit_fim.processes import launched
 from mergekit_fim.processes.together import in_all
 from mergekit_fim.tools.plan import merge_whole, plan_merge
