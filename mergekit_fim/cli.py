@@ -316,7 +316,7 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
     Prints the table that the merge prints, and what the merge will do that can't be seen in the config: densities,
     gate protection, output heads, config keys in which the models differ, and what it will read, write and hold.
     """
-    from mergekit_fim.tools.plot import check_figure, write_figure
+    from mergekit_fim.report.figure import check_figure, write_figure
 
     if json_file is not None:
         check_writable(json_file, config_file)
@@ -324,15 +324,16 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
         check_writable(figure, config_file, *([json_file] if json_file else []))
         check_figure(figure)
     config, _ = _config(config_file, no_cache)
-    from mergekit_fim import report
+    from mergekit_fim.report.record import as_json
+    from mergekit_fim.report.table import render
     from mergekit_fim.tools.explain import explain
     from mergekit_fim.tools.plan import plan_fim_merge
 
     planned, pre_pass = plan_fim_merge(config, options)
-    echo(report.render(pre_pass) + explain(planned, options))
+    echo(render(pre_pass) + explain(planned, options))
     for warning in pre_pass.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    content = report.as_json(pre_pass)
+    content = as_json(pre_pass)
     if json_file is not None:
         write_json(json_file, content)
     if figure is not None:
@@ -499,8 +500,8 @@ def plot(report: str, output: str) -> None:
     logarithmic axis with its standard error, the norm of each task vector, and each model's merge coefficient.
     A figure of a fim_report.json that is written beside it is shown in the merged model's card, where there is one.
     """
-    from mergekit_fim.card import write_section
-    from mergekit_fim.tools.plot import check_figure, read_report, write_figure
+    from mergekit_fim.report.card import write_section
+    from mergekit_fim.report.figure import check_figure, read_report, write_figure
 
     check_writable(output, report)
     check_figure(output)

@@ -44,18 +44,19 @@ def _hook_planner() -> None:
     def plan_to_disk(self: Any, out_path: str) -> list[Any]:
         if self.config.merge_method not in METHODS:
             return to_disk(self, out_path)
-        from mergekit_fim import report
         from mergekit_fim.merging.executor import deliver_all
         from mergekit_fim.merging.output_folder import check_output
         from mergekit_fim.processes import launched
+        from mergekit_fim.report.record import with_report
+        from mergekit_fim.report.table import show
 
         if launched.is_main():
             check_output(out_path, self.config)
         targets = to_disk(self, out_path)
         if self.options.multi_gpu:
             deliver_all()
-        report.show(self.fim_pre_pass, quiet=self.options.quiet)
-        return report.with_report(targets, self.fim_pre_pass, out_path)
+        show(self.fim_pre_pass, quiet=self.options.quiet)
+        return with_report(targets, self.fim_pre_pass, out_path)
 
     normalize_config.mergekit_fim = True  # type: ignore[attr-defined]
     planner.normalize_config = normalize_config

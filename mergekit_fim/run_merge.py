@@ -9,8 +9,8 @@ from typing import Any
 
 from mergekit import merge
 
-from mergekit_fim.card import write_section
 from mergekit_fim.config.parameters import METHODS
+from mergekit_fim.report.card import write_section
 
 
 def _hook_run_merge() -> None:

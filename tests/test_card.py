@@ -17,7 +17,7 @@ from mergekit.options import MergeOptions
 from mergekit.scripts.multimerge import main as mergekit_multi
 from test_commands import config, run  # noqa: F401
 
-from mergekit_fim.card import render_section, write_section
+from mergekit_fim.report.card import render_section, write_section
 
 BEGIN, END = "<!-- mergekit-fim -->\n", "<!-- /mergekit-fim -->\n"
 SMALL = {"fisher_samples": 2, "fisher_seq_len": 8}
@@ -292,7 +292,7 @@ def test_a_section_that_fails_costs_no_merge(command, pair, merge, config, tmp_p
     def full(path: str, _text: str) -> None:
         raise OSError(28, "No space left on device", path)
 
-    monkeypatch.setattr("mergekit_fim.card.write_text", full)
+    monkeypatch.setattr("mergekit_fim.report.card.write_text", full)
     content = config_for(pair, parameters=SMALL)
     if command == "mergekit-yaml":
         out = merge.ok(content, "--write-model-card", "--quiet")[0]

@@ -15,21 +15,20 @@ PACKAGE = ROOT / "mergekit_fim"
 FLOORS = [
     {"text", "errors", "coefficients", "kron"},
     {"files", "norms", "parallel", "config.parameters"},
-    {"config", "measurements", "card"},
+    {"config", "measurements"},
     {"models"},
     {"fisher", "merging"},
     {"processes"},
     {"prepass"},
-    {"report_kron"},
     {"report"},
-    {"hook", "run_merge"},
     {"tools"},
+    {"hook", "run_merge"},
     {"evaluate"},
     {"api", "cli"},
     {"__main__"},
 ]
 # Records, and reading and comparing them: no part of these may need a machine that has torch.
-LIGHT = ("mergekit_fim.measurements.compare", "mergekit_fim.measurements.store", "mergekit_fim.tools.plot")
+LIGHT = ("mergekit_fim.measurements.compare", "mergekit_fim.measurements.store", "mergekit_fim.report.figure")
 HEAVY = ("torch", "accelerate", "transformers", "mergekit", "mergekit_fim.fisher", "mergekit_fim.models")
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 # Calls that make, fill, name or remove files; and the modules from which our own files are written.
 FILES = {"fsync", "replace", "rename", "mkdir", "remove", "unlink", "serialize_file", "open", "write"}
-WRITERS = ("mergekit_fim/files.py", "mergekit_fim/report.py", "json/__init__.py")
+WRITERS = ("mergekit_fim/files.py", "mergekit_fim/report/record.py", "json/__init__.py")
 ANSWERS = "evaluate/folder.py"  # from which answers are written
 TIMEOUT = 180
 

@@ -24,7 +24,6 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_fim.card import write_section
 from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate.answers.answering import Decoding, by_model, by_server, prompts
@@ -60,6 +59,7 @@ from mergekit_fim.prepass.measured import measured_once
 from mergekit_fim.prepass.written import default_density
 from mergekit_fim.processes import launched
 from mergekit_fim.processes.together import in_all
+from mergekit_fim.report.card import write_section
 from mergekit_fim.tools.plan import merge_whole, plan_merge
 
 LOG = logging.getLogger("mergekit_fim")

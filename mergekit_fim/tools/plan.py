@@ -19,7 +19,6 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from transformers import PretrainedConfig
 
-from mergekit_fim.card import write_section
 from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.config.settings import check_config
 from mergekit_fim.errors import FimError, check_own_code, reason
@@ -28,6 +27,7 @@ from mergekit_fim.models.checkpoint import model_config, tensor_index
 from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.prepass.result import PrePass
 from mergekit_fim.processes import launched
+from mergekit_fim.report.card import write_section
 
 LOG = logging.getLogger("mergekit_fim")
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_fim.tools.plot import INK, STYLES, check_figure, save_figure
+from mergekit_fim.report.figure import INK, STYLES, check_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

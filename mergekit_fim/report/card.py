@@ -66,7 +66,7 @@ def render_section(report: Mapping[str, Any] | None, *, figure: str | None = Non
     """The section as Markdown, between the comments that it is found by.
 
     Args:
-        report: a merge's, as `report.as_json` makes it; None for a merge by a method of mergekit's.
+        report: a merge's, as `record.as_json` makes it; None for a merge by a method of mergekit's.
         figure: the address of a figure.
         measured: lines of Markdown to stand under a heading of their own.
     """
