@@ -20,7 +20,8 @@ from mergekit_fim.models.inputs import open_model
 from mergekit_fim.prepass.factors import measured_factors
 from mergekit_fim.prepass.measured import measured
 from mergekit_fim.tools.delta import Delta, measure_names
-from mergekit_fim.tools.plan import MergePlan, merge_whole, plan_fim_merge
+from mergekit_fim.tools.plan import MergePlan, plan_fim_merge
+from mergekit_fim.tools.whole import merge_whole
 
 __all__ = [
     "FactorsFile",

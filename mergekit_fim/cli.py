@@ -395,7 +395,7 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     A model that is in OUT_PATH already is replaced when the new one is complete; until then both are on the disk.
     """
     config, text = _config(config_file, no_cache)
-    from mergekit_fim.tools.plan import merge_whole
+    from mergekit_fim.tools.whole import merge_whole
 
     merge_whole(config, text, out_path, options)
 

@@ -135,7 +135,7 @@ def test_a_stock_merge_has_mergekits_card(command, pair, merge, config, monkeypa
     content = config_for(pair, "task_arithmetic", parameters={"weight": 0.5}) | {"models": [{"model": str(pair.long)}]}
     card = "---\nmine\n"
     monkeypatch.setattr("mergekit.merge.generate_card", lambda **_: card)
-    monkeypatch.setattr("mergekit_fim.tools.plan.generate_card", lambda **_: card)
+    monkeypatch.setattr("mergekit_fim.tools.whole.generate_card", lambda **_: card)
     if command == "mergekit-yaml":
         merge.ok(content, "--write-model-card", "--quiet")
         assert (out / "fim_report.json").read_bytes() == kept

@@ -79,7 +79,7 @@ def _main(folder: Path) -> None:
     import mergekit_fim.cli
     import mergekit_fim.evaluate.sweep
     import mergekit_fim.tools.export
-    import mergekit_fim.tools.plan
+    import mergekit_fim.tools.whole
 
     # What transformers prepares on first use, half a second of each fork's otherwise.
     importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")

@@ -38,7 +38,7 @@ from mergekit_fim.evaluate.problems.sources import open_problems
 from mergekit_fim.evaluate.records import Answer, Grade, Key, Problem
 from mergekit_fim.evaluate.runs.refine import Point, next_strength
 from mergekit_fim.norms import squared_distance, squared_norm
-from mergekit_fim.tools.plan import merge_whole
+from mergekit_fim.tools.whole import merge_whole
 
 RUNS = 8  # merges of a variant
 ROWS = 200  # at once: all of a small model's, which takes three quarters of the time of 128

@@ -60,7 +60,8 @@ from mergekit_fim.prepass.written import default_density
 from mergekit_fim.processes import launched
 from mergekit_fim.processes.together import in_all
 from mergekit_fim.report.card import write_section
-from mergekit_fim.tools.plan import merge_whole, plan_merge
+from mergekit_fim.tools.plan import plan_merge
+from mergekit_fim.tools.whole import merge_whole
 
 LOG = logging.getLogger("mergekit_fim")
 
