@@ -112,7 +112,7 @@ def test_run_merge_is_replaced_before_anyone_has_it(pair, tmp_path):
         "import inspect, importlib\n"
         "from mergekit.merge import run_merge\n"
         "from mergekit.scripts import run_yaml\n"
-        "import mergekit.merge, mergekit_fim.run_merge as ours\n"
+        "import mergekit.merge, mergekit_fim.hook.run_merge as ours\n"
         "assert run_merge is mergekit.merge.run_merge is run_yaml.run_merge\n"
         "importlib.reload(ours)\n"
         "assert run_merge is mergekit.merge.run_merge\n"
@@ -120,7 +120,7 @@ def test_run_merge_is_replaced_before_anyone_has_it(pair, tmp_path):
         "['merge_config', 'out_path', 'options', 'config_source']\n"
         "print(run_merge.__name__, run_merge.__module__, hasattr(run_merge.__wrapped__, '__wrapped__'))\n"
     )
-    for first in ("import mergekit_fim.tools.plan", "import mergekit_fim.run_merge", "import mergekit_fim"):
+    for first in ("import mergekit_fim.tools.plan", "import mergekit_fim.hook.run_merge", "import mergekit_fim"):
         code = f"{first}\n{check}"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
         assert done.stdout.split() == ["run_merge", "mergekit.merge", "False"]

@@ -471,7 +471,7 @@ for module in sys.argv[1:]:
     os.wait()
 """
     modules = ["mergekit.config", "mergekit.plan"]
-    modules += ["mergekit_fim.merging.methods", "mergekit_fim.hook", "mergekit_fim.report.table"]
+    modules += ["mergekit_fim.merging.methods", "mergekit_fim.hook.planner", "mergekit_fim.report.table"]
     done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [f"{module} True" for module in modules]

@@ -1,6 +1,6 @@
 """mergekit's `run_merge` learns to share the pre-pass among processes, and to write our section of the card.
 
-The package's `__init__` imports this after mergekit's. `hook` says what else of mergekit is changed.
+The package's `__init__` imports this after mergekit's. `hook.planner` says what else of mergekit is changed.
 """
 
 import functools

@@ -7,7 +7,7 @@ All that this package uses of mergekit beyond its public names:
   output's config at hand, and no output folder made yet: the pre-pass runs there, and the planner's `arch_info` is
   exchanged for one that has every tensor of the models (`models.completion`). To the tasks of the second is added
   the one that keeps the report beside the merged model. Guard: `_PLANNER_ATTRIBUTES`.
-- `mergekit.merge.run_merge` is wrapped, in `mergekit_fim.run_merge`, and acts for these methods only: of several
+- `mergekit.merge.run_merge` is wrapped, in `hook.run_merge`, and acts for these methods only: of several
   processes one merges, and the others have a part in the pre-pass; and mergekit writes the model's card when its tasks
   have run, and our section comes after it. Whoever took the function from there before this
   package was imported gets the card without it.
