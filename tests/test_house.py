@@ -14,7 +14,7 @@ PACKAGE = ROOT / "mergekit_fim"
 # Each may import what stands before it, and itself. Those of one line don't know one another.
 FLOORS = [
     {"text", "errors", "coefficients", "kron"},
-    {"files", "norms", "parallel", "config.parameters"},
+    {"files", "norms", "config.parameters"},
     {"config", "measurements"},
     {"models"},
     {"fisher", "merging"},

@@ -17,8 +17,8 @@ from mergekit_fim.fisher.loading import placement
 from mergekit_fim.measurements.record import versions
 from mergekit_fim.merging.trim import find_threshold, runs
 from mergekit_fim.models.inputs import check_compatible, open_named
+from mergekit_fim.models.parallel import in_threads, readers
 from mergekit_fim.norms import squared_norm
-from mergekit_fim.parallel import in_threads, readers
 from mergekit_fim.prepass.task_vectors import refuse
 from mergekit_fim.text import width, wrapped
 
