@@ -13,7 +13,7 @@ from conftest import ROOT, config_for, ends_in_one_line
 PACKAGE = ROOT / "mergekit_fim"
 # Each may import what stands before it, and itself. Those of one line don't know one another.
 FLOORS = [
-    {"text", "errors", "coefficients", "kron"},
+    {"text", "errors", "coefficients"},
     {"files", "norms", "config.parameters"},
     {"config", "measurements"},
     {"models"},

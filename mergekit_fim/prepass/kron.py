@@ -22,10 +22,10 @@ from mergekit_fim.errors import FimError, shown
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.measure import check_measurable
 from mergekit_fim.fisher.samples import draw_samples
-from mergekit_fim.kron import Spread, check_betas, spread
 from mergekit_fim.measurements.factors import FactorsFile
 from mergekit_fim.measurements.store import DEFAULT_NAME_OF_FACTORS, local_file
 from mergekit_fim.merging import directions
+from mergekit_fim.merging.kron import Spread, check_betas, spread
 from mergekit_fim.merging.methods import SOURCE, shares
 from mergekit_fim.models.identity import identity
 from mergekit_fim.models.inputs import InputModel

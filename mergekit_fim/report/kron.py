@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from mergekit_fim.kron import Spread
+from mergekit_fim.merging.kron import Spread
 from mergekit_fim.prepass.result import Kron, KronLayer
 from mergekit_fim.text import size, wrapped
 
