@@ -34,7 +34,7 @@ from mergekit.options import MergeOptions
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 
 from benchmarks.pages import put
-from mergekit_fim.config.parameters import FisherSettings
+from mergekit_fim import FisherSettings
 from mergekit_fim.fisher.engine import autograd_engine
 from mergekit_fim.fisher.measure import measure_checkpoint
 from mergekit_fim.models.inputs import open_model

@@ -111,7 +111,7 @@ def worker(side: str, folder: Path, dtype_name: str, device: str) -> dict:
         return {"gflops": {d: rate(folder, getattr(torch, d), device) for d in {"float32", dtype_name}}}
     if side in ("fast", "streamed", "several"):
         return fast(folder, dtype_name, device, side) | on_device(device)
-    from mergekit_fim.config.settings import FisherSettings
+    from mergekit_fim import FisherSettings
     from mergekit_fim.fisher.engine import autograd_engine
     from mergekit_fim.fisher.measure import measure
     from mergekit_fim.fisher.samples import draw_samples
@@ -161,12 +161,12 @@ def fast(folder: Path, dtype_name: str, device: str, side: str = "fast") -> dict
     from mergekit.io.tasks import LoaderCache
     from mergekit.options import MergeOptions
 
-    from mergekit_fim.config.settings import FisherSettings
+    from mergekit_fim import FisherSettings
     from mergekit_fim.fisher import loading
     from mergekit_fim.fisher.loading import load_model, placement
     from mergekit_fim.fisher.measure import measure
     from mergekit_fim.models.inputs import open_model
-    from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
+    from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorSweep
 
     options = MergeOptions(device=device, quiet=True, multi_gpu=side == "several")
     LoaderCache().setup(options)

@@ -14,8 +14,8 @@ from itertools import pairwise
 import numpy as np
 import tqdm
 
-from mergekit_fim.evaluate.front import Outcomes, summarize
-from mergekit_fim.evaluate.paired import score_interval
+from mergekit_fim.evaluate.front.paired import score_interval
+from mergekit_fim.evaluate.front.statistics import Outcomes, summarize
 
 HARDNESS, RESAMPLES, MARGIN = 2.0, 200, 0.05
 BASE, LONG = 30.0, 300.0  # mean tokens

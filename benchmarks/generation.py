@@ -26,7 +26,7 @@ import torch
 import transformers
 from mergekit.options import MergeOptions
 
-from mergekit_fim.evaluate.generation import LanguageModel, Prompt, complete, load_model, load_tokenizer
+from mergekit_fim.evaluate.answers.generation import LanguageModel, Prompt, complete, load_model, load_tokenizer
 
 SHAPES = {
     "tiny": {"vocab": 1000, "hidden": 64, "inter": 192, "layers": 4, "heads": 4, "kv": 2},

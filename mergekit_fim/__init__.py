@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 # here: where ours is imported first, and in turn imports mergekit's, it isn't complete at that moment.)
 _TARGETS = {
     "mergekit.merge_methods.registry": "mergekit_fim.merging.methods",
-    "mergekit.plan": "mergekit_fim.hook",
-    "mergekit.merge": "mergekit_fim.run_merge",
+    "mergekit.plan": "mergekit_fim.hook.planner",
+    "mergekit.merge": "mergekit_fim.hook.run_merge",
 }
 _warned = False
 

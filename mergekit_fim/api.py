@@ -12,15 +12,16 @@ from mergekit_fim.config.parameters import FACTORS, KRON_SAMPLES, KRON_SEQ_LEN, 
 from mergekit_fim.errors import FimError
 from mergekit_fim.files import copy_whole
 from mergekit_fim.fisher.samples import draw_samples
-from mergekit_fim.measured import measured
-from mergekit_fim.measured_factors import measured_factors
 from mergekit_fim.measurements.factors import FactorsFile, compare_factors
 from mergekit_fim.measurements.file import write_measurement
 from mergekit_fim.measurements.record import Measurement
 from mergekit_fim.measurements.store import read_measurement
 from mergekit_fim.models.inputs import open_model
+from mergekit_fim.prepass.factors import measured_factors
+from mergekit_fim.prepass.measured import measured
 from mergekit_fim.tools.delta import Delta, measure_names
-from mergekit_fim.tools.plan import MergePlan, merge_whole, plan_fim_merge
+from mergekit_fim.tools.plan import MergePlan, plan_fim_merge
+from mergekit_fim.tools.whole import merge_whole
 
 __all__ = [
     "FactorsFile",

@@ -18,8 +18,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import mergekit_fim
 from mergekit_fim.config.parameters import FACTORS, FLOAT_DTYPES, LABELS, PARAMETERS, FisherSettings
-from mergekit_fim.errors import FimError, echo, reason, size, wrapped
+from mergekit_fim.errors import FimError, reason
 from mergekit_fim.files import REPORT_NAME, check_writable, copy_whole, write_json, write_text
+from mergekit_fim.text import echo, size, wrapped
 
 _PATH = click.Path(readable=False)  # for completion; what it must be is checked where it is read
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -214,12 +215,12 @@ def fisher(
     accelerate launch --num_processes K -m mergekit_fim fisher MODEL -o FILE
     torchrun --nproc_per_node K -m mergekit_fim fisher MODEL -o FILE    (on CPUs)
     """
-    from mergekit_fim.fisher.processes import SharedError, processes
     from mergekit_fim.fisher.samples import draw_samples
-    from mergekit_fim.measured import measured
-    from mergekit_fim.measured_factors import measured_factors
     from mergekit_fim.measurements.file import model_files, write_measurement
     from mergekit_fim.models.inputs import InputModel, open_model
+    from mergekit_fim.prepass.factors import measured_factors
+    from mergekit_fim.prepass.measured import measured
+    from mergekit_fim.processes.together import SharedError, processes
 
     if vocab_size is not None and factors is None:
         raise click.UsageError("--vocab-size goes with --factors")
@@ -315,7 +316,7 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
     Prints the table that the merge prints, and what the merge will do that can't be seen in the config: densities,
     gate protection, output heads, config keys in which the models differ, and what it will read, write and hold.
     """
-    from mergekit_fim.tools.plot import check_figure, write_figure
+    from mergekit_fim.report.figure import check_figure, write_figure
 
     if json_file is not None:
         check_writable(json_file, config_file)
@@ -323,15 +324,16 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
         check_writable(figure, config_file, *([json_file] if json_file else []))
         check_figure(figure)
     config, _ = _config(config_file, no_cache)
-    from mergekit_fim import report
+    from mergekit_fim.report.record import as_json
+    from mergekit_fim.report.table import render
     from mergekit_fim.tools.explain import explain
     from mergekit_fim.tools.plan import plan_fim_merge
 
     planned, pre_pass = plan_fim_merge(config, options)
-    echo(report.render(pre_pass) + explain(planned, options))
+    echo(render(pre_pass) + explain(planned, options))
     for warning in pre_pass.warnings:
         click.echo(f"Warning: {warning}", err=True)
-    content = report.as_json(pre_pass)
+    content = as_json(pre_pass)
     if json_file is not None:
         write_json(json_file, content)
     if figure is not None:
@@ -393,7 +395,7 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     A model that is in OUT_PATH already is replaced when the new one is complete; until then both are on the disk.
     """
     config, text = _config(config_file, no_cache)
-    from mergekit_fim.tools.plan import merge_whole
+    from mergekit_fim.tools.whole import merge_whole
 
     merge_whole(config, text, out_path, options)
 
@@ -476,8 +478,8 @@ def sweep(config_file: str, out: str, no_cache: bool, options: Any, **wanted: An
     adds to what is there, and with another --margin it concludes anew. The measurement and the task vectors are made
     once. docs/sweep.md says how to read a front, and how many problems tell two methods apart.
     """
-    from mergekit_fim.evaluate.findings import render
     from mergekit_fim.evaluate.folder import SweepFolder
+    from mergekit_fim.evaluate.front.findings import render
     from mergekit_fim.evaluate.sweep import Wanted
     from mergekit_fim.evaluate.sweep import sweep as run_sweep
 
@@ -498,8 +500,8 @@ def plot(report: str, output: str) -> None:
     logarithmic axis with its standard error, the norm of each task vector, and each model's merge coefficient.
     A figure of a fim_report.json that is written beside it is shown in the merged model's card, where there is one.
     """
-    from mergekit_fim.card import write_section
-    from mergekit_fim.tools.plot import check_figure, read_report, write_figure
+    from mergekit_fim.report.card import write_section
+    from mergekit_fim.report.figure import check_figure, read_report, write_figure
 
     check_writable(output, report)
     check_figure(output)

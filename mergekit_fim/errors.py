@@ -1,11 +1,8 @@
-"""What users see: the one exception, and text on a terminal, how wide, how wrapped, in which characters."""
+"""What users see when something is wrong: the one exception, and in a line why something of others' failed."""
 
 import contextlib
 import importlib.util
 import re
-import shutil
-import sys
-import textwrap
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -68,18 +65,6 @@ def require(module: str, extra: str) -> None:
     raise FimError(f"{package} isn't installed, and is needed for this; run: pip install 'mergekit-fim[{extra}]'")
 
 
-def width() -> int:
-    """Columns that a table may take: those of the terminal, but 80 at least and 100 at most."""
-    return min(100, max(80, shutil.get_terminal_size((100, 24)).columns))
-
-
-def wrapped(text: str, columns: int | None = None) -> list[str]:
-    """`text` in lines of at most `columns`, by default the `width`; names and paths stay whole."""
-    return textwrap.wrap(
-        text, columns or width(), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
-
-
 def brief(value: object) -> str:
     """A value from a file, short enough for a message."""
     try:
@@ -100,17 +85,6 @@ def reason(error: BaseException) -> str:
     text = " ".join(str(error).split())[:300]
     name = type(error).__name__
     return f"{name}: {text}" if text and isinstance(error, LookupError) else text or name
-
-
-def echo(text: str) -> None:
-    """Print, on any terminal: one without ‖δ‖ and α must not cost the merge."""
-    encoding = sys.stdout.encoding or "utf-8"
-    click.echo(text.encode(encoding, "replace").decode(encoding))
-
-
-def size(count: float) -> str:
-    """Bytes in GB or MB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
 
 
 def misfit(error: "ValidationError", content: Any) -> str:

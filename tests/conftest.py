@@ -25,7 +25,7 @@ from mergekit.scripts.run_yaml import main as mergekit_yaml
 from stub import Stub, stubs
 from warm import Outcome, Warm
 
-from mergekit_fim.evaluate import server
+from mergekit_fim.evaluate.answers import server
 from mergekit_fim.fisher.loading import Placement
 from mergekit_fim.merging.trim import find_threshold, runs, trim_run
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from mergekit_fim.evaluate import server as module
-from mergekit_fim.evaluate.server import Server
+from mergekit_fim.evaluate.answers import server as module
+from mergekit_fim.evaluate.answers.server import Server
 
 
 @dataclass

@@ -24,7 +24,7 @@ from mergekit_fim.fisher.engine import autograd_engine
 from mergekit_fim.fisher.measure import measure, measure_checkpoint
 from mergekit_fim.merging.gates import is_layout_known
 from mergekit_fim.models.inputs import open_model
-from mergekit_fim.report import render
+from mergekit_fim.report.table import render
 from mergekit_fim.tools.export import compare, export
 
 LAYERS = 2

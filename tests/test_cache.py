@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from conftest import Merge, config_for, unwrapped
 from mergekit.options import MergeOptions
 
-import mergekit_fim.measured
+import mergekit_fim.prepass.measured
 from mergekit_fim.cli import main
 from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.files import PART
@@ -34,9 +34,9 @@ def merge(tmp_path) -> Merge:
 def measured(monkeypatch):
     """How often a base was measured."""
     calls = []
-    original = mergekit_fim.measured.measure_checkpoint
+    original = mergekit_fim.prepass.measured.measure_checkpoint
     monkeypatch.setattr(
-        mergekit_fim.measured, "measure_checkpoint", lambda *a, **k: calls.append(a[0]) or original(*a, **k)
+        mergekit_fim.prepass.measured, "measure_checkpoint", lambda *a, **k: calls.append(a[0]) or original(*a, **k)
     )
     return calls
 
@@ -126,7 +126,7 @@ def test_a_base_is_opened_once_and_its_dtype_chosen_once(pair, monkeypatch):
         opened.append(open_model(str(pair.base), None, MergeOptions()))
         return opened[-1]
 
-    found = mergekit_fim.measured.measured(open_base, FisherSettings(1, 4), None, MergeOptions(quiet=True))
+    found = mergekit_fim.prepass.measured.measured(open_base, FisherSettings(1, 4), None, MergeOptions(quiet=True))
     assert len(opened) == 1
     assert found.measurement.fisher.dtype == "float32"
 

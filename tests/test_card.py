@@ -17,7 +17,7 @@ from mergekit.options import MergeOptions
 from mergekit.scripts.multimerge import main as mergekit_multi
 from test_commands import config, run  # noqa: F401
 
-from mergekit_fim.card import render_section, write_section
+from mergekit_fim.report.card import render_section, write_section
 
 BEGIN, END = "<!-- mergekit-fim -->\n", "<!-- /mergekit-fim -->\n"
 SMALL = {"fisher_samples": 2, "fisher_seq_len": 8}
@@ -112,7 +112,7 @@ def test_run_merge_is_replaced_before_anyone_has_it(pair, tmp_path):
         "import inspect, importlib\n"
         "from mergekit.merge import run_merge\n"
         "from mergekit.scripts import run_yaml\n"
-        "import mergekit.merge, mergekit_fim.run_merge as ours\n"
+        "import mergekit.merge, mergekit_fim.hook.run_merge as ours\n"
         "assert run_merge is mergekit.merge.run_merge is run_yaml.run_merge\n"
         "importlib.reload(ours)\n"
         "assert run_merge is mergekit.merge.run_merge\n"
@@ -120,7 +120,7 @@ def test_run_merge_is_replaced_before_anyone_has_it(pair, tmp_path):
         "['merge_config', 'out_path', 'options', 'config_source']\n"
         "print(run_merge.__name__, run_merge.__module__, hasattr(run_merge.__wrapped__, '__wrapped__'))\n"
     )
-    for first in ("import mergekit_fim.tools.plan", "import mergekit_fim.run_merge", "import mergekit_fim"):
+    for first in ("import mergekit_fim.tools.plan", "import mergekit_fim.hook.run_merge", "import mergekit_fim"):
         code = f"{first}\n{check}"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
         assert done.stdout.split() == ["run_merge", "mergekit.merge", "False"]
@@ -135,7 +135,7 @@ def test_a_stock_merge_has_mergekits_card(command, pair, merge, config, monkeypa
     content = config_for(pair, "task_arithmetic", parameters={"weight": 0.5}) | {"models": [{"model": str(pair.long)}]}
     card = "---\nmine\n"
     monkeypatch.setattr("mergekit.merge.generate_card", lambda **_: card)
-    monkeypatch.setattr("mergekit_fim.tools.plan.generate_card", lambda **_: card)
+    monkeypatch.setattr("mergekit_fim.tools.whole.generate_card", lambda **_: card)
     if command == "mergekit-yaml":
         merge.ok(content, "--write-model-card", "--quiet")
         assert (out / "fim_report.json").read_bytes() == kept
@@ -292,7 +292,7 @@ def test_a_section_that_fails_costs_no_merge(command, pair, merge, config, tmp_p
     def full(path: str, _text: str) -> None:
         raise OSError(28, "No space left on device", path)
 
-    monkeypatch.setattr("mergekit_fim.card.write_text", full)
+    monkeypatch.setattr("mergekit_fim.report.card.write_text", full)
     content = config_for(pair, parameters=SMALL)
     if command == "mergekit-yaml":
         out = merge.ok(content, "--write-model-card", "--quiet")[0]

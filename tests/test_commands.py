@@ -433,7 +433,7 @@ def test_plot_of_a_report_and_of_a_measurement(pair, merge, tmp_path):
 
 def test_what_a_figure_shows(pair, merge, tmp_path):
     """Every value of the report stands where it belongs, told apart without colour."""
-    from mergekit_fim.tools.plot import draw, read_report
+    from mergekit_fim.report.figure import draw, read_report
 
     models = [{"model": str(pair.long)}, {"model": str(pair.third)}]
     out, _ = merge.ok(config_for(pair, models=models))
@@ -458,7 +458,7 @@ def test_what_a_figure_shows(pair, merge, tmp_path):
 
 
 def test_models_of_one_name_are_told_apart_by_their_folders():
-    from mergekit_fim.tools.plot import _short_names
+    from mergekit_fim.report.figure import _short_names
 
     assert _short_names(["runs/a/last", "runs/b/last"]) == ["a/last", "b/last"]
     assert _short_names(["/x/a/one/last", "/x/b/one/last", "/x/b/two"]) == ["a/one/last", "b/one/last", "x/b/two"]
@@ -467,7 +467,7 @@ def test_models_of_one_name_are_told_apart_by_their_folders():
 
 
 def test_a_report_of_slices_is_drawn_by_the_bases_layers(pair, merge, tmp_path):
-    from mergekit_fim.tools.plot import draw, read_report
+    from mergekit_fim.report.figure import draw, read_report
 
     sources = [{"model": str(pair.base), "layer_range": [2, 5]}, {"model": str(pair.long), "layer_range": [1, 4]}]
     content = {k: v for k, v in config_for(pair, slices=[{"sources": sources}]).items() if k != "models"}

@@ -14,18 +14,19 @@ from mergekit.options import MergeOptions
 from torch import nn
 
 from mergekit_fim.config.parameters import FisherSettings
-from mergekit_fim.fisher import batched, head, processes
+from mergekit_fim.fisher import batched, head
 from mergekit_fim.fisher import loading as placement
 from mergekit_fim.fisher import measure as fisher
 from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.engine import NotSupportedError, autograd_engine
 from mergekit_fim.fisher.loading import Placement, load_model
 from mergekit_fim.fisher.measure import measure, measure_checkpoint
-from mergekit_fim.fisher.processes import shared_engine
 from mergekit_fim.fisher.rules import GramCache, product_squared_norm
 from mergekit_fim.fisher.samples import Samples, draw_samples
 from mergekit_fim.fisher.weights import ResidentWeights, StreamedWeights
 from mergekit_fim.models.inputs import open_model
+from mergekit_fim.processes import together
+from mergekit_fim.processes.together import shared_engine
 
 SETTINGS = FisherSettings(samples=5, seq_len=12, seed=3)
 
@@ -310,7 +311,7 @@ def test_what_any_of_several_processes_warns_of_is_known_in_all(monkeypatch):
     samples = draw_samples(SETTINGS, tiny.VOCAB)
     whole = batched_engine(model, layers_of(model), samples, lambda _n: None)
     others = [((whole[3:], ["short of memory", "too"]), "", ""), ((whole[:0], ["too"]), "", "")]
-    monkeypatch.setattr(processes, "gather_object", lambda own: [*own, *others])
+    monkeypatch.setattr(together, "gather_object", lambda own: [*own, *others])
 
     class State:
         num_processes = 3

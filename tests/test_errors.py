@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.models.inputs import InputModel, open_model
-from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
+from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorSweep
 
 
 def change_config(path: Path, **changes):
@@ -127,7 +127,7 @@ def test_task_vectors_of_what_the_measurement_read_and_of_the_rest(count, pair, 
     pairs = [LayerPair(i, i) for i in range(5)]
     models = {long: pairs, third: [*pairs, LayerPair(1, 3)]}
     expected = TaskVectorSweep(base, models, None).norms(quiet=True)
-    monkeypatch.setattr("mergekit_fim.task_vectors.readers", lambda devices: 4 * len(devices))
+    monkeypatch.setattr("mergekit_fim.prepass.task_vectors.readers", lambda devices: 4 * len(devices))
     sweep, original, read = TaskVectorSweep(base, models, None, [torch.device("cpu")] * count), InputModel.load, []
 
     def load(self, tensor, dtype):

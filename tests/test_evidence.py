@@ -31,10 +31,10 @@ from benchmarks.pages import put
 from benchmarks.pairs.recipes import KINDS, core_seconds, make, note, noted, seconds
 from benchmarks.pairs.tasks import characters, columns, gym, words
 from example_configs.demo import prompt_ids
-from mergekit_fim.evaluate import grader
-from mergekit_fim.evaluate.front import Outcomes
+from mergekit_fim.evaluate.front.statistics import Outcomes
+from mergekit_fim.evaluate.problems import grader
 from mergekit_fim.evaluate.records import Grade, Problem
-from mergekit_fim.tools.plan import merge_whole
+from mergekit_fim.tools.whole import merge_whole
 
 ROOT = Path(__file__).parents[1]
 FEW = Inputs(samples=3, length=12)

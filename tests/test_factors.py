@@ -20,7 +20,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import mergekit_fim
-from mergekit_fim import measured_factors as measuring
 from mergekit_fim.cli import main
 from mergekit_fim.config.parameters import KRON_SAMPLES, KRON_SEQ_LEN, FisherSettings
 from mergekit_fim.errors import FimError
@@ -32,6 +31,7 @@ from mergekit_fim.fisher.loading import Placement
 from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.measurements.factors import FactorsFile, LinearFactors
 from mergekit_fim.models.inputs import open_model
+from mergekit_fim.prepass import factors as measuring
 
 SETTINGS = FisherSettings(samples=3, seq_len=8, seed=2)
 
@@ -579,7 +579,7 @@ def test_in_python(pair, tmp_path):
 
 
 RECORDING = """
-import mergekit_fim.measured_factors as measuring
+import mergekit_fim.prepass.factors as measuring
 original = measuring.record_factors
 def record(*args, **kwargs):
     print("recorded")

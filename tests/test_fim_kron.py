@@ -13,9 +13,9 @@ import transformers
 from conftest import config_for, ends_in_one_line, unwrapped
 from safetensors.torch import load_file
 
-from mergekit_fim import prepass_kron
 from mergekit_fim.api import measure_factors
 from mergekit_fim.config.parameters import FisherSettings
+from mergekit_fim.prepass import kron as prepass_kron
 
 LAYERS = 5
 

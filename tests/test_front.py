@@ -17,11 +17,11 @@ from hypothesis.extra.numpy import arrays
 
 from benchmarks import fronts
 from mergekit_fim.errors import FimError
-from mergekit_fim.evaluate import front
-from mergekit_fim.evaluate.figure import draw, write_figure
-from mergekit_fim.evaluate.front import Outcomes, as_json, mcnemar, summarize, wilson
-from mergekit_fim.evaluate.paired import adjusted_interval, enough_problems, score_interval
-from mergekit_fim.evaluate.table import recommendation, render_table
+from mergekit_fim.evaluate.front import statistics as front
+from mergekit_fim.evaluate.front.figure import draw, write_figure
+from mergekit_fim.evaluate.front.paired import adjusted_interval, enough_problems, score_interval
+from mergekit_fim.evaluate.front.statistics import Outcomes, as_json, mcnemar, summarize, wilson
+from mergekit_fim.evaluate.front.table import recommendation, render_table
 
 
 def outcomes(run, correct, tokens, method=None, seconds=None, **more) -> Outcomes:
@@ -550,7 +550,7 @@ def test_without_scipy(monkeypatch):
 
 def test_the_modules_import_neither_scipy_nor_matplotlib():
     code = (
-        "import sys, mergekit_fim.evaluate.front, mergekit_fim.evaluate.table, mergekit_fim.evaluate.figure\n"
+        "import sys; from mergekit_fim.evaluate.front import figure, statistics, table\n"
         "print([name for name in ('scipy', 'matplotlib', 'torch', 'transformers') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

@@ -16,8 +16,8 @@ from mergekit.options import MergeOptions
 from tokenizers.processors import TemplateProcessing
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.evaluate import generation
-from mergekit_fim.evaluate.generation import LanguageModel, Prompt, complete, load_model, load_tokenizer
+from mergekit_fim.evaluate.answers import generation
+from mergekit_fim.evaluate.answers.generation import LanguageModel, Prompt, complete, load_model, load_tokenizer
 from mergekit_fim.evaluate.records import LENGTH, STOP, Completion
 
 TEXTS = [

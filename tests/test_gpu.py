@@ -27,7 +27,7 @@ from mergekit_fim.fisher.measure import measure_checkpoint
 from mergekit_fim.merging.trim import find_threshold
 from mergekit_fim.models.inputs import open_model
 from mergekit_fim.norms import squared_distance, squared_norm
-from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
+from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorSweep
 
 
 def found_device() -> torch.device | None:

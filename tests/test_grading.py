@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.evaluate import grader, grading
+from mergekit_fim.evaluate.problems import grader, grading
 from mergekit_fim.evaluate.records import Grade
 
 
@@ -291,10 +291,10 @@ def test_this_process_imports_none_of_it(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "1+1?", "answer": "$2$"}\n')
     code = (
         "import sys\n"
-        "from mergekit_fim.evaluate import grader, grading, problems\n"
-        "found = problems.open_problems('a.jsonl', n=0, seed=0)\n"
+        "from mergekit_fim.evaluate.problems import grader, grading, sources\n"
+        "found = sources.open_problems('a.jsonl', n=0, seed=0)\n"
         "assert found.grade(found.problems[0], '2').correct\n"
-        "problems.open_problems('reasoning-gym:chain_sum', n=1, seed=0)\n"
+        "sources.open_problems('reasoning-gym:chain_sum', n=1, seed=0)\n"
         "heavy = ('torch', 'transformers', 'mergekit', 'math_verify', 'sympy', 'reasoning_gym', 'datasets', 'numpy')\n"
         "print([name for name in heavy if name in sys.modules])\n"
     )

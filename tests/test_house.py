@@ -11,24 +11,27 @@ import pytest
 from conftest import ROOT, config_for, ends_in_one_line
 
 PACKAGE = ROOT / "mergekit_fim"
-# Each may import what stands before it, and itself. Those of one line don't know one another.
+# Each may import what stands below it, and itself. Those of one line don't know one another.
 FLOORS = [
-    {"errors", "coefficients", "kron"},
-    {"files", "norms", "parallel", "config.parameters"},
-    {"config", "measurements", "card"},
-    {"models"},
-    {"fisher", "merging", "task_vectors"},
-    {"measured", "measured_factors", "result", "launched"},
-    {"prepass_kron", "report_kron"},
-    {"prepass", "report"},
-    {"hook", "run_merge"},
-    {"tools"},
-    {"evaluate"},
-    {"api", "cli"},
     {"__main__"},
+    {"api", "cli"},
+    {"evaluate.sweep"},
+    {"evaluate.runs", "evaluate.answers", "evaluate.front"},
+    {"evaluate.problems", "evaluate.folder"},
+    {"evaluate.records"},
+    {"hook", "tools"},
+    {"report"},
+    {"prepass"},
+    {"processes"},
+    {"fisher", "merging"},
+    {"models"},
+    {"measurements"},
+    {"config"},
+    {"files"},
+    {"coefficients", "norms", "text", "errors"},
 ]
 # Records, and reading and comparing them: no part of these may need a machine that has torch.
-LIGHT = ("mergekit_fim.measurements.compare", "mergekit_fim.measurements.store", "mergekit_fim.tools.plot")
+LIGHT = ("mergekit_fim.measurements.compare", "mergekit_fim.measurements.store", "mergekit_fim.report.figure")
 HEAVY = ("torch", "accelerate", "transformers", "mergekit", "mergekit_fim.fisher", "mergekit_fim.models")
 
 
@@ -53,11 +56,18 @@ def imports(tree: ast.Module) -> set[str]:
     return found
 
 
+def imported(tree: ast.Module) -> set[str]:
+    """The modules of the package that a module imports, or imports something from."""
+    names = {name.removeprefix("mergekit_fim.") for name in imports(tree) if name.startswith("mergekit_fim.")}
+    names -= {"__version__", "install"}
+    return {name if name in modules() else name.rpartition(".")[0] for name in names}
+
+
 def place(module: str) -> tuple[int, str]:
-    """The floor of a module, and the room: the folder, or what is named for itself."""
+    """The floor of a module, from the top, and the room: the folder, or what is named for itself."""
     for floor, rooms in enumerate(FLOORS):
         for room in rooms:
-            if module == room or (module.startswith(f"{room}.") and module != "config.parameters"):
+            if module == room or module.startswith(f"{room}."):
                 return floor, room
     raise AssertionError(f"{module} has no place in the house")
 
@@ -65,27 +75,17 @@ def place(module: str) -> tuple[int, str]:
 @pytest.mark.parametrize("module", [name for name in modules() if name != "__init__"])
 def test_imports_go_down(module):
     tree = modules()[module]
-    folders = {path.name for path in PACKAGE.iterdir() if path.is_dir()}
-    if module in folders:
+    if PACKAGE.joinpath(*module.split(".")).is_dir():
         assert tree.body == []  # importing a folder imports nothing
         return
     floor, room = place(module)
-    for name in imports(tree):
-        if name.startswith("mergekit_fim."):
-            parts = name.split(".")[1:]
-            other = ".".join(parts[:2]) if parts[0] in folders else parts[0]
-            if other in ("__version__", "install"):
-                continue
-            below, next_door = place(other)
-            assert below < floor or next_door == room, f"{module} (floor {floor}) imports {other} (floor {below})"
+    for other in imported(tree):
+        below, next_door = place(other)
+        assert below > floor or next_door == room, f"{module} ({room}) imports {other}, which isn't below it"
 
 
 def test_no_circle_within_a_room():
-    graph = {
-        name: {".".join(i.split(".")[1:3]) for i in imports(tree) if i.startswith("mergekit_fim.")} & modules().keys()
-        for name, tree in modules().items()
-    }
-    graph = {name: others - {name} for name, others in graph.items()}
+    graph = {name: imported(tree) - {name} for name, tree in modules().items() if name != "__init__"}
     while graph:
         free = {name for name, others in graph.items() if not others & graph.keys()}
         assert free, f"a circle among {sorted(graph)}"
@@ -139,15 +139,15 @@ def private_parts() -> set[str]:
 
 
 def test_the_private_parts_of_mergekit_are_those_that_the_hook_lists():
-    page = ast.get_docstring(modules()["hook"]) or ""
+    page = ast.get_docstring(modules()["hook.planner"]) or ""
     listed = set(re.findall(r"`(?:mergekit\.merge|MergePlanner|MultiGPUExecutor)?\.(\w+)`", page))
     assert listed == {"normalize_config", "plan_to_disk", "run_merge", "__init__", "_model_out_config"}
     assert private_parts() == {
-        "run_merge: run_merge",
+        "hook.run_merge: run_merge",
         "merging.executor: __init__",
         "tools.plan: _model_out_config",
     }
-    source = (PACKAGE / "hook.py").read_text(encoding="utf-8")
+    source = (PACKAGE / "hook" / "planner.py").read_text(encoding="utf-8")
     assert set(re.findall(r"planner\.(\w+) = \1$", source, re.M)) == {"normalize_config", "plan_to_disk"}
 
 
@@ -162,9 +162,9 @@ def test_a_mergekit_without_the_private_part_is_refused(pair, monkeypatch):
 
 
 def test_a_planner_of_other_attributes_is_refused(pair, merge, monkeypatch):
-    from mergekit_fim import hook
+    from mergekit_fim.hook import planner
 
-    monkeypatch.setattr(hook, "_PLANNER_ATTRIBUTES", (*hook._PLANNER_ATTRIBUTES, "new_config"))
+    monkeypatch.setattr(planner, "_PLANNER_ATTRIBUTES", (*planner._PLANNER_ATTRIBUTES, "new_config"))
     target, result = merge(config_for(pair))
     ends_in_one_line(result, "mergekit>=0.1.5,<0.2", "new_config;", "install a supported mergekit", absent=target)
 
@@ -172,8 +172,8 @@ def test_a_planner_of_other_attributes_is_refused(pair, merge, monkeypatch):
 def test_the_planner_is_hooked_once():
     from mergekit.plan import MergePlanner
 
-    from mergekit_fim import hook
+    from mergekit_fim.hook import planner
 
     before = MergePlanner.normalize_config, MergePlanner.plan_to_disk
-    importlib.reload(hook)
+    importlib.reload(planner)
     assert (MergePlanner.normalize_config, MergePlanner.plan_to_disk) == before

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_fim.kron import InputMap, Side, damping_of, merge_by_both, spread
+from mergekit_fim.merging.kron import InputMap, Side, damping_of, merge_by_both, spread
 
 DAMPING = 1e-3
 

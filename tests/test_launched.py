@@ -62,7 +62,7 @@ def test_the_same_merge_by_directions(pair, warm, tmp_path):
 
 SHARED = """
 import mergekit_fim.fisher.batched as batched
-import mergekit_fim.task_vectors as task_vectors
+import mergekit_fim.prepass.task_vectors as task_vectors
 original, step = batched._Run.measure, task_vectors.TaskVectorSweep.__call__
 def measure(self, samples, *args):
     print(len(samples.input_ids), "sequences")
@@ -160,7 +160,7 @@ def test_one_process_ending_ends_all(pair, tmp_path):
 DIES_WHILE_MERGING = """
 import os, time
 import mergekit.graph
-import mergekit_fim.launched as launched
+import mergekit_fim.processes.launched as launched
 if os.environ["RANK"] == "0":
     def run(self, **_options):
         time.sleep(60)
@@ -189,7 +189,7 @@ def test_every_process_has_an_accelerator_of_its_own(monkeypatch):
     import torch
     from mergekit.options import MergeOptions
 
-    from mergekit_fim import launched
+    from mergekit_fim.processes import launched
 
     options = MergeOptions(multi_gpu=True)
     for device, expected in (("cuda:1", ("cuda:1", False, True)), ("cpu", ("cpu", True, True))):

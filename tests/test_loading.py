@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.options import MergeOptions
 
-from mergekit_fim import parallel
 from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher import measure as measuring
@@ -24,6 +23,7 @@ from mergekit_fim.fisher.engine import autograd_engine
 from mergekit_fim.fisher.loading import Placement, load_model
 from mergekit_fim.fisher.measure import measure, measure_checkpoint
 from mergekit_fim.fisher.weights import ResidentWeights, StreamedWeights
+from mergekit_fim.models import parallel
 from mergekit_fim.models.inputs import InputModel, open_model
 
 SETTINGS = FisherSettings(samples=3, seq_len=8)

@@ -292,7 +292,7 @@ def no_measurement(monkeypatch):
     def forbidden(*_args, **_kwargs):
         raise AssertionError("measured")
 
-    monkeypatch.setattr("mergekit_fim.measured.measure_checkpoint", forbidden)
+    monkeypatch.setattr("mergekit_fim.prepass.measured.measure_checkpoint", forbidden)
 
 
 def test_a_merge_uses_a_measurement(pair, merge, tmp_path, request):

@@ -23,11 +23,12 @@ from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from mergekit_fim import prepass
 from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.models.inputs import InputModel, open_model
 from mergekit_fim.models.layout import layer_prefix
-from mergekit_fim.task_vectors import LayerPair, TaskVectorSweep
+from mergekit_fim.prepass import run as prepass
+from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorSweep
+from mergekit_fim.prepass.written import default_density
 
 
 def expect(base: Path, models: list[Path], method: str, alphas: list[list[float]], densities=None, weights=None):
@@ -235,8 +236,8 @@ def test_alpha_by_hand_runs_no_pre_pass(pair, merge, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("the pre-pass ran")
 
-    monkeypatch.setattr("mergekit_fim.measured.measure_checkpoint", forbidden)
-    monkeypatch.setattr("mergekit_fim.prepass.TaskVectorSweep", forbidden)
+    monkeypatch.setattr("mergekit_fim.prepass.measured.measure_checkpoint", forbidden)
+    monkeypatch.setattr("mergekit_fim.prepass.run.TaskVectorSweep", forbidden)
     models = [{"model": str(pair.long), "parameters": {"alpha": 0.3}}]
     out, result = merge.ok(config_for(pair, "fim_ta", models=models))
     assert "alpha of" in result.output
@@ -443,7 +444,7 @@ def test_the_default_density_follows_the_size_of_the_base():
     for parameters, density in ((2_999_999_999, 0.2), (3_000_000_000, 0.4)):
         shapes = [(3,), (parameters - 3, 1)]
         base = SimpleNamespace(headers={str(shape): SimpleNamespace(shape=shape) for shape in shapes})
-        assert prepass.default_density(base) == density
+        assert default_density(base) == density
 
 
 def testlayer_prefixes():
@@ -470,7 +471,7 @@ for module in sys.argv[1:]:
     os.wait()
 """
     modules = ["mergekit.config", "mergekit.plan"]
-    modules += ["mergekit_fim.merging.methods", "mergekit_fim.hook", "mergekit_fim.report"]
+    modules += ["mergekit_fim.merging.methods", "mergekit_fim.hook.planner", "mergekit_fim.report.table"]
     done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [f"{module} True" for module in modules]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.evaluate import grader
-from mergekit_fim.evaluate.problems import FORMS, LONGEST_LINE, open_problems
+from mergekit_fim.evaluate.problems import grader
+from mergekit_fim.evaluate.problems.sources import FORMS, LONGEST_LINE, open_problems
 from mergekit_fim.evaluate.records import Grade, Problem, ProblemSet
 
 ROWS = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(9)]
@@ -212,7 +212,7 @@ def test_reasoning_gym():
 @pytest.mark.parametrize("task", ["ransom_note", "isomorphic_strings", "word_ladder", "polynomial_multiplication"])
 def test_problems_are_the_same_in_every_process(task):
     code = (
-        "from mergekit_fim.evaluate.problems import open_problems\n"
+        "from mergekit_fim.evaluate.problems.sources import open_problems\n"
         f"print(open_problems('reasoning-gym:{task}', n=4, seed=1).description['fingerprint'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

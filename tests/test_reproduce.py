@@ -17,7 +17,7 @@ from conftest import ROOT
 from test_docs import blocks
 
 from mergekit_fim.cli import main
-from mergekit_fim.evaluate.problems import open_problems
+from mergekit_fim.evaluate.problems.sources import open_problems
 
 PAIRS = {
     "1.5b": ("Qwen/Qwen2.5-Math-1.5B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "Qwen/Qwen2.5-Math-1.5B-Instruct"),

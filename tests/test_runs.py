@@ -12,8 +12,8 @@ from mergekit.merge_methods import registry
 
 from mergekit_fim.api import merge as merge_whole
 from mergekit_fim.errors import FimError
-from mergekit_fim.evaluate.runs import STRENGTHS, Run, merges, models_as_they_are
-from mergekit_fim.evaluate.varied import parse_settings
+from mergekit_fim.evaluate.runs.families import STRENGTHS, Run, merges, models_as_they_are
+from mergekit_fim.evaluate.runs.varied import parse_settings
 
 PAIR = {"merge_method": "fim_ta", "base_model": "b", "models": [{"model": "l"}]}
 THREE = {"merge_method": "fim_ta", "base_model": "b", "models": [{"model": "l"}, {"model": "b"}, {"model": "x/l"}]}

@@ -20,9 +20,9 @@ import transformers
 from stub import chat, good, say
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.evaluate import server as module
+from mergekit_fim.evaluate.answers import server as module
+from mergekit_fim.evaluate.answers.server import Request, Server, complete, connect
 from mergekit_fim.evaluate.records import LENGTH, STOP, Completion
-from mergekit_fim.evaluate.server import Request, Server, complete, connect
 
 KEPT = ["http://127.0.0.1:", "the answers so far are kept, and the same command goes on"]
 

@@ -55,7 +55,7 @@ for method in registered_methods():
     options = MergeOptions(quiet=True, copy_tokenizer=False, random_seed=3)
     run_merge(MergeConfiguration.model_validate(config), f"{out}/{spec.name}", options)
 assert ("mergekit_fim.merging.methods" in sys.modules) == (spec.name == "fim_kron")
-assert "mergekit_fim.prepass" not in sys.modules
+assert "mergekit_fim.prepass.run" not in sys.modules
 """
 
 

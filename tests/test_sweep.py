@@ -24,18 +24,19 @@ from mergekit.options import MergeOptions
 from stub import good, say
 from warm import Outcome, Warm
 
-from mergekit_fim import measured_factors, prepass
 from mergekit_fim.cli import main
 from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate import folder as folder_module
 from mergekit_fim.evaluate import sweep as module
+from mergekit_fim.evaluate.answers.generation import Prompt, complete, load_model, load_tokenizer
 from mergekit_fim.evaluate.folder import SweepFolder, file_name, opened, read_answers, write_answers
-from mergekit_fim.evaluate.generation import Prompt, complete, load_model, load_tokenizer
-from mergekit_fim.evaluate.grading import grade_math
+from mergekit_fim.evaluate.problems.grading import grade_math
 from mergekit_fim.evaluate.records import Answer
-from mergekit_fim.evaluate.refine import Point, next_strength
+from mergekit_fim.evaluate.runs.refine import Point, next_strength
 from mergekit_fim.files import PART
-from mergekit_fim.task_vectors import TaskVectorSweep
+from mergekit_fim.prepass import factors as measured_factors
+from mergekit_fim.prepass import run as prepass
+from mergekit_fim.prepass.task_vectors import TaskVectorSweep
 
 TEMPLATE = "{{ messages[0].content }}{% if messages|length > 1 %} {{ messages[1].content }}{% endif %}"
 TOKENS = 16

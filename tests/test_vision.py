@@ -18,8 +18,8 @@ from transformers import AutoModelForImageTextToText
 
 from mergekit_fim.cli import main
 from mergekit_fim.config.parameters import FisherSettings
-from mergekit_fim.evaluate.generation import Prompt, complete
-from mergekit_fim.evaluate.generation import load_model as load_for_generation
+from mergekit_fim.evaluate.answers.generation import Prompt, complete
+from mergekit_fim.evaluate.answers.generation import load_model as load_for_generation
 from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.loading import Placement, load_model
 from mergekit_fim.fisher.measure import measure

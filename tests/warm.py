@@ -20,7 +20,7 @@ from typing import Any
 
 # Calls that make, fill, name or remove files; and the modules from which our own files are written.
 FILES = {"fsync", "replace", "rename", "mkdir", "remove", "unlink", "serialize_file", "open", "write"}
-WRITERS = ("mergekit_fim/files.py", "mergekit_fim/report.py", "json/__init__.py")
+WRITERS = ("mergekit_fim/files.py", "mergekit_fim/report/record.py", "json/__init__.py")
 ANSWERS = "evaluate/folder.py"  # from which answers are written
 TIMEOUT = 180
 
@@ -79,7 +79,7 @@ def _main(folder: Path) -> None:
     import mergekit_fim.cli
     import mergekit_fim.evaluate.sweep
     import mergekit_fim.tools.export
-    import mergekit_fim.tools.plan
+    import mergekit_fim.tools.whole
 
     # What transformers prepares on first use, half a second of each fork's otherwise.
     importlib.import_module("transformers.conversion_mapping").get_checkpoint_conversion_mapping("llama")

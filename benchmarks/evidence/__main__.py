@@ -21,7 +21,7 @@ from benchmarks.evidence.fronts import RUNS, Pair, distance
 from benchmarks.evidence.summary import DEVELOPMENT, KEPT, REFERENCE, Found, ends, file_of, rows, save
 from benchmarks.evidence.variants import EXPLORED, LISTED, VARIANTS
 from benchmarks.pairs.recipes import KINDS, make, seconds
-from mergekit_fim.measured import measured_once
+from mergekit_fim.prepass.measured import measured_once
 
 SEEDS_OF_DEVELOPMENT = (7, 8)  # of pairs that methods are made on: what they show is no evidence
 

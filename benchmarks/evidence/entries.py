@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.evidence.signals import BASE, LONG, Inputs, backward, sequences
 from benchmarks.pairs.training import layer_of
-from mergekit_fim.tools.plan import merge_whole
+from mergekit_fim.tools.whole import merge_whole
 
 Weights = dict[str, torch.Tensor]
 

@@ -27,17 +27,18 @@ from benchmarks.evidence.answers import MODELS, Answers
 from benchmarks.evidence.variants import Variant
 from benchmarks.pairs.recipes import Kind, core_seconds, note, noted
 from benchmarks.pairs.training import layer_of
-from mergekit_fim.evaluate.answering import Decoding, Questions, by_model
-from mergekit_fim.evaluate.findings import outcomes
+from mergekit_fim.evaluate.answers.answering import Decoding, by_model
+from mergekit_fim.evaluate.answers.generation import LanguageModel, load_model, load_tokenizer
+from mergekit_fim.evaluate.answers.prompts import chat_template
 from mergekit_fim.evaluate.folder import file_name, read_answers, write_answers
-from mergekit_fim.evaluate.front import Outcomes
-from mergekit_fim.evaluate.generation import LanguageModel, load_model, load_tokenizer
-from mergekit_fim.evaluate.problems import open_problems
-from mergekit_fim.evaluate.prompts import chat_template
+from mergekit_fim.evaluate.front.findings import outcomes
+from mergekit_fim.evaluate.front.statistics import Outcomes
+from mergekit_fim.evaluate.problems.questions import Questions
+from mergekit_fim.evaluate.problems.sources import open_problems
 from mergekit_fim.evaluate.records import Answer, Grade, Key, Problem
-from mergekit_fim.evaluate.refine import Point, next_strength
+from mergekit_fim.evaluate.runs.refine import Point, next_strength
 from mergekit_fim.norms import squared_distance, squared_norm
-from mergekit_fim.tools.plan import merge_whole
+from mergekit_fim.tools.whole import merge_whole
 
 RUNS = 8  # merges of a variant
 ROWS = 200  # at once: all of a small model's, which takes three quarters of the time of 128

@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.evidence.signals import BASE, LONG, Signals
 from benchmarks.pairs.training import layer_of
-from mergekit_fim.coefficients import Mapping, merge_coefficients
+from mergekit_fim import Mapping, merge_coefficients
 
 # Strength and signals of the groups -> coefficients [group].
 Coefficients = Callable[[float, Signals], np.ndarray]

@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.evidence.answers import MODELS, Answers, load_answers
 from benchmarks.evidence.variants import TRIMMED
-from mergekit_fim.evaluate.front import AreaDifference, Estimate, summarize
+from mergekit_fim.evaluate.front.statistics import AreaDifference, Estimate, summarize
 
 REFERENCE = "task_arithmetic"
 KEPT = Path("docs/evidence")
@@ -51,7 +51,8 @@ class Row:
     Attributes:
         variant: its name.
         area: the front's mean height between base and long.
-        gain: that above the chord's, held out: see `mergekit_fim.evaluate.front`. None where the answers weren't kept.
+        gain: that above the chord's, held out: see `mergekit_fim.evaluate.front.statistics`. None where the answers
+            weren't kept.
         against: the area minus that of uniform task arithmetic; None for itself.
         trimmed: the area minus that of mergekit's ties of the same density; None without trimming, or where that
             wasn't run.

@@ -79,6 +79,10 @@ class Completion:
     ended: str
 
 
+# Of which answer, what was written, and what the model was given.
+Written = tuple[Key, Completion, str]
+
+
 @dataclass(frozen=True)
 class Answer:
     """A graded completion: a row of `answers/RUN.jsonl`, whose fields are these, in this order.

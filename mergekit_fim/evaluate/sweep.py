@@ -24,12 +24,12 @@ from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_fim import launched
-from mergekit_fim.card import write_section
 from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.errors import FimError
-from mergekit_fim.evaluate.answering import Decoding, Questions, Written, by_model, by_server, prompts
-from mergekit_fim.evaluate.findings import Findings, find, write_findings
+from mergekit_fim.evaluate.answers.answering import Decoding, by_model, by_server, prompts
+from mergekit_fim.evaluate.answers.generation import load_model, load_tokenizer
+from mergekit_fim.evaluate.answers.prompts import Template, chat_template, file_template
+from mergekit_fim.evaluate.answers.server import Server, connect
 from mergekit_fim.evaluate.folder import (
     SweepFolder,
     append_answer,
@@ -40,26 +40,28 @@ from mergekit_fim.evaluate.folder import (
     write_answers,
     writing,
 )
-from mergekit_fim.evaluate.front import pareto_set
-from mergekit_fim.evaluate.generation import load_model, load_tokenizer
-from mergekit_fim.evaluate.grading import CLOSE, OPEN
-from mergekit_fim.evaluate.problems import open_problems
-from mergekit_fim.evaluate.prompts import Template, chat_template, file_template
-from mergekit_fim.evaluate.records import Answer, Key, ProblemSet
-from mergekit_fim.evaluate.refine import Point, next_strength
-from mergekit_fim.evaluate.runs import BASE, Run, at_strength, merges, models_as_they_are, series, strength
-from mergekit_fim.evaluate.server import Server, connect
-from mergekit_fim.evaluate.table import markdown_rows
-from mergekit_fim.evaluate.varied import fine_tuned, parse_settings, spec_of
+from mergekit_fim.evaluate.front.findings import Findings, find, write_findings
+from mergekit_fim.evaluate.front.statistics import pareto_set
+from mergekit_fim.evaluate.front.table import markdown_rows
+from mergekit_fim.evaluate.problems.grading import CLOSE, OPEN
+from mergekit_fim.evaluate.problems.questions import Questions
+from mergekit_fim.evaluate.problems.sources import open_problems
+from mergekit_fim.evaluate.records import Answer, Key, ProblemSet, Written
+from mergekit_fim.evaluate.runs.families import BASE, Run, at_strength, merges, models_as_they_are, series, strength
+from mergekit_fim.evaluate.runs.refine import Point, next_strength
+from mergekit_fim.evaluate.runs.varied import fine_tuned, parse_settings, spec_of
 from mergekit_fim.files import write_text
 from mergekit_fim.fisher.measure import dtypes
-from mergekit_fim.fisher.processes import in_all
-from mergekit_fim.measured import measured_once
 from mergekit_fim.measurements.record import versions
 from mergekit_fim.models.identity import fingerprint
 from mergekit_fim.models.inputs import InputModel, open_model
-from mergekit_fim.prepass import default_density
-from mergekit_fim.tools.plan import merge_whole, plan_merge
+from mergekit_fim.prepass.measured import measured_once
+from mergekit_fim.prepass.written import default_density
+from mergekit_fim.processes import launched
+from mergekit_fim.processes.together import in_all
+from mergekit_fim.report.card import write_section
+from mergekit_fim.tools.plan import plan_merge
+from mergekit_fim.tools.whole import merge_whole
 
 LOG = logging.getLogger("mergekit_fim")
 

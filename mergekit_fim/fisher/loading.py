@@ -30,7 +30,7 @@ from mergekit_fim.models.completion import key_prefixes
 from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.models.language import language_model, outside, without_weights
 from mergekit_fim.models.layout import tensor_names
-from mergekit_fim.parallel import in_threads, readers
+from mergekit_fim.models.parallel import in_threads, readers
 
 # On the CPU a 16-bit dtype must be this many times faster than float32 to be worth its lost digits. The known CPUs are
 # far from it on either side: 0.002 and 0.6 without matrix units, 3 and more with them.

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import set_module_tensor_to_device
 from torch import nn
 
-from mergekit_fim.parallel import in_threads, readers
+from mergekit_fim.models.parallel import in_threads, readers
 
 
 def put(module: nn.Module, name: str, device: torch.device, value: torch.Tensor, dtype: torch.dtype) -> None:

@@ -5,8 +5,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mergekit_fim.errors import FimError, wrapped
+from mergekit_fim.errors import FimError
 from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher, Measurement
+from mergekit_fim.text import wrapped
 
 # A layer moved beyond what chance explains where its shift is more than this many standard errors.
 SIGNIFICANT = 2.0

@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ValidationError
 
 from mergekit_fim.config.parameters import FisherSettings
-from mergekit_fim.errors import FimError, brief, misfit, reason, wrapped
+from mergekit_fim.errors import FimError, brief, misfit, reason
 from mergekit_fim.files import written_whole
 from mergekit_fim.measurements.record import ModelIdentity, versions
+from mergekit_fim.text import wrapped
 
 if TYPE_CHECKING:
     from torch import Tensor

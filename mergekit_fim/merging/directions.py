@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 import torch
 
 from mergekit_fim.errors import FimError, reason
-from mergekit_fim.kron import InputMap, Side, check_betas, merge_by_both, weighted
 from mergekit_fim.measurements.factors import FactorsFile
+from mergekit_fim.merging.kron import InputMap, Side, check_betas, merge_by_both, weighted
 
 
 @dataclass(frozen=True)

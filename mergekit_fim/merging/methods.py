@@ -144,7 +144,7 @@ class FimMerge(GroupMergeMethod):
 
 
 class FimKron(FimMerge):
-    """`fim_kron`: every pair of a matrix' directions has a coefficient of its own; see `mergekit_fim.kron`."""
+    """`fim_kron`: every pair of a matrix' directions has a coefficient of its own; see `mergekit_fim.merging.kron`."""
 
     @torch.no_grad()
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:

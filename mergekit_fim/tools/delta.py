@@ -13,14 +13,14 @@ from mergekit.architecture import WeightInfo
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_fim.errors import width, wrapped
 from mergekit_fim.fisher.loading import placement
 from mergekit_fim.measurements.record import versions
 from mergekit_fim.merging.trim import find_threshold, runs
 from mergekit_fim.models.inputs import check_compatible, open_named
+from mergekit_fim.models.parallel import in_threads, readers
 from mergekit_fim.norms import squared_norm
-from mergekit_fim.parallel import in_threads, readers
-from mergekit_fim.task_vectors import refuse
+from mergekit_fim.prepass.task_vectors import refuse
+from mergekit_fim.text import width, wrapped
 
 TOP = 0.02  # the density of the sparse preset, example_configs/sparse-fim-ties.yml
 

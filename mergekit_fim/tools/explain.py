@@ -8,12 +8,12 @@ from mergekit.common import dtype_from_name
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_fim.errors import size, wrapped
 from mergekit_fim.fisher.batched import micro_batch
 from mergekit_fim.fisher.loading import device_plan
 from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.models.language import is_tied
-from mergekit_fim.result import BaseCoefficients
+from mergekit_fim.prepass.result import BaseCoefficients
+from mergekit_fim.text import size, wrapped
 from mergekit_fim.tools.plan import MergePlan, PlannedTensor
 
 # What Python, torch, transformers and mergekit hold without a model, and beside a model in the pre-pass, in bytes:

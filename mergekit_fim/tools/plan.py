@@ -1,16 +1,12 @@
-"""Merge config -> everything up to the first merged tensor, by mergekit's own planner; or the whole merge."""
+"""Merge config -> everything up to the first merged tensor, by mergekit's own planner."""
 
-import contextlib
 import inspect
-import logging
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mergekit import merge as mergekit_merge
 from mergekit.architecture import get_architecture_info
-from mergekit.card import generate_card
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration, OutputSliceDefinition
 from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
@@ -19,17 +15,12 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from transformers import PretrainedConfig
 
-from mergekit_fim import launched
-from mergekit_fim.card import write_section
 from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.config.settings import check_config
 from mergekit_fim.errors import FimError, check_own_code, reason
-from mergekit_fim.merging.output_folder import check_output, model_written_whole
 from mergekit_fim.models.checkpoint import model_config, tensor_index
 from mergekit_fim.models.inputs import InputModel
-from mergekit_fim.result import PrePass
-
-LOG = logging.getLogger("mergekit_fim")
+from mergekit_fim.prepass.result import PrePass
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +80,7 @@ class MergePlan:
         return (self.config.modules or {})[next(iter(self.inputs.values())).layout.stack].slices or []
 
 
-def _check(config: MergeConfiguration, options: MergeOptions) -> None:
+def check_config_and_models(config: MergeConfiguration, options: MergeOptions) -> None:
     """Check a config, and open its models, before mergekit does, which says what is wrong but not with which model.
 
     The config comes first (mergekit's planner, hooked, has it checked again): a typo costs no download.
@@ -108,7 +99,7 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> MergePlan:
     Raises:
         FimError: the merge would fail before its first tensor.
     """
-    _check(config, options)
+    check_config_and_models(config, options)
     output_config_of = getattr(mergekit_merge, "_model_out_config", None)
     if output_config_of is None:
         raise FimError("mergekit-fim supports mergekit>=0.1.5,<0.2, which this one isn't: install a supported mergekit")
@@ -140,68 +131,3 @@ def plan_fim_merge(config: MergeConfiguration, options: MergeOptions) -> tuple[M
     plan = plan_merge(config, options)
     assert plan.pre_pass is not None
     return plan, plan.pre_pass
-
-
-def merge_whole(config: MergeConfiguration, text: str | None, out_path: str, options: MergeOptions) -> None:
-    """Merge by mergekit's `run_merge`, any method, and write the model to a folder: it is there whole or not at all.
-
-    Args:
-        config: the merge config, left as it is.
-        text: its YAML, which is kept beside the model; by default what mergekit makes of `config`.
-        out_path: the folder; a model that is there already is replaced at the end.
-        options: mergekit's. With a verbosity above 0, errors that aren't ours come as they are.
-
-    Raises:
-        FimError: the models can't be merged, or not written.
-    """
-    text = text or config.to_yaml()
-
-    def whole() -> None:
-        check_output(out_path, config)
-        _check(config, options)
-        with _one_line(options), model_written_whole(out_path) as folder:
-            # mergekit normalises a config in place
-            mergekit_merge.run_merge(
-                config.model_copy(deep=True), folder, options.model_copy(update={"write_model_card": False})
-            )
-            if options.write_model_card and os.path.isdir(folder):
-                _write_card(config, text, folder)
-
-    def share() -> None:
-        if config.merge_method in METHODS:
-            with _one_line(options):
-                own = launched.options_of_process(options)
-                mergekit_merge.run_merge(config.model_copy(deep=True), out_path, own)
-
-    launched.by_all(whole, share)
-
-
-@contextlib.contextmanager
-def _one_line(options: MergeOptions) -> Iterator[None]:
-    """Whatever goes wrong in mergekit's hands is a `FimError`."""
-    try:
-        yield
-    except FimError:
-        raise
-    except Exception as error:  # mergekit, transformers and huggingface_hub each have their own
-        if options.verbosity:
-            raise
-        check_own_code(error)
-        full = "No space left" in str(error)
-        remedy = "free some space, or write elsewhere" if full else "-v shows where it failed"
-        raise FimError(f"mergekit can't do this merge ({reason(error)}); {remedy}") from error
-
-
-def _write_card(config: MergeConfiguration, text: str, folder: str) -> None:
-    """mergekit's model card. It asks the Hub about some names, which must not cost a merge that is done."""
-    with open(os.path.join(folder, "mergekit_config.yml"), "w", encoding="utf-8") as file:
-        file.write(text)
-    try:
-        card = generate_card(config=config, config_yaml=text, name=os.path.basename(folder))
-    except Exception as error:
-        LOG.warning("the merged model is whole, but its model card can't be made (%s)", reason(error))
-        return
-    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-        file.write(card)
-    if config.merge_method in METHODS:
-        write_section(folder)

@@ -10,8 +10,8 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from mergekit_fim.errors import FimError, reason, shown
-from mergekit_fim.evaluate.twins import twin
-from mergekit_fim.evaluate.varied import fine_tuned, strength_of, with_settings
+from mergekit_fim.evaluate.runs.twins import twin
+from mergekit_fim.evaluate.runs.varied import fine_tuned, strength_of, with_settings
 
 BASE, LONG = "base", "long"
 STRENGTHS = (0.2, 0.35, 0.5, 0.65, 0.8)

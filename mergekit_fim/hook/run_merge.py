@@ -1,6 +1,6 @@
 """mergekit's `run_merge` learns to share the pre-pass among processes, and to write our section of the card.
 
-The package's `__init__` imports this after mergekit's. `hook` says what else of mergekit is changed.
+The package's `__init__` imports this after mergekit's. `hook.planner` says what else of mergekit is changed.
 """
 
 import functools
@@ -9,8 +9,8 @@ from typing import Any
 
 from mergekit import merge
 
-from mergekit_fim.card import write_section
 from mergekit_fim.config.parameters import METHODS
+from mergekit_fim.report.card import write_section
 
 
 def _hook_run_merge() -> None:
@@ -24,7 +24,7 @@ def _hook_run_merge() -> None:
         config, options = given.get("merge_config"), given.get("options")
         if getattr(config, "merge_method", None) not in METHODS:
             return original(*args, **kwargs)
-        from mergekit_fim import launched
+        from mergekit_fim.processes import launched
 
         def whole() -> Any:
             result = original(*args, **kwargs)

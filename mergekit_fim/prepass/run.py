@@ -12,36 +12,33 @@ from typing import Any
 
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference
-from mergekit.config import (
-    ConditionalParameter,
-    ConfigReader,
-    MergeConfiguration,
-    OutputSliceDefinition,
-    evaluate_setting,
-)
+from mergekit.config import ConfigReader, MergeConfiguration, OutputSliceDefinition, evaluate_setting
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
-from mergekit_fim import launched, prepass_kron
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
 from mergekit_fim.config.parameters import PARAMETERS, Scope
-from mergekit_fim.config.settings import Settings, as_set, base_of, check_config, check_modules, conditions, settings_of
-from mergekit_fim.errors import FimError
+from mergekit_fim.config.settings import Settings, as_set, base_of, check_config, check_modules, settings_of
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.measure import check_measurable
-from mergekit_fim.fisher.processes import in_all
-from mergekit_fim.measured import Measured, measured, once, saved_measurement
-from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_known
 from mergekit_fim.merging.output_config import ConfigDifference, adapt_output_config
 from mergekit_fim.models.checkpoint import model_config
 from mergekit_fim.models.inputs import InputModel, check_compatible, check_tokenizer, open_models
-from mergekit_fim.result import BaseCoefficients, Kron, ModelCoefficients, ModelSettings, PrePass, SourceSlice
-from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
-
-# Below this many base parameters `density` is the paper's value for 1.5B, from there on its value for 7B. Where between
-# the two the change lies is this project's choice.
-_LARGE_MODEL = 3_000_000_000
+from mergekit_fim.prepass.kron import run as by_direction
+from mergekit_fim.prepass.measured import Measured, measured, once, saved_measurement
+from mergekit_fim.prepass.result import BaseCoefficients, Kron, ModelCoefficients, ModelSettings, PrePass, SourceSlice
+from mergekit_fim.prepass.slices import kept_tensors, population, source_slices
+from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
+from mergekit_fim.prepass.written import (
+    default_density,
+    leave_unknown_gates,
+    write_alphas,
+    write_default_density,
+    write_kept,
+)
+from mergekit_fim.processes import launched
+from mergekit_fim.processes.together import in_all
 
 
 def check(config: MergeConfiguration, architecture: ModelArchitecture, options: MergeOptions) -> Settings:
@@ -86,8 +83,8 @@ def run(
     inputs = open_models(_distinct([base_of(config), *references]), architecture, options.trust_remote_code)
     base = inputs[base_of(config)]
     slices = modules[base.layout.stack].slices or []
-    sources = tuple(s for name in modules for s in _source_slices(name, config, inputs))
-    kept = _kept(config, base)
+    sources = tuple(s for name in modules for s in source_slices(name, config, inputs))
+    kept = kept_tensors(config, base)
     warnings = [*_check_inputs(slices, sources, inputs, config, options)]
 
     density = default_density(base) if config.merge_method == "fim_ties" else None
@@ -101,14 +98,14 @@ def run(
     kron: Kron | None = None
     coefficients: tuple[BaseCoefficients, ...] = ()
     if settings.kron is not None:
-        settings, kron, more = prepass_kron.run(config, settings, inputs, sources, kept, options)
+        settings, kron, more = by_direction(config, settings, inputs, sources, kept, options)
     else:
         settings, coefficients, more = _by_layer(config, settings, inputs, sources, kept, options)
     warnings += more
-    _leave_unknown_gates(config, base)
-    _write_kept(config, base, kept)
+    leave_unknown_gates(config, base)
+    write_kept(config, base, kept)
     if density is not None:
-        _write_default_density(config, density)
+        write_default_density(config, density)
     differences = _adapt(output_config, inputs, slices, config, options)
     return PrePass(
         *(settings, config, inputs, coefficients, models, shared, kept, density, differences, tuple(warnings), kron)
@@ -147,66 +144,8 @@ def _by_layer(
         coefficients.append(_coefficients(own, found, norms, to_measure, settings))
     warnings += [warning for c in coefficients for warning in c.measurement.fisher.warnings]
     warnings += _without_information(coefficients)
-    _write_alphas(sources, automatic, coefficients)
+    write_alphas(sources, automatic, coefficients)
     return settings, tuple(coefficients), warnings
-
-
-def _source_slices(
-    name: str, config: MergeConfiguration, inputs: Mapping[ModelReference, InputModel]
-) -> Iterator[SourceSlice]:
-    module = (config.modules or {})[name]
-    slices = module.slices or []
-    layout = inputs[base_of(config)].layout
-    where = f"modules.{name}.slices" if len(layout.modules) > 1 else "slices"
-    if len(slices[0].sources) != len(slices[-1].sources):
-        raise FimError(
-            f"{where}: the first and the last must have the same number of sources, because mergekit takes the tensors "
-            f"outside the layers from both; found {len(slices[0].sources)} and {len(slices[-1].sources)}"
-        )
-    for i, out_slice in enumerate(slices):
-        base = base_of(config, out_slice)
-        for source in out_slice.sources:
-            start, end = source.layer_range
-            count = inputs[source.model].num_layers(name)
-            if not 0 <= start <= end <= count or (start == end and count):
-                raise FimError(
-                    f"{where}[{i}]: expected a layer_range within [0, {count}] for {source.model}, found "
-                    f"[{start}, {end}]; change it"
-                )
-            if name != layout.stack and (len(slices) > 1 or (start, end) != (0, count)):
-                raise FimError(
-                    f"{where}[{i}]: expected all {count} layers of {source.model} in one slice, found "
-                    f"[{start}, {end}]: only the language model's decoder layers can be sliced; use `models:` in this "
-                    "module"
-                )
-        lengths = {source.layer_range[1] - source.layer_range[0] for source in out_slice.sources}
-        if len(lengths) > 1:
-            raise FimError(
-                f"{where}[{i}]: its sources must all have the same number of layers, found {sorted(lengths)}"
-            )
-        base_start = next(source.layer_range[0] for source in out_slice.sources if source.model == base)
-        reader = ConfigReader(config=config, t=0, slice_out=out_slice, module=module)
-        its = base_start if name == layout.stack else None
-        yield from (SourceSlice(name, base, its, s, reader) for s in out_slice.sources if s.model != base)
-
-
-def _kept(config: MergeConfiguration, base: InputModel) -> dict[str, str]:
-    """The tensors outside the language model that aren't merged, and from where they are kept: `base` or `tuned`."""
-    kept: dict[str, str] = {}
-    for name, module in (config.modules or {}).items():
-        for out_slice in module.slices or []:
-            given = settings_of(ConfigReader(config=config, t=0, slice_out=out_slice, module=module), "other_modules")
-            names = [tensor.name for tensor in base.layout.modules[name]]
-            own = [tensor for tensor in names if tensor in base.other_modules - base.absent]
-            found = {tensor: evaluate_setting(tensor, given, validate=str) or "merge" for tensor in own}
-            tuned = [source.model for source in out_slice.sources if source.model != base_of(config, out_slice)]
-            if len(tuned) > 1 and "tuned" in found.values():
-                raise FimError(
-                    f"other_modules: expected one fine-tuned model to keep {next(iter(found))} from, found "
-                    f"{len(tuned)}; set it to merge or base, or name one model for this module under `modules:`"
-                )
-            kept |= {tensor: value for tensor, value in found.items() if value != "merge"}
-    return kept
 
 
 def _check_inputs(
@@ -254,7 +193,7 @@ def _measured(
     """A base's measurement, and the task vectors of the models that are merged into it."""
     own = [s for s in sources if s.base == base.reference]
     pairs = {
-        inputs[model]: _population([s for s in own if s.source.model == model], len(base.layout.layers))
+        inputs[model]: population([s for s in own if s.source.model == model], len(base.layout.layers))
         for model in _distinct(s.source.model for s in own)
     }
     key = (base.reference, dtype, settings.fisher, settings.saved, *((m.reference, *p) for m, p in pairs.items()))
@@ -284,18 +223,6 @@ def _measured(
 
     found, kept = once(key, measure)
     return found, {model: kept[model.reference] for model in pairs}
-
-
-def _population(sources: Sequence[SourceSlice], num_layers: int) -> list[LayerPair]:
-    """The pairs of layers over which scores are normalised.
-
-    Every layer of the base counts, merged or not, so that a layer's coefficient is the same in a merge of the whole
-    model and in one of some slices. A layer is paired as the slices pair it, one that no slice uses with its own index.
-    """
-    pairs = {pair for source in sources for pair in source.pairs()}
-    used = {pair.base_layer for pair in pairs}
-    pairs |= {LayerPair(layer, layer) for layer in range(num_layers) if layer not in used}
-    return sorted(pairs, key=lambda pair: (pair.base_layer, pair.source_layer))
 
 
 def _coefficients(
@@ -364,77 +291,6 @@ def _model_settings(
             density is not None and not any(settings_of(reader, "density", model) for reader in readers),
             as_set(readers, "alpha", None, model),
         )
-
-
-def _write_alphas(
-    sources: Sequence[SourceSlice], automatic: Container[SourceSlice], coefficients: Sequence[BaseCoefficients]
-) -> None:
-    """Put the coefficients into the sources' parameters, behind what the user set by hand for some of the tensors."""
-    found = {(c.base.reference, m.model.reference): m for c in coefficients for m in c.models}
-    for source in sources:
-        by_hand = source.settings("alpha")
-        if source not in automatic:  # but for tensors that are kept, of which mergekit wants to know it all the same
-            computed = [ConditionalParameter(value=1.0)]
-        else:
-            result = found[source.base, source.source.model]
-            layout, other = result.model.layout, result.alpha_other
-            alphas = dict(zip(result.pairs, result.alphas, strict=True))
-            pairs = {p: alphas[pair] for pair in source.pairs() for p in layout.layers[pair.source_layer].prefixes}
-            computed = source.filters(result.model, pairs, other)
-        source.source.parameters = {**(source.source.parameters or {}), "alpha": [*by_hand, *computed]}
-
-
-def _write_kept(config: MergeConfiguration, base: InputModel, kept: Mapping[str, str]) -> None:
-    """Set `other_modules`, at the highest precedence, so that it holds for just the tensors that it is about."""
-    # A filter is a part of a name, so that longer names come first.
-    names = [tensor.name for tensor in base.layout.all_tensors()]
-    filters = [name for name in names if name in kept or any(part in name for part in kept)]
-    values = [
-        ConditionalParameter(filter=name, value=kept.get(name, "merge")) for name in sorted(filters, key=len)[::-1]
-    ]
-    values.append(ConditionalParameter(value="merge"))
-    for module in (config.modules or {}).values():
-        for out_slice in module.slices or []:
-            out_slice.parameters = {**(out_slice.parameters or {}), "other_modules": values}
-
-
-def default_density(base: InputModel) -> float:
-    """The paper's density for a base of this size: 0.2 at 1.5B, 0.4 at 7B (arXiv 2603.21705, as summarised)."""
-    parameters = sum(math.prod(header.shape) for header in base.headers.values())
-    return 0.2 if parameters < _LARGE_MODEL else 0.4
-
-
-def _write_default_density(config: MergeConfiguration, density: float) -> None:
-    """Set `density` at the lowest precedence, where the user hasn't."""
-    parameters = dict(config.parameters or {})
-    given = parameters.get("density")
-    default = ConditionalParameter(value=density)
-    parameters["density"] = density if given is None else [*conditions(given), default]
-    config.parameters = parameters
-
-
-def _leave_unknown_gates(config: MergeConfiguration, base: InputModel) -> None:
-    """Set `gate_scale` to 1, at the highest precedence, for tensors that gate protection isn't for.
-
-    Those are fused ones of which nobody knows the gate's part, and gates outside the language model.
-    """
-    names = {
-        layer.local(tensor.name)
-        for layer in base.layout.layers
-        for tensor in layer.tensors
-        if is_fused(tensor.name) and not is_layout_known(tensor.name, base.text_config.model_type)
-    }
-    names |= {name for name in base.other_modules if is_gate_projection(name) or is_fused(name)}
-    if not names:
-        return
-    exceptions = [ConditionalParameter(filter=name, value=1.0) for name in sorted(names)]
-    default = PARAMETERS["gate_scale"].default_for(config.merge_method)
-    config.parameters = {"gate_scale": default} | (config.parameters or {})
-    modules = (config.modules or {}).values()
-    for scope in (config, *modules, *(out_slice for module in modules for out_slice in module.slices or [])):
-        if scope.parameters and "gate_scale" in scope.parameters:
-            given = conditions(scope.parameters["gate_scale"])
-            scope.parameters = {**scope.parameters, "gate_scale": [*exceptions, *given]}
 
 
 def _adapt(

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, BinaryIO
 
 from mergekit_fim.errors import FimError, brief, reason, require, shown
-from mergekit_fim.evaluate import grader
+from mergekit_fim.evaluate.problems import grader
 from mergekit_fim.evaluate.records import Grade, Problem, ProblemSet
 
 FORMS = "a JSONL file, reasoning-gym:TASK[:JSON] or hf:DATASET[:CONFIG][:SPLIT]"

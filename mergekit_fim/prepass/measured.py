@@ -17,11 +17,11 @@ from mergekit_fim.errors import FimError
 from mergekit_fim.fisher.engine import autograd_engine
 from mergekit_fim.fisher.loading import Beside
 from mergekit_fim.fisher.measure import check_measurable, dtypes, measure_checkpoint
-from mergekit_fim.fisher.processes import in_all, shared_engine
 from mergekit_fim.measurements.record import Experts, FisherMeasurement, Measurement
 from mergekit_fim.measurements.store import CacheEntry, read_measurement
 from mergekit_fim.models.identity import identity
 from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.processes.together import in_all, shared_engine
 
 T = TypeVar("T")
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from mergekit.options import MergeOptions
 
-from mergekit_fim.fisher.processes import SharedError, in_all, processes
+from mergekit_fim.processes.together import SharedError, in_all, processes
 
 T = TypeVar("T")
 

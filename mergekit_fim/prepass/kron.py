@@ -16,25 +16,25 @@ from mergekit.config import ConditionalParameter, MergeConfiguration, evaluate_s
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_fim import launched
 from mergekit_fim.config.parameters import PARAMETERS, FisherSettings
 from mergekit_fim.config.settings import Settings, settings_of
 from mergekit_fim.errors import FimError, shown
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.measure import check_measurable
-from mergekit_fim.fisher.processes import in_all
 from mergekit_fim.fisher.samples import draw_samples
-from mergekit_fim.kron import Spread, check_betas, spread
-from mergekit_fim.measured import once
-from mergekit_fim.measured_factors import MeasuredFactors, measured_factors
 from mergekit_fim.measurements.factors import FactorsFile
 from mergekit_fim.measurements.store import DEFAULT_NAME_OF_FACTORS, local_file
 from mergekit_fim.merging import directions
+from mergekit_fim.merging.kron import Spread, check_betas, spread
 from mergekit_fim.merging.methods import SOURCE, shares
 from mergekit_fim.models.identity import identity
 from mergekit_fim.models.inputs import InputModel
-from mergekit_fim.result import Kron, KronLayer, KronModel, SourceSlice
-from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
+from mergekit_fim.prepass.factors import MeasuredFactors, measured_factors
+from mergekit_fim.prepass.measured import once
+from mergekit_fim.prepass.result import Kron, KronLayer, KronModel, SourceSlice
+from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
+from mergekit_fim.processes import launched
+from mergekit_fim.processes.together import in_all
 
 # What mixes tokens, by the names that the architectures give it; all else that has factors counts as MLP.
 _ATTENTION = re.compile(r"attn|attention|mixer|mamba|conv|recurrent|temporal")

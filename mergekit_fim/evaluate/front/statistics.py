@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mergekit_fim.errors import require
-from mergekit_fim.evaluate.paired import LEVEL, adjusted_interval, score_interval
+from mergekit_fim.evaluate.front.paired import LEVEL, adjusted_interval, score_interval
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.integer[Any]]

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mergekit_fim.errors import FimError, brief, reason
-from mergekit_fim.evaluate import grading
+from mergekit_fim.evaluate.problems import grading
 from mergekit_fim.evaluate.records import Grade
 
 GRADING_SECONDS = 10  # for one answer, or one expected answer
@@ -90,7 +90,7 @@ class Grader:
         if self._process is not None and self._process.poll() is not None:
             self._end()
         if self._process is None:
-            code = f"import sys; sys.path[:] = {sys.path!r}; from mergekit_fim.evaluate.grader import serve; serve()"
+            code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
             environment = os.environ | {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
             self._process = subprocess.Popen(
                 [sys.executable, "-c", code],

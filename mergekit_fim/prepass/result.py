@@ -8,12 +8,12 @@ from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, ConfigReader, InputSliceDefinition, MergeConfiguration
 
 from mergekit_fim.config.settings import Settings, settings_of
-from mergekit_fim.kron import Spread
 from mergekit_fim.measurements.factors import FactorsFile
 from mergekit_fim.measurements.record import FisherMeasurement, Measurement
+from mergekit_fim.merging.kron import Spread
 from mergekit_fim.merging.output_config import ConfigDifference
 from mergekit_fim.models.inputs import InputModel
-from mergekit_fim.task_vectors import LayerPair, TaskVectorNorms
+from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorNorms
 
 
 @dataclass(frozen=True)

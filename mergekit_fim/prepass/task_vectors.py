@@ -12,8 +12,8 @@ from mergekit.common import ModelReference
 from mergekit_fim.errors import FimError
 from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.models.layout import DecoderLayer
+from mergekit_fim.models.parallel import in_threads, readers
 from mergekit_fim.norms import squared_distance
-from mergekit_fim.parallel import in_threads, readers
 
 
 @dataclass(frozen=True)

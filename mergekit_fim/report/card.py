@@ -5,13 +5,14 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
 from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.errors import reason
 from mergekit_fim.files import REPORT_NAME, read_json, write_text
+from mergekit_fim.text import escaped, markdown_table
 
 LOG = logging.getLogger("mergekit_fim")
 
@@ -65,7 +66,7 @@ def render_section(report: Mapping[str, Any] | None, *, figure: str | None = Non
     """The section as Markdown, between the comments that it is found by.
 
     Args:
-        report: a merge's, as `report.as_json` makes it; None for a merge by a method of mergekit's.
+        report: a merge's, as `record.as_json` makes it; None for a merge by a method of mergekit's.
         figure: the address of a figure.
         measured: lines of Markdown to stand under a heading of their own.
     """
@@ -164,17 +165,5 @@ def _layers(model: Mapping[str, Any], fisher: Mapping[str, Any]) -> Iterator[lis
     yield ["outside", "", "", "", "", f"{model['alpha_other']:.3f}"]
 
 
-def markdown_table(head: Iterable[str], rows: Iterable[Iterable[str]], align: str = "---") -> str:
-    """A table in Markdown, of cells in which nothing needs escaping any more."""
-    lines = [list(head), *map(list, rows)]
-    lines.insert(1, [align] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def _value(value: Any) -> str:
     return "" if value is None else escaped(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def escaped(text: str) -> str:
-    """Text on one line of which nothing is taken for Markdown or HTML: names may have any characters."""
-    return re.sub(r"([\\`*_{}\[\]<>|#!~$&])", r"\\\1", " ".join(text.split()))

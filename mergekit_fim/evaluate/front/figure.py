@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergekit_fim.tools.plot import INK, STYLES, check_figure, save_figure
+from mergekit_fim.report.figure import INK, STYLES, check_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ def write_figure(summary: Mapping[str, Any], path: str) -> None:
     """Draw a summary into a PNG or SVG file, by the ending of its name; atomically, and the same bytes every time.
 
     Args:
-        summary: as `front.as_json` gives it.
+        summary: as `statistics.as_json` gives it.
         path: the file.
 
     Raises:

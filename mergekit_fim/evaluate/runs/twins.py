@@ -9,7 +9,7 @@ from mergekit.merge_methods.base import BasePolicy
 
 from mergekit_fim.config.parameters import METHODS, PARAMETERS
 from mergekit_fim.errors import FimError, shown
-from mergekit_fim.evaluate.varied import (
+from mergekit_fim.evaluate.runs.varied import (
     blocks,
     fine_tuned,
     keep,

@@ -17,12 +17,12 @@ from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher.factors import record_factors
 from mergekit_fim.fisher.measure import check_measurable, dtypes
-from mergekit_fim.fisher.processes import in_all
 from mergekit_fim.fisher.samples import Samples, draw_samples
 from mergekit_fim.measurements.factors import FactorsFile, FactorsSettings, write_factors
 from mergekit_fim.measurements.store import CacheEntry
 from mergekit_fim.models.identity import identity
 from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.processes.together import in_all
 
 LOG = logging.getLogger("mergekit_fim")
 

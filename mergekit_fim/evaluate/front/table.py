@@ -4,10 +4,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from mergekit_fim.card import markdown_table
-from mergekit_fim.errors import wrapped
-from mergekit_fim.evaluate.front import Estimate, Paired, RunSummary, Summary
-from mergekit_fim.evaluate.paired import enough_problems
+from mergekit_fim.evaluate.front.paired import enough_problems
+from mergekit_fim.evaluate.front.statistics import Estimate, Paired, RunSummary, Summary
+from mergekit_fim.text import markdown_table, wrapped
 
 # A run that is cut off more often than this is longer than it looks, and perhaps better.
 _MANY_TRUNCATED = 0.05

@@ -7,7 +7,7 @@ All that this package uses of mergekit beyond its public names:
   output's config at hand, and no output folder made yet: the pre-pass runs there, and the planner's `arch_info` is
   exchanged for one that has every tensor of the models (`models.completion`). To the tasks of the second is added
   the one that keeps the report beside the merged model. Guard: `_PLANNER_ATTRIBUTES`.
-- `mergekit.merge.run_merge` is wrapped, in `mergekit_fim.run_merge`, and acts for these methods only: of several
+- `mergekit.merge.run_merge` is wrapped, in `hook.run_merge`, and acts for these methods only: of several
   processes one merges, and the others have a part in the pre-pass; and mergekit writes the model's card when its tasks
   have run, and our section comes after it. Whoever took the function from there before this
   package was imported gets the card without it.
@@ -44,17 +44,19 @@ def _hook_planner() -> None:
     def plan_to_disk(self: Any, out_path: str) -> list[Any]:
         if self.config.merge_method not in METHODS:
             return to_disk(self, out_path)
-        from mergekit_fim import launched, report
         from mergekit_fim.merging.executor import deliver_all
         from mergekit_fim.merging.output_folder import check_output
+        from mergekit_fim.processes import launched
+        from mergekit_fim.report.record import with_report
+        from mergekit_fim.report.table import show
 
         if launched.is_main():
             check_output(out_path, self.config)
         targets = to_disk(self, out_path)
         if self.options.multi_gpu:
             deliver_all()
-        report.show(self.fim_pre_pass, quiet=self.options.quiet)
-        return report.with_report(targets, self.fim_pre_pass, out_path)
+        show(self.fim_pre_pass, quiet=self.options.quiet)
+        return with_report(targets, self.fim_pre_pass, out_path)
 
     normalize_config.mergekit_fim = True  # type: ignore[attr-defined]
     planner.normalize_config = normalize_config
@@ -68,19 +70,19 @@ def _normalize_and_run(planner: Any, normalize: Any) -> None:
             f"mergekit-fim supports mergekit>=0.1.5,<0.2, whose planner has the attributes {', '.join(missing)}; "
             "this one lacks them: install a supported mergekit"
         )
-    from mergekit_fim import launched, prepass  # everything heavy: merges by other methods don't pay for it
+    # Everything heavy: merges by other methods don't pay for it.
+    from mergekit_fim.prepass.run import check, run
+    from mergekit_fim.processes import launched
 
     launched.inputs_are_there()
-    settings = prepass.check(planner.config, planner.arch_info, planner.options)
+    settings = check(planner.config, planner.arch_info, planner.options)
     # The caller's own config stays as it was: coefficients written into it would be taken for set by hand next time.
     planner.config = planner.config.model_copy(deep=True)
     normalize(planner)
     # The executor brings every tensor to the device that merges it. With --read-to-gpu it would first be read to the
     # first one, or be brought back to the CPU in between.
     planner.options = planner.options.model_copy(update={"read_to_gpu": False})
-    planner.fim_pre_pass = prepass.run(
-        planner.config, settings, planner.arch_info, planner.options, planner.out_model_config
-    )
+    planner.fim_pre_pass = run(planner.config, settings, planner.arch_info, planner.options, planner.out_model_config)
     planner.arch_info = planner.fim_pre_pass.base.architecture  # with what mergekit's own leaves out
     launched.end_of_share()
 

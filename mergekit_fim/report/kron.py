@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from mergekit_fim.errors import size, wrapped
-from mergekit_fim.kron import Spread
-from mergekit_fim.result import Kron, KronLayer
+from mergekit_fim.merging.kron import Spread
+from mergekit_fim.prepass.result import Kron, KronLayer
+from mergekit_fim.text import size, wrapped
 
 PARTS = ("attention", "mlp")
 

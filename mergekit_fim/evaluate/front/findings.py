@@ -8,16 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_fim.card import escaped, markdown_table
-from mergekit_fim.errors import wrapped
-from mergekit_fim.evaluate.answering import Questions
-from mergekit_fim.evaluate.figure import write_figure
 from mergekit_fim.evaluate.folder import SweepFolder, write_record
-from mergekit_fim.evaluate.front import Outcomes, Summary, as_json, summarize
+from mergekit_fim.evaluate.front.figure import write_figure
+from mergekit_fim.evaluate.front.statistics import Outcomes, Summary, as_json, summarize
+from mergekit_fim.evaluate.front.table import Recommendation, recommendation, render_table
+from mergekit_fim.evaluate.problems.questions import Questions
 from mergekit_fim.evaluate.records import LENGTH, Answer, Key
-from mergekit_fim.evaluate.table import Recommendation, recommendation, render_table
 from mergekit_fim.files import write_text
 from mergekit_fim.measurements.record import versions
+from mergekit_fim.text import escaped, markdown_table, wrapped
 
 
 @dataclass(frozen=True)

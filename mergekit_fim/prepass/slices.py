@@ -1,0 +1,83 @@
+"""A normalised config -> which runs of layers are merged into which, and which tensors are kept as they are."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from mergekit.common import ModelReference
+from mergekit.config import ConfigReader, MergeConfiguration, evaluate_setting
+
+from mergekit_fim.config.settings import base_of, settings_of
+from mergekit_fim.errors import FimError
+from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.prepass.result import SourceSlice
+from mergekit_fim.prepass.task_vectors import LayerPair
+
+
+def source_slices(
+    name: str, config: MergeConfiguration, inputs: Mapping[ModelReference, InputModel]
+) -> Iterator[SourceSlice]:
+    """The fine-tuned models' runs of layers in a module, whose slices are checked."""
+    module = (config.modules or {})[name]
+    slices = module.slices or []
+    layout = inputs[base_of(config)].layout
+    where = f"modules.{name}.slices" if len(layout.modules) > 1 else "slices"
+    if len(slices[0].sources) != len(slices[-1].sources):
+        raise FimError(
+            f"{where}: the first and the last must have the same number of sources, because mergekit takes the tensors "
+            f"outside the layers from both; found {len(slices[0].sources)} and {len(slices[-1].sources)}"
+        )
+    for i, out_slice in enumerate(slices):
+        base = base_of(config, out_slice)
+        for source in out_slice.sources:
+            start, end = source.layer_range
+            count = inputs[source.model].num_layers(name)
+            if not 0 <= start <= end <= count or (start == end and count):
+                raise FimError(
+                    f"{where}[{i}]: expected a layer_range within [0, {count}] for {source.model}, found "
+                    f"[{start}, {end}]; change it"
+                )
+            if name != layout.stack and (len(slices) > 1 or (start, end) != (0, count)):
+                raise FimError(
+                    f"{where}[{i}]: expected all {count} layers of {source.model} in one slice, found "
+                    f"[{start}, {end}]: only the language model's decoder layers can be sliced; use `models:` in this "
+                    "module"
+                )
+        lengths = {source.layer_range[1] - source.layer_range[0] for source in out_slice.sources}
+        if len(lengths) > 1:
+            raise FimError(
+                f"{where}[{i}]: its sources must all have the same number of layers, found {sorted(lengths)}"
+            )
+        base_start = next(source.layer_range[0] for source in out_slice.sources if source.model == base)
+        reader = ConfigReader(config=config, t=0, slice_out=out_slice, module=module)
+        its = base_start if name == layout.stack else None
+        yield from (SourceSlice(name, base, its, s, reader) for s in out_slice.sources if s.model != base)
+
+
+def kept_tensors(config: MergeConfiguration, base: InputModel) -> dict[str, str]:
+    """The tensors outside the language model that aren't merged, and from where they are kept: `base` or `tuned`."""
+    kept: dict[str, str] = {}
+    for name, module in (config.modules or {}).items():
+        for out_slice in module.slices or []:
+            given = settings_of(ConfigReader(config=config, t=0, slice_out=out_slice, module=module), "other_modules")
+            names = [tensor.name for tensor in base.layout.modules[name]]
+            own = [tensor for tensor in names if tensor in base.other_modules - base.absent]
+            found = {tensor: evaluate_setting(tensor, given, validate=str) or "merge" for tensor in own}
+            tuned = [source.model for source in out_slice.sources if source.model != base_of(config, out_slice)]
+            if len(tuned) > 1 and "tuned" in found.values():
+                raise FimError(
+                    f"other_modules: expected one fine-tuned model to keep {next(iter(found))} from, found "
+                    f"{len(tuned)}; set it to merge or base, or name one model for this module under `modules:`"
+                )
+            kept |= {tensor: value for tensor, value in found.items() if value != "merge"}
+    return kept
+
+
+def population(sources: Sequence[SourceSlice], num_layers: int) -> list[LayerPair]:
+    """The pairs of layers over which scores are normalised.
+
+    Every layer of the base counts, merged or not, so that a layer's coefficient is the same in a merge of the whole
+    model and in one of some slices. A layer is paired as the slices pair it, one that no slice uses with its own index.
+    """
+    pairs = {pair for source in sources for pair in source.pairs()}
+    used = {pair.base_layer for pair in pairs}
+    pairs |= {LayerPair(layer, layer) for layer in range(num_layers) if layer not in used}
+    return sorted(pairs, key=lambda pair: (pair.base_layer, pair.source_layer))
