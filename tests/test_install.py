@@ -1,13 +1,20 @@
-"""The start-up hook: wheel and editable installs, uninstalling, cost, and mergekits that are missing or broken."""
+"""What is released, and the start-up hook: installs, uninstalling, cost, and mergekits that are missing or broken."""
 
+import email
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import textwrap
 import zipfile
+from email.message import Message
+from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
-from conftest import Environment, config_for, ends_in_one_line, make_environment, pip
+import readme_renderer.markdown
+from conftest import ROOT, Environment, config_for, ends_in_one_line, make_environment, pip
 
 REGISTERED = "from mergekit import merge_methods as m; print([x.spec.name for x in m.registered_methods()][-3:])"
 
@@ -39,7 +46,18 @@ def test_install_and_uninstall(editable, source, tmp_path):
     assert files(environment) == before
 
 
-def test_wheel_and_sdist_carry_the_start_up_files(source, wheel, tmp_path):
+def build(what: str, source: Path, folder: Path) -> Path:
+    code = "import sys, hatchling.build as b; print(getattr(b, f'build_{sys.argv[1]}')(sys.argv[2]))"
+    command = [sys.executable, "-c", code, what, str(folder)]
+    return folder / subprocess.run(command, cwd=source, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory) -> Path:
+    return build("sdist", source, tmp_path_factory.mktemp("sdist"))
+
+
+def test_wheel_and_sdist_carry_the_start_up_files(sdist, wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         found = sorted(archive.namelist())
         assert archive.read("mergekit_fim.start").decode().strip() == "mergekit_fim:install"
@@ -47,15 +65,65 @@ def test_wheel_and_sdist_carry_the_start_up_files(source, wheel, tmp_path):
     assert "mergekit_fim/py.typed" in found
     assert not [name for name in found if name.startswith("mergekit_fim/") and name.endswith((".pth", ".start"))]
     # The sdist builds the same wheel.
-    build = [sys.executable, "-c", "import sys, hatchling.build as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"]
-    subprocess.run([*build, "build_sdist", str(tmp_path)], cwd=source, capture_output=True, check=True)
-    (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "sdist", filter="data")
     (unpacked,) = (tmp_path / "sdist").iterdir()
-    subprocess.run([*build, "build_wheel", str(tmp_path)], cwd=unpacked, capture_output=True, check=True)
-    with zipfile.ZipFile(tmp_path / wheel.name) as archive:
+    with zipfile.ZipFile(build("wheel", unpacked, tmp_path)) as archive:
         assert sorted(archive.namelist()) == found
+
+
+def test_an_index_takes_wheel_and_sdist(sdist, wheel):
+    command = [sys.executable, "-m", "twine", "--no-color", "check", "--strict", str(sdist), str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.count("PASSED")) == (0, 2), done.stdout + done.stderr
+
+
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+class Page(HTMLParser):
+    """A description as an index shows it."""
+
+    def __init__(self, markdown: str) -> None:
+        super().__init__()
+        self.names, self.links, self.pictures, self.words = set(), [], [], ""
+        self.feed(readme_renderer.markdown.render(markdown))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        found = dict(attributes)
+        self.names.add(f"#{found.get('id')}")
+        self.links += [found["href"]] if "href" in found else []
+        self.pictures += [found["src"]] if tag == "img" else []
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+@pytest.mark.parametrize("address", ["", "https://forge.example/someone/mergekit-fim"])
+def test_the_description_works_away_from_the_repository(address, source, tmp_path):
+    shutil.copytree(source, tmp_path / "source")
+    project = tmp_path / "source" / "pyproject.toml"
+    text, count = re.subn(r'^repository = ".*"$', f'repository = "{address}"', project.read_text(), flags=re.M)
+    assert count == 1
+    project.write_text(text)
+    made = metadata(build("wheel", tmp_path / "source", tmp_path))
+    assert made["Description-Content-Type"] == "text/markdown"
+    here, there = Page((ROOT / "README.md").read_text(encoding="utf-8")), Page(made.get_payload(decode=True).decode())
+    assert "".join(there.words.split()) == "".join(here.words.split())
+    assert len(here.pictures) > 0
+    assert not {link for link in there.links if link.startswith("#")} - there.names
+    for found in [*there.links, *there.pictures]:
+        assert found.startswith(("https://", "#"))
+        path = found.removeprefix(f"{address}/blob/HEAD/").removeprefix(f"{address}/raw/HEAD/").split("#")[0]
+        assert not address or not found.startswith(address) or (ROOT / path).exists()
+    assert len(there.pictures) == (len(here.pictures) if address else 0)
+    assert len(there.links) == (len(here.links) if address else sum(x.startswith(("#", "http")) for x in here.links))
+    assert [url.split(", ")[1] for url in made.get_all("Project-URL", [])] == (
+        [address, f"{address}/blob/HEAD/CHANGELOG.md", f"{address}/issues"] if address else []
+    )
 
 
 def test_the_start_file_names_a_callable(installed):
