@@ -14,7 +14,11 @@ from pathlib import Path
 
 import pytest
 import readme_renderer.markdown
+import yaml
 from conftest import ROOT, Environment, config_for, ends_in_one_line, make_environment, pip
+from packaging.requirements import Requirement
+
+import mergekit_fim
 
 REGISTERED = "from mergekit import merge_methods as m; print([x.spec.name for x in m.registered_methods()][-3:])"
 
@@ -124,6 +128,25 @@ def test_the_description_works_away_from_the_repository(address, source, tmp_pat
     assert [url.split(", ")[1] for url in made.get_all("Project-URL", [])] == (
         [address, f"{address}/blob/HEAD/CHANGELOG.md", f"{address}/issues"] if address else []
     )
+
+
+def test_versions_agree(wheel):
+    """One version, one list of Pythons, and what is tested within what may be installed."""
+    made = metadata(wheel)
+    assert made["Version"] == mergekit_fim.__version__
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1] == made["Version"]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))
+    pythons = [c.split()[-1] for c in made.get_all("Classifier") if re.search(r"Python :: 3\.\d+$", c)]
+    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == pythons
+    assert made["Requires-Python"] == f">={pythons[0]}"
+    allowed = {r.name: r.specifier for r in map(Requirement, made.get_all("Requires-Dist")) if not r.marker}
+    pins = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
+    for pin in map(Requirement, pins):
+        (version,) = (its.version for its in pin.specifier)
+        assert pin.name not in allowed or version in allowed[pin.name], pin
+    # What these two change in the next such version is unknown.
+    assert "6.0.0" not in allowed["transformers"]
+    assert "0.2.0" not in allowed["mergekit"]
 
 
 def test_the_start_file_names_a_callable(installed):
