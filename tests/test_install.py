@@ -9,13 +9,12 @@ import tarfile
 import textwrap
 import zipfile
 from email.message import Message
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import readme_renderer.markdown
 import yaml
 from conftest import ROOT, Environment, config_for, ends_in_one_line, make_environment, pip
+from markdown_it import MarkdownIt
 from packaging.requirements import Requirement
 
 import mergekit_fim
@@ -88,22 +87,22 @@ def metadata(wheel: Path) -> Message:
         return email.message_from_bytes(archive.read(name))
 
 
-class Page(HTMLParser):
-    """A description as an index shows it."""
+class Page:
+    """A description as an index shows it: its words, links, pictures, and the names of its headings."""
 
     def __init__(self, markdown: str) -> None:
-        super().__init__()
-        self.names, self.links, self.pictures, self.words = set(), [], [], ""
-        self.feed(readme_renderer.markdown.render(markdown))
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        found = dict(attributes)
-        self.names.add(f"#{found.get('id')}")
-        self.links += [found["href"]] if "href" in found else []
-        self.pictures += [found["src"]] if tag == "img" else []
-
-    def handle_data(self, data: str) -> None:
-        self.words += data
+        self.words, self.links, self.pictures, self.names = "", [], [], set()
+        tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(markdown)
+        for before, token in zip([None, *tokens], tokens, strict=False):
+            if before is not None and before.type == "heading_open":
+                self.names.add("#" + re.sub(r"[^\w -]", "", token.content.lower()).replace(" ", "-"))
+            for part in [token, *(token.children or [])]:
+                if part.type == "image":
+                    self.pictures.append(part.attrs["src"])
+                elif part.type == "link_open":
+                    self.links.append(part.attrs["href"])
+                elif part.type != "inline":
+                    self.words += part.content
 
 
 @pytest.mark.parametrize("address", ["", "https://forge.example/someone/mergekit-fim"])
