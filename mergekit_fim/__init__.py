@@ -12,7 +12,7 @@ Set the environment variable MERGEKIT_FIM_DISABLE to a non-empty value to switch
 import os
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 TYPE_CHECKING = False  # as typing.TYPE_CHECKING, without importing typing
 if TYPE_CHECKING:

@@ -1,11 +1,15 @@
-"""Every example config is merged, on tiny stand-ins for the models that it names; what the demo's models are taught."""
+"""Every example is run on tiny stand-ins for the models that it names; what the demo's models are taught."""
 
 import importlib.util
 import itertools
 import json
+import os
 import random
 import re
+import sysconfig
 
+import nbclient
+import nbformat
 import pytest
 import reference
 import tiny
@@ -127,3 +131,44 @@ def test_the_demo_packs_answers_without_changing_their_loss(demo):
         ]
     torch.testing.assert_close(logits, torch.cat(alone), atol=1e-5, rtol=1e-4)
     assert expected["labels"].tolist() == [token for some in replies for reply in some for token in reply]
+
+
+NOTEBOOK = ROOT / "example_configs" / "long-to-short.ipynb"
+
+
+def test_the_notebook(tmp_path, monkeypatch):
+    """From top to bottom, install included, with tiny models in the place of the paper's pair."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (parameters,) = (cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    papers = yaml.safe_load((ROOT / "example_configs" / "l2s-1.5b-fim-kron.yml").read_text(encoding="utf-8"))
+    for name in (papers["base_model"], papers["models"][0]["model"]):
+        assert f' = "{name}"\n' in parameters.source
+    base = tiny.build(tiny.config("qwen2", max_position_embeddings=256))
+    for name, model in (("base", base), ("long", tiny.tuned(base, 1))):
+        tiny.save(model, tmp_path / name)
+        tiny.tokenizer(chat_template="{% for m in messages %}{{ m.content }} {% endfor %}").save_pretrained(
+            tmp_path / name
+        )
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text('{"question": "What is 3 + 4?", "answer": 7}\n{"question": "What is 2 + 2?", "answer": 4}\n')
+    chosen = {"BASE": str(tmp_path / "base"), "LONG": str(tmp_path / "long"), "PROBLEMS": str(problems)}
+    chosen |= {"STRENGTHS": "0.3,0.6", "MAX_TOKENS": 4}
+    parameters.source += "".join(f"\n{name} = {value!r}" for name, value in chosen.items())
+    monkeypatch.setenv("PATH", sysconfig.get_path("scripts"), prepend=os.pathsep)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")  # what it installs is there
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "jupyter"))
+    nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    printed = "".join(output.get("text", "") for output in outputs)
+    assert "Error" not in printed
+    assert "method: fim_kron" in (tmp_path / "config.yml").read_text(encoding="utf-8")
+    assert reference.report(tmp_path / "merged")["method"] == "fim_kron"
+    for run in ("base", "long", "fim_kron alpha_mean=0.3", "task_arithmetic weight=0.6"):
+        assert run in printed
+    assert "image/png" in outputs[-1].data
+
+
+def test_the_notebook_is_kept_without_what_it_printed():
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    assert {str(cell.get("outputs", [])) + str(cell.get("execution_count")) for cell in cells} == {"[]None"}

@@ -1,13 +1,23 @@
-"""The start-up hook: wheel and editable installs, uninstalling, cost, and mergekits that are missing or broken."""
+"""What is released, and the start-up hook: installs, uninstalling, cost, and mergekits that are missing or broken."""
 
+import email
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import textwrap
 import zipfile
+from email.message import Message
+from pathlib import Path
 
 import pytest
-from conftest import Environment, config_for, ends_in_one_line, make_environment, pip
+import yaml
+from conftest import ROOT, Environment, config_for, ends_in_one_line, make_environment, pip
+from markdown_it import MarkdownIt
+from packaging.requirements import Requirement
+
+import mergekit_fim
 
 REGISTERED = "from mergekit import merge_methods as m; print([x.spec.name for x in m.registered_methods()][-3:])"
 
@@ -39,7 +49,18 @@ def test_install_and_uninstall(editable, source, tmp_path):
     assert files(environment) == before
 
 
-def test_wheel_and_sdist_carry_the_start_up_files(source, wheel, tmp_path):
+def build(what: str, source: Path, folder: Path) -> Path:
+    code = "import sys, hatchling.build as b; print(getattr(b, f'build_{sys.argv[1]}')(sys.argv[2]))"
+    command = [sys.executable, "-c", code, what, str(folder)]
+    return folder / subprocess.run(command, cwd=source, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory) -> Path:
+    return build("sdist", source, tmp_path_factory.mktemp("sdist"))
+
+
+def test_wheel_and_sdist_carry_the_start_up_files(sdist, wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         found = sorted(archive.namelist())
         assert archive.read("mergekit_fim.start").decode().strip() == "mergekit_fim:install"
@@ -47,15 +68,84 @@ def test_wheel_and_sdist_carry_the_start_up_files(source, wheel, tmp_path):
     assert "mergekit_fim/py.typed" in found
     assert not [name for name in found if name.startswith("mergekit_fim/") and name.endswith((".pth", ".start"))]
     # The sdist builds the same wheel.
-    build = [sys.executable, "-c", "import sys, hatchling.build as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"]
-    subprocess.run([*build, "build_sdist", str(tmp_path)], cwd=source, capture_output=True, check=True)
-    (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "sdist", filter="data")
     (unpacked,) = (tmp_path / "sdist").iterdir()
-    subprocess.run([*build, "build_wheel", str(tmp_path)], cwd=unpacked, capture_output=True, check=True)
-    with zipfile.ZipFile(tmp_path / wheel.name) as archive:
+    with zipfile.ZipFile(build("wheel", unpacked, tmp_path)) as archive:
         assert sorted(archive.namelist()) == found
+
+
+def test_an_index_takes_wheel_and_sdist(sdist, wheel):
+    command = [sys.executable, "-m", "twine", "--no-color", "check", "--strict", str(sdist), str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.count("PASSED")) == (0, 2), done.stdout + done.stderr
+
+
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+class Page:
+    """A description as an index shows it: its words, links, pictures, and the names of its headings."""
+
+    def __init__(self, markdown: str) -> None:
+        self.words, self.links, self.pictures, self.names = "", [], [], set()
+        tokens = MarkdownIt("gfm-like", {"linkify": False}).parse(markdown)
+        for before, token in zip([None, *tokens], tokens, strict=False):
+            if before is not None and before.type == "heading_open":
+                self.names.add("#" + re.sub(r"[^\w -]", "", token.content.lower()).replace(" ", "-"))
+            for part in [token, *(token.children or [])]:
+                if part.type == "image":
+                    self.pictures.append(part.attrs["src"])
+                elif part.type == "link_open":
+                    self.links.append(part.attrs["href"])
+                elif part.type != "inline":
+                    self.words += part.content
+
+
+@pytest.mark.parametrize("address", ["", "https://forge.example/someone/mergekit-fim"])
+def test_the_description_works_away_from_the_repository(address, source, tmp_path):
+    shutil.copytree(source, tmp_path / "source")
+    project = tmp_path / "source" / "pyproject.toml"
+    text, count = re.subn(r'^repository = ".*"$', f'repository = "{address}"', project.read_text(), flags=re.M)
+    assert count == 1
+    project.write_text(text)
+    made = metadata(build("wheel", tmp_path / "source", tmp_path))
+    assert made["Description-Content-Type"] == "text/markdown"
+    here, there = Page((ROOT / "README.md").read_text(encoding="utf-8")), Page(made.get_payload(decode=True).decode())
+    assert "".join(there.words.split()) == "".join(here.words.split())
+    assert len(here.pictures) > 0
+    assert not {link for link in there.links if link.startswith("#")} - there.names
+    for found in [*there.links, *there.pictures]:
+        assert found.startswith(("https://", "#"))
+        path = found.removeprefix(f"{address}/blob/HEAD/").removeprefix(f"{address}/raw/HEAD/").split("#")[0]
+        assert not address or not found.startswith(address) or (ROOT / path).exists()
+    assert len(there.pictures) == (len(here.pictures) if address else 0)
+    assert len(there.links) == (len(here.links) if address else sum(x.startswith(("#", "http")) for x in here.links))
+    assert [url.split(", ")[1] for url in made.get_all("Project-URL", [])] == (
+        [address, f"{address}/blob/HEAD/CHANGELOG.md", f"{address}/issues"] if address else []
+    )
+
+
+def test_versions_agree(wheel):
+    """One version, one list of Pythons, and what is tested within what may be installed."""
+    made = metadata(wheel)
+    assert made["Version"] == mergekit_fim.__version__
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.M)[1] == made["Version"]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "test.yml").read_text(encoding="utf-8"))
+    pythons = [c.split()[-1] for c in made.get_all("Classifier") if re.search(r"Python :: 3\.\d+$", c)]
+    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == pythons
+    assert made["Requires-Python"] == f">={pythons[0]}"
+    allowed = {r.name: r.specifier for r in map(Requirement, made.get_all("Requires-Dist")) if not r.marker}
+    pins = [line for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if line[0] != "#"]
+    for pin in map(Requirement, pins):
+        (version,) = (its.version for its in pin.specifier)
+        assert pin.name not in allowed or version in allowed[pin.name], pin
+    # What these two change in the next such version is unknown.
+    assert "6.0.0" not in allowed["transformers"]
+    assert "0.2.0" not in allowed["mergekit"]
 
 
 def test_the_start_file_names_a_callable(installed):
