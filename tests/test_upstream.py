@@ -162,7 +162,7 @@ def test_a_plug_in_that_fails_is_a_warning(patched, tmp_path):
 
 
 def test_processes_that_would_each_write_the_merge_are_refused(patched, pair, tmp_path):
-    """Only the hook makes the stock command share its work."""
+    """With the seams the hook no longer wraps `run_merge`, which made the stock command share its work."""
     source = tmp_path / "config.yml"
     source.write_text(yaml.safe_dump(config_for(pair)))
     target = tmp_path / "merged"
