@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # mergekit's module -> ours that is imported right after it, and does its work on being imported. (Not by a call from
 # here: where ours is imported first, and in turn imports mergekit's, it isn't complete at that moment.)
 _TARGETS = {
-    "mergekit.merge_methods.registry": "mergekit_fim.merging.methods",
+    "mergekit.merge_methods.registry": "mergekit_fim.hook.methods",
     "mergekit.plan": "mergekit_fim.hook.planner",
     "mergekit.merge": "mergekit_fim.hook.run_merge",
 }

@@ -10,12 +10,13 @@ from typing import Any
 from mergekit import merge
 
 from mergekit_fim.config.parameters import METHODS
+from mergekit_fim.hook.planner import HAS_SEAMS
 from mergekit_fim.report.card import write_section
 
 
 def _hook_run_merge() -> None:
     original = merge.run_merge
-    if hasattr(original, "mergekit_fim"):
+    if HAS_SEAMS or hasattr(original, "mergekit_fim"):
         return
 
     @functools.wraps(original)

@@ -1,4 +1,4 @@
-"""The merge methods, on mergekit's `GroupMergeMethod`, registered when this is imported.
+"""The merge methods, on mergekit's `GroupMergeMethod`; `hook.methods` registers them.
 
 The merge coefficients arrive as mergekit's per-model parameter `alpha`, which has no default: whatever bypasses the
 Fisher pre-pass ends in mergekit's "Missing required parameter alpha" instead of an unweighted merge.
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from mergekit.common import ModelReference
-from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import (
     BasePolicy,
     GroupMergeMethod,
@@ -22,7 +21,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_fim.config.parameters import METHODS, PARAMETERS, Scope
+from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.errors import FimError
 from mergekit_fim.merging import directions
 from mergekit_fim.merging.gates import gate_parts
@@ -294,13 +293,3 @@ def _norm_factor(norm: float, norm0: float, tuned: Sequence[float], moves: Seque
 
 def _norm(tensor: torch.Tensor, spans: Sequence[slice]) -> float:
     return math.fsum(float(squared_norm(tensor[span])) for span in spans) ** 0.5
-
-
-def _register() -> None:
-    known = {method.spec.name for method in registry.registered_methods()}
-    for name in METHODS:
-        if name not in known:
-            registry.register(FimKron(name) if name == "fim_kron" else FimMerge(name))
-
-
-_register()

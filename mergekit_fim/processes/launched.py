@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from mergekit.options import MergeOptions
 
-from mergekit_fim.processes.together import SharedError, in_all, processes
+from mergekit_fim.errors import FimError
+from mergekit_fim.processes.together import SharedError, in_all, processes, several
 
 T = TypeVar("T")
 
@@ -93,6 +94,19 @@ def by_all(whole: Callable[[], T], share: Callable[[], object]) -> T | None:
             sys.exit(1)
         finally:
             _UNDER_WAY.reset(token)
+
+
+def check_shared() -> None:
+    """Check that no other process does the same whole merge beside this one.
+
+    Raises:
+        FimError: a launcher started several, and nothing has made them share the work.
+    """
+    if _UNDER_WAY.get() is None and several():
+        raise FimError(
+            "several processes were started, and each would write the whole merge to the same folder; expected "
+            "mergekit-fim merge, which shares the work, or one process"
+        )
 
 
 def inputs_are_there() -> None:

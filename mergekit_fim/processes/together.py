@@ -27,6 +27,11 @@ T = TypeVar("T")
 _PATIENCE = timedelta(days=30)
 
 
+def several() -> bool:
+    """Whether a launcher has started this process together with others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @contextlib.contextmanager
 def processes() -> Iterator[PartialState | None]:
     """The processes that this one was started with, or None where it is alone.
@@ -34,7 +39,7 @@ def processes() -> Iterator[PartialState | None]:
     Raises:
         FimError: they can't reach each other.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if not several():
         yield None
         return
     no_accelerator = torch.accelerator.current_accelerator(check_available=True) is None

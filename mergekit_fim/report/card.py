@@ -52,7 +52,25 @@ def write_section(folder: str, *, figure: str | None = None, measured: str | Non
         new = text[: old.start()] + section + text[old.end() :] if old else f"{text.rstrip()}\n\n{section}"
         write_text(path, new)
     except Exception as error:
-        LOG.warning("the merged model is whole, but its card has no section of mergekit-fim's (%s)", reason(error))
+        _warn(error)
+
+
+def new_section(folder: str) -> str:
+    """Our section for a card that somebody else is writing; where it can't be made, that is a warning, and it is empty.
+
+    Args:
+        folder: of the merged model, with its `fim_report.json`.
+    """
+    report = os.path.join(folder, REPORT_NAME)
+    try:
+        return render_section(read_json(report, report))
+    except Exception as error:
+        _warn(error)
+        return ""
+
+
+def _warn(error: Exception) -> None:
+    LOG.warning("the merged model is whole, but its card has no section of mergekit-fim's (%s)", reason(error))
 
 
 def _kept(body: str) -> tuple[str | None, str | None]:

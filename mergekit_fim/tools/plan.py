@@ -1,6 +1,5 @@
 """Merge config -> everything up to the first merged tensor, by mergekit's own planner."""
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -108,8 +107,8 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> MergePlan:
         architecture = get_architecture_info(config, options)
         output_config = output_config_of(config, architecture, trust_remote_code=options.trust_remote_code)
         planner = MergePlanner(config, architecture, options=options, out_model_config=output_config)
-        # mergekit's own, without what the hook adds for a merge: no folder is checked or made, nothing is shown.
-        tasks = inspect.unwrap(MergePlanner.plan_to_disk)(planner, "")
+        planner.fim_plan_only = True  # for `hook.planner`: no folder is checked or made, nothing is shown
+        tasks = planner.plan_to_disk("")
     except FimError:
         raise
     except Exception as error:  # mergekit, transformers and huggingface_hub each have their own
