@@ -21,7 +21,6 @@ from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.engine import FisherEngine, ForwardError, NotSupportedError, autograd_engine
 from mergekit_fim.fisher.experts import ReachedExperts
 from mergekit_fim.fisher.loading import LoadedModel, Placement, load_model
-from mergekit_fim.fisher.replicas import Replica, over_replicas
 from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.fisher.weights import ResidentWeights, Weights
 from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher
@@ -66,7 +65,6 @@ def measure(
     engine: FisherEngine = batched_engine,
     reference: FisherEngine = autograd_engine,
     weights: Weights | None = None,
-    replicas: Sequence[Replica] = (),
     name: str = "the base model",
     quiet: bool = False,
 ) -> FisherMeasurement:
@@ -79,7 +77,6 @@ def measure(
         engine: how the gradient norms are computed.
         reference: how they are computed of a model that `engine` can't run.
         weights: where the model's weights are; by default in the model.
-        replicas: the model and its like on other devices, which share the sequences.
         name: what to call the model in an error.
         quiet: no progress bar.
 
@@ -91,8 +88,7 @@ def measure(
     weights = weights or ResidentWeights()
     samples = draw_samples(settings, vocab_size)
     warnings: list[str] = []
-    engine, reference = (over_replicas(replicas, each) for each in (engine, reference))
-    experts = ReachedExperts(layers, *(replica.layers for replica in replicas[1:]))  # the first is the model itself
+    experts = ReachedExperts(layers)
     steps = 2 * len(layers) * len(samples.input_ids)
     with (
         tqdm.tqdm(total=steps, desc="Measuring Fisher information", unit="step", disable=quiet) as progress,
@@ -192,14 +188,11 @@ def measure_checkpoint(
             engine=reference if whole else engine,
             reference=reference,
             weights=loaded.weights,
-            replicas=loaded.replicas,
             name=str(base),
             quiet=options.quiet,
         )
 
-    found, warnings = with_model(
-        base, settings, dtype, options, work, running=running, sequences=settings.samples, beside=beside
-    )
+    found, warnings = with_model(base, settings, dtype, options, work, running=running, beside=beside)
     return replace(found, warnings=(*warnings, *found.warnings))
 
 
@@ -211,7 +204,6 @@ def with_model(
     work: Callable[[LoadedModel, bool], T],
     *,
     running: torch.dtype | None = None,
-    sequences: int = 1,
     beside: loading.Beside | None = None,
 ) -> tuple[T, list[str]]:
     """Load a model, do something with it, and let it go; again in another way where memory or digits don't suffice.
@@ -224,7 +216,6 @@ def with_model(
         work: is given the model, and whether all of it is in memory because it can't be run layer by layer; raises
             `NotSupportedError` where it can't be, and `NotFiniteError`.
         running: what to run it in; by default as `dtypes` has it.
-        sequences: how many accelerators may be of use with a replica each.
         beside: is shown every tensor that is read whole, on the device that it is for; from several threads.
 
     Returns:
@@ -241,9 +232,7 @@ def with_model(
     try:
         while True:
             try:
-                loaded = load_model(
-                    base, dtype, options, where, running=running, sequences=sequences, rows=rows, beside=beside
-                )
+                loaded = load_model(base, dtype, options, where, running=running, rows=rows, beside=beside)
                 if whole and loaded.placement.streamed:
                     raise torch.OutOfMemoryError
                 return work(loaded, whole), warnings
