@@ -229,7 +229,7 @@ def test_a_base_over_two_devices_is_read_once(base, size, two_cpus, monkeypatch)
     monkeypatch.setattr(loading, "running_dtype", lambda dtype, device: dtype)
     original = InputModel.load
     monkeypatch.setattr(InputModel, "load", lambda self, t, d: read.append(t.name) or original(self, t, d))
-    monkeypatch.setattr(measuring, "_free_memory", freed.append)
+    monkeypatch.setattr(measuring, "_free_memory", lambda where: freed.extend(where.devices()))
     beside = lambda tensor, values: seen.append(tensor.name)  # noqa: E731
     found = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True), beside=beside)
     for a, b in zip(found.layers, reference_norms(), strict=True):
@@ -263,10 +263,10 @@ def test_allocations_that_fail_while_it_is_loaded(usable, base, size, two_cpus, 
         return original_streamed(model, layers, tensors, CPU_PLACE, rows)
 
     monkeypatch.setattr(loading, "_streamed", watched)
-    monkeypatch.setattr(measuring, "_free_memory", lambda device: freed.append((device, len(streamed))))
+    monkeypatch.setattr(measuring, "_free_memory", lambda where: freed.append((where.devices(), len(streamed))))
     found = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True))
     assert len(streamed) == 1
-    assert freed == [(device, n) for n in (0, 1) for device in CPUS]  # before it is loaded anew, and at the end
+    assert freed == [(CPUS, 0), (CPUS, 1)]  # before it is loaded anew, and at the end
     for a, b in zip(found.layers, reference_norms(), strict=True):
         assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-5)
 
@@ -281,7 +281,7 @@ def test_a_device_smaller_than_a_layer(message, base, monkeypatch):
     """Not even streamed: one line that says so."""
     monkeypatch.setattr(loading, "_free", lambda devices: [1 << 20])
     monkeypatch.setattr(loading, "placement", lambda options: Placement(META, spread=False, streamed=False))
-    monkeypatch.setattr(measuring, "_free_memory", lambda device: None)
+    monkeypatch.setattr(measuring, "_free_memory", lambda where: None)
 
     @contextlib.contextmanager
     def layer(self, module):
@@ -332,7 +332,7 @@ def test_memory_is_given_back_by_the_accelerator_that_had_it(monkeypatch):
 
     monkeypatch.setattr(torch, "get_device_module", module)
     monkeypatch.setattr(gc, "collect", lambda: done.append("collect"))
-    measuring._free_memory(torch.device("cpu"))
+    measuring._free_memory(CPU_PLACE)
     assert done == []
-    measuring._free_memory(torch.device("cuda:1"))
+    measuring._free_memory(Placement(torch.device("cuda:1"), spread=False, streamed=False))
     assert done == ["collect", "cuda:1"]  # what only cycles hold is let go first

@@ -118,12 +118,7 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
     """A checkpoint's tensors by the names in transformers' state dict, each read when asked for."""
 
     def __init__(
-        self,
-        base: InputModel,
-        model: PreTrainedModel,
-        dtype: str | None,
-        options: MergeOptions,
-        beside: Beside | None = None,
+        self, base: InputModel, model: PreTrainedModel, dtype: str | None, options: MergeOptions, beside: Beside | None
     ) -> None:
         """Read `base` for `model`, in the merge's `dtype` or, if None, the checkpoint's own."""
         self._base, self._dtype, self._options, self._beside = base, dtype, options, beside
@@ -142,30 +137,23 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         LoaderCache().setup(self._options)  # one per thread, and autograd's are not the main one
-        known = self._tensors[name]
-        if isinstance(known, str):
-            tensor = self._base.load_key(known, self._dtype)
-        else:
-            tensor = self._base.load(known, self._dtype)
+        base, known, dtype = self._base, self._tensors[name], self._dtype
+        tensor = base.load_key(known, dtype) if isinstance(known, str) else base.load(known, dtype)
         if tensor is None:
-            raise FimError(f"{self._base}: the checkpoint lacks the parameter {name}; download or save the model again")
+            raise FimError(f"{base}: the checkpoint lacks the parameter {name}; download or save the model again")
         return tensor
 
     def on(self, name: str, device: torch.device) -> torch.Tensor:
         """A tensor on a device, for the model, after whatever is done beside with it there: one way over the bus."""
-        tensor = self[name].to(device)
-        self._show(name, tensor)
+        tensor, known = self[name].to(device), self._tensors[name]
+        if self._beside is not None and not isinstance(known, str):  # else the merge reads it in other parts
+            self._beside(known, tensor)
         return tensor
 
     def show(self, name: str) -> None:
         """Have done on the CPU what is done beside with a tensor of which the model gets rows only."""
         if self._beside is not None:
-            self._show(name, self[name])
-
-    def _show(self, name: str, tensor: torch.Tensor) -> None:
-        known = self._tensors[name]
-        if self._beside is not None and not isinstance(known, str):  # else the merge reads it in other parts
-            self._beside(known, tensor)
+            self.on(name, torch.device("cpu"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -210,7 +198,7 @@ def load_model(
         FimError: it can't be built or read.
         torch.OutOfMemoryError: an accelerator has less memory than it said.
     """
-    model = _without_weights(base, running or _running(base, dtype, where), options.trust_remote_code)
+    model = _without_weights(base, running or default_dtype(base, dtype, where), options.trust_remote_code)
     layers = decoder_layers(model, base)
     tensors = CheckpointTensors(base, model, dtype, options, beside)
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -242,11 +230,12 @@ def device_plan(base: InputModel, dtype: str | None, options: MergeOptions) -> D
     where = placement(options)
     if where.device.type == "cpu":
         return None
-    model = _without_weights(base, _running(base, dtype, where), options.trust_remote_code)
+    model = _without_weights(base, default_dtype(base, dtype, where), options.trust_remote_code)
     return plan_devices(model, decoder_layers(model, base), _free(where.devices()))
 
 
-def _running(base: InputModel, dtype: str | None, where: Placement) -> torch.dtype:
+def default_dtype(base: InputModel, dtype: str | None, where: Placement) -> torch.dtype:
+    """What to run a model in that is read in the merge's `dtype` or, if None, the checkpoint's own."""
     return running_dtype(dtype_from_name(dtype) or base.stored_dtype(), where.device)
 
 
@@ -340,21 +329,14 @@ def decoder_layers(model: PreTrainedModel, base: InputModel) -> list[nn.Module]:
     Raises:
         FimError: transformers names its modules otherwise.
     """
-    found = []
+    modules, found = dict(model.named_modules(remove_duplicate=False)), []
     for layer in base.layout.layers:
         prefixes = (layer.prefix, *key_prefixes(layer.index, layer.tensors, base.loading))
-        modules = [m for prefix in prefixes if (m := _submodule(model, prefix.rstrip("."))) is not None]
-        if not modules:
+        its = [modules[prefix.rstrip(".")] for prefix in prefixes if prefix.rstrip(".") in modules]
+        if not its:
             raise FimError(
                 f"{base}: expected the decoder layer {layer.prefix.rstrip('.')} in transformers' "
                 f"{type(model).__name__}, found none of that name; this architecture isn't supported"
             )
-        found.append(modules[0])
+        found.append(its[0])
     return found
-
-
-def _submodule(model: PreTrainedModel, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
