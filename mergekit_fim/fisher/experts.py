@@ -1,7 +1,8 @@
 """Which experts of a mixture the random tokens reach: the others have no Fisher information of their own."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ class ReachedExperts:
     def watching(self) -> Iterator[None]:
         """While this lasts, every choice is noted."""
         handles = [
-            part.register_forward_pre_hook(self._note(count), with_kwargs=True)
+            part.register_forward_pre_hook(partial(self._note, count), with_kwargs=True)
             for parts in self._parts
             for part, count in parts.items()
         ]
@@ -36,14 +37,11 @@ class ReachedExperts:
             for handle in handles:
                 handle.remove()
 
-    def _note(self, count: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32):
-                    self._chosen.setdefault(module, set()).update(i for i in value.unique().tolist() if 0 <= i < count)
-                    return
-
-        return hook
+    def _note(self, count: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32):
+                self._chosen.setdefault(module, set()).update(i for i in value.unique().tolist() if 0 <= i < count)
+                return
 
     def of_layer(self, index: int) -> Experts | None:
         """What was seen of one layer; None where that is nothing."""
