@@ -38,8 +38,8 @@ SIDES += ["fim_kron", "fim_kron_8x64", "fim_kron_both"]  # on its own default of
 KRON_BARS = {"fim_kron": 0.75, "fim_kron_8x64": 0.75, "fim_kron_both": 1.0}
 KRON_MEMORY = {"1.5b": 5.0, "7b": 7.0}
 KRON_MINUTES = {"7b": 8.0}
-# On an accelerator also: the base by transformers, the pre-pass with weights streamed to 8 GB, and by several at once.
-ON_ACCELERATORS = ["load", "streamed", "several"]
+# On an accelerator also: the base by transformers, and the pre-pass with weights streamed to 8 GB.
+ON_ACCELERATORS = ["load", "streamed"]
 MEASURING = ["matmul", "paper", "reference", "fast", *ON_ACCELERATORS]
 LITTLE_MEMORY = 8e9
 SEQUENCES, LENGTH = 8, 64
@@ -109,7 +109,7 @@ def worker(side: str, folder: Path, dtype_name: str, device: str) -> dict:
     dtype = getattr(torch, dtype_name)
     if side == "matmul":
         return {"gflops": {d: rate(folder, getattr(torch, d), device) for d in {"float32", dtype_name}}}
-    if side in ("fast", "streamed", "several"):
+    if side in ("fast", "streamed"):
         return fast(folder, dtype_name, device, side) | on_device(device)
     from mergekit_fim import FisherSettings
     from mergekit_fim.fisher.engine import autograd_engine
@@ -168,7 +168,7 @@ def fast(folder: Path, dtype_name: str, device: str, side: str = "fast") -> dict
     from mergekit_fim.models.inputs import open_model
     from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorSweep
 
-    options = MergeOptions(device=device, quiet=True, multi_gpu=side == "several")
+    options = MergeOptions(device=device, quiet=True)
     LoaderCache().setup(options)
     where = placement(options)
     if device != "cpu":
@@ -182,10 +182,10 @@ def fast(folder: Path, dtype_name: str, device: str, side: str = "fast") -> dict
     base, tuned = (open_model(str(folder / which), None, options) for which in ("base", "long"))
     pairs = [LayerPair(layer.index, layer.index) for layer in base.layout.layers]
     sweep = TaskVectorSweep(base, {tuned: pairs}, dtype_name, where.devices())
-    loaded = load_model(base, dtype_name, options, where, sequences=SEQUENCES, beside=sweep)
+    loaded = load_model(base, dtype_name, options, where, beside=sweep)
     ready = now(device)
     settings = FisherSettings(SEQUENCES, LENGTH)
-    found = measure(loaded.model, loaded.layers, settings, weights=loaded.weights, replicas=loaded.replicas, quiet=True)
+    found = measure(loaded.model, loaded.layers, settings, weights=loaded.weights, quiet=True)
     measured = now(device)
     sweep.norms(quiet=True)
     end = now(device)
@@ -341,7 +341,7 @@ def table(results: dict, shape: dict, device: str, name: str) -> str:
         ratio("pre-pass / the paper's eight passes", results["fast"]["measure"], results["paper"]["measure"])
     if {"fast", "reference"} <= have:
         ratio("pre-pass / reference engine", results["fast"]["measure"], results["reference"]["measure"])
-    for side in ("fast", "streamed", "several"):
+    for side in ("fast", "streamed"):
         if {side, "reference"} <= have:
             worst = difference(results[side]["norms"], results["reference"]["norms"])
             lines.append(f"- {side}: largest difference of a layer's Fisher from the reference engine's: {worst:.1e}")
@@ -392,18 +392,16 @@ def bars(results: dict) -> list[str]:
         rows.append(f"| {text} | {found:.2f}{unit} | {'' if bar is None else f'{bar:g}{unit}'} | {held} |")
 
     load = results.get("load", {}).get("load")
-    for side in ("fast", "several", "streamed"):
+    for side in ("fast", "streamed"):
         if side not in results:
             continue
         found = results[side]
-        kind = {"streamed": f"within {LITTLE_MEMORY / 1e9:g} GB", "several": "all accelerators"}.get(
-            side, "one accelerator"
-        )
+        kind = f"within {LITTLE_MEMORY / 1e9:g} GB" if side == "streamed" else "one accelerator"
         kind += ", streamed" if found["streamed"] else ", resident"
         if not found["streamed"]:
             row(f"{kind}: measurement without loading", found["run"], 2.0 if side == "fast" else None, " s")
         if load:
-            bar = {"fast": 1.5, "streamed": 2.0}.get(side)
+            bar = 1.5 if side == "fast" else 2.0
             row(f"{kind}: pre-pass / loading the base ({load:.2f} s)", found["measure"] / load, bar, "")
     if "streamed" in results and "fast" in results:
         both = results["streamed"]["measure"] / results["fast"]["measure"]
@@ -420,14 +418,7 @@ def sides(device: str) -> list[str]:
     current = torch.accelerator.current_accelerator(check_available=True)
     if current is None or current.type != torch.device(device).type:
         raise SystemExit(f"--device {device}: torch sees {current.type if current else 'no accelerator'}")
-    return [
-        *SIDES[:3],
-        "load",
-        *SIDES[3:4],
-        "streamed",
-        *["several"] * (torch.accelerator.device_count() > 1),
-        *SIDES[4:],
-    ]
+    return [*SIDES[:3], "load", *SIDES[3:4], "streamed", *SIDES[4:]]
 
 
 def main() -> None:

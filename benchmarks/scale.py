@@ -91,21 +91,18 @@ def estimate(shape: Shape, machine: Machine) -> Estimate:
 
     The base is read once where it stays on the accelerators, else twice, for the forward and for the backward pass;
     the fine-tuned model once. What is read goes over the bus, of one GPU where weights are streamed, else of all at
-    once. GPUs that hold a replica each share the sequences; GPUs that hold the model together work in turn. Merging is
-    on the CPU.
+    once. GPUs that hold the model together work in turn. Merging is on the CPU.
     """
     activations = activation_memory(shape.layers, shape.hidden, shape.intermediate, SEQUENCES * LENGTH, WIDTH)
     room = max(0.0, (machine.gpu - RESERVE) / (1 + RESERVED_PART))
-    replicas = min(machine.gpus, SEQUENCES) if shape.size <= room else 1
     resident = shape.size <= machine.gpus * room
     reads = shape.size * ((1 if resident else 2) + 1)
-    arithmetic = OVER_ARITHMETIC * shape.operations / machine.rate / max(1, replicas)
+    arithmetic = OVER_ARITHMETIC * shape.operations / machine.rate
     moved = reads / machine.bus / (machine.gpus if resident else 1) if machine.gpus else 0.0
     merge = 2 * shape.size / machine.disk + shape.size / machine.disk
     merge += MERGE_CORE_SECONDS * shape.size / GB / machine.cores
     on_gpu = activations + PRE_PASS_MEMORY / 2
-    held = shape.size if shape.size <= room else shape.size / max(1, machine.gpus)
-    on_gpu += held if resident else WIDTH * shape.layer
+    on_gpu += shape.size / max(1, machine.gpus) if resident else WIDTH * shape.layer
     return Estimate(
         reads / machine.disk + moved + arithmetic,
         merge,

@@ -115,9 +115,9 @@ def test_plan_says_what_an_accelerator_holds(pair, monkeypatch):
     assert "accelerator" not in on_cpu
     assert "accelerator 0 holds the base whole and measures all sequences" in on_gpu
     on_several = " ".join(explain(plan, MergeOptions(multi_gpu=True)).split())
-    assert "accelerators 0, 2 hold a replica of the base each, and share the sequences" in on_several
+    assert "accelerators 0, 2 hold the base together, by a device map" in on_several
     kept = mergekit_fim.resolve(config_for(pair))  # measured before
-    assert "replica" not in explain(kept, MergeOptions(multi_gpu=True))
+    assert "device map" not in explain(kept, MergeOptions(multi_gpu=True))
     assert f"accelerator: the base's {(pair.base / 'model.safetensors').stat().st_size / 1e6:.1f}"[:-1] in on_gpu
 
 

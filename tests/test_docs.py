@@ -83,13 +83,13 @@ def test_the_costs_on_paper_are_those_by_hand(scale):
     assert seconds == pytest.approx(102.3, rel=1e-3)
     assert found.merge == pytest.approx(seconds, rel=1e-3)
     assert found.gpu_memory == pytest.approx(size / 8 + 1e9, rel=0.1)
-    # 7B, of which each of the eight has a replica: their arithmetic is done at once, and each GPU holds all of it.
+    # 7B, of which the eight hold a part each, too: the disk and the buses take 73 times as long as the arithmetic.
     layers, head = 6.525e9, 0.545e9
     size = 2 * (layers + 2 * head)
     found = scale.estimate(shapes["7B"], eight_gpus)
-    seconds = 2 * size / 5e9 + 2 * size / 40e9 / 8 + 1.4 * 512 * (6 * layers + 4 * head) / 350e12 / 8
+    seconds = 2 * size / 5e9 + 2 * size / 40e9 / 8 + 1.4 * 512 * (6 * layers + 4 * head) / 350e12
     assert found.pre_pass == pytest.approx(seconds, rel=1e-3)
-    assert size < found.gpu_memory < size + 1e9
+    assert size / 8 < found.gpu_memory < size / 8 + 1e9
     # 405B, which one GPU of 24 GB doesn't hold: the base is read twice, the fine-tuned model once, over the one bus.
     layers, head = 401.65e9, 2.1013e9
     size = 2 * (layers + 2 * head)
@@ -131,7 +131,7 @@ def test_figures_on_an_accelerator_stand_beside_the_bars_of_the_page(monkeypatch
     assert bars == ["2", "1.5", "2"]
     with benchmark("cost") as cost:
         measured = {"run": 1.0, "measure": 7.0, "streamed": False}
-        results = {"load": {"load": 5.0}, "fast": measured, "several": measured}
+        results = {"load": {"load": 5.0}, "fast": measured}
         results["streamed"] = {"run": 3.0, "measure": 11.0, "streamed": True}
         rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in cost.bars(results)[2:]]
         held = [row[1:] for row in rows if row[2]]
@@ -140,7 +140,7 @@ def test_figures_on_an_accelerator_stand_beside_the_bars_of_the_page(monkeypatch
             ["1.40", "1.5", "yes"],
             ["2.20", "2", "**no**"],
         ]
-        assert len(rows) == 6
+        assert len(rows) == 4
         assert cost.bars({"ties": {"whole": 3.0}}) == []
         monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: None)
         with pytest.raises(SystemExit, match="--device cuda: torch sees no accelerator"):
@@ -149,6 +149,4 @@ def test_figures_on_an_accelerator_stand_beside_the_bars_of_the_page(monkeypatch
         monkeypatch.setattr(
             torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda")
         )
-        monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
         assert sorted(cost.sides("cuda")) == sorted([*cost.SIDES, *cost.ON_ACCELERATORS])
-        assert "several" in cost.sides("cuda")

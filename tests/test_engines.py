@@ -349,7 +349,7 @@ def loads(monkeypatch, fits: bool) -> tuple[list[tuple[str, bool, weakref.ref]],
         return replace(found, placement=replace(where, streamed=streamed))
 
     monkeypatch.setattr(fisher, "load_model", load)
-    monkeypatch.setattr(fisher, "_free_memory", lambda device: freed.append((device.type, len(loaded))))
+    monkeypatch.setattr(fisher, "_free_memory", lambda where: freed.append((where.device.type, len(loaded))))
     monkeypatch.setattr(placement, "placement", lambda options: wanted)
     monkeypatch.setattr(placement, "running_dtype", lambda dtype, device: torch.float32)
     return loaded, freed

@@ -1,8 +1,5 @@
 """Models of today, made by the builder that makes all of transformers' (`make architectures`): measured and merged."""
 
-import copy
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import reference
@@ -12,9 +9,6 @@ import transformers
 import zoo
 from conftest import ROOT, unwrapped
 
-from mergekit_fim.config.parameters import FisherSettings
-from mergekit_fim.fisher.measure import measure
-from mergekit_fim.fisher.replicas import Replica
 from mergekit_fim.measurements.record import Experts
 
 # What mergekit's definition leaves out of them, or makes of them otherwise; none where it is whole.
@@ -173,21 +167,6 @@ def test_experts_are_those_of_all_tokens_together():
     """Of several processes, each with its own sequences."""
     assert Experts.together([Experts(4, (0, 1, 2)), None, Experts(4, (1, 2, 3))]) == Experts(4, (1, 2))
     assert Experts.together([None]) is None
-
-
-def test_experts_are_those_of_all_replicas_together():
-    """Each replica's tokens reach some."""
-    model = zoo.build("mixtral")
-    copied = copy.deepcopy(model)
-    replicas = [Replica(m, list(m.model.layers), torch.device("cpu")) for m in (model, copied)]
-    settings = FisherSettings(samples=2, seq_len=3, seed=1)
-    whole = measure(model, list(model.model.layers), settings, quiet=True)
-    half = measure(model, list(model.model.layers), replace(settings, samples=1), quiet=True)
-    shared = measure(model, list(model.model.layers), settings, replicas=replicas, quiet=True)
-    assert [layer.experts for layer in shared.layers] == [layer.experts for layer in whole.layers]
-    assert [layer.experts for layer in half.layers] != [layer.experts for layer in whole.layers]
-    for a, b in zip(shared.layers, whole.layers, strict=True):
-        assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-4)
 
 
 def test_every_model_of_transformers_is_in_the_table():

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from mergekit_fim.errors import FimError, is_out_of_memory
 from mergekit_fim.fisher.engine import NotSupportedError
 from mergekit_fim.fisher.head import Head, loss_gradient
-from mergekit_fim.fisher.rules import Recorder, Rule, rule_for
+from mergekit_fim.fisher.rules import Recorder, rule_for
 from mergekit_fim.fisher.samples import Samples
 from mergekit_fim.fisher.weights import ResidentWeights, Weights, replaced
 from mergekit_fim.models.language import decoder
@@ -76,12 +76,7 @@ def watch_layers(
     """Run the decoder layers one by one with their weights, and have them watched; see `batched_engine` for the rest.
 
     Args:
-        model: a causal language model in evaluation mode.
-        layers: its decoder layers.
-        samples: the sequences.
         progress: called with the number of steps that are done, one or, with `backward`, two per layer and sequence.
-        weights: where the model's weights are.
-        warn: told where memory runs short.
         watcher: makes what watches one micro-batch. It is entered around a layer's forward pass; with `backward` that
             is the one which autograd goes back through, with the gradients of each sequence's sum of next-token losses.
         backward: also the backward pass, as the engine does it; without it there is no output head either.
@@ -147,11 +142,7 @@ class _Run:
     """The measurement of one model, a micro-batch at a time."""
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        layers: Sequence[nn.Module],
-        weights: Weights,
-        progress: Callable[[int], object],
+        self, model: PreTrainedModel, layers: Sequence[nn.Module], weights: Weights, progress: Callable[[int], object]
     ) -> None:
         self.model, self.weights, self.progress = model, weights, progress
         self.watch: Watch | None = None
@@ -298,6 +289,21 @@ def _watched(layer: "_Layer", _original: Callable[..., Any], *args: Any, **kwarg
     return results
 
 
+@dataclass(frozen=True)
+class _Return:
+    """The way back through a decoder layer's call, with the gradients of its results, None where there are none."""
+
+    call: _LayerCall
+    inputs: list[torch.Tensor]
+    gradients: Sequence[torch.Tensor | None]
+
+    def backward(self, results: Sequence[torch.Tensor]) -> None:
+        """Leave the gradients of the inputs in their `.grad`; `results` are the call's, run anew."""
+        pairs = [(r, g) for r, g in zip(results, self.gradients, strict=True) if g is not None and r.requires_grad]
+        if pairs:
+            torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs])
+
+
 class _Checkpoint(torch.autograd.Function):
     """A decoder layer as one node of autograd's graph."""
 
@@ -315,7 +321,7 @@ class _Checkpoint(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
         needed = ctx.needs_input_grad[2:]
         inputs = [t.detach().requires_grad_(n) for t, n in zip(ctx.saved_tensors, needed, strict=True)]
-        ctx.layer.backward(ctx.call, inputs, gradients)
+        ctx.layer.backward(_Return(ctx.call, inputs, gradients))
         ctx.layer.run.progress(len(ctx.layer.run.norms))
         return None, None, *(tensor.grad for tensor in inputs)
 
@@ -329,16 +335,12 @@ class _Layer:
         owners = [(n, m, dict(m.named_parameters(recurse=False))) for n, m in module.named_modules()]
         owners = [(name, part, own) for name, part, own in owners if own]
         self.kind = tuple((n, type(m), tuple((k, p.shape, p.dtype) for k, p in own.items())) for n, m, own in owners)
-        self.rules: dict[nn.Module, Rule] = {}
-        for _, part, _ in owners:
-            rule = rule_for(part)
-            if rule is not None:
-                self.rules[part] = rule
+        self.rules = {part: rule for _, part, _ in owners if (rule := rule_for(part)) is not None}
         ids = [id(parameter) for _, _, own in owners for parameter in own.values()]
         if len(self.rules) < len(owners) or len(set(ids)) < len(ids):
             run.has_rules[self.kind] = False
 
-    def backward(self, call: _LayerCall, inputs: list[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+    def backward(self, back: _Return) -> None:
         """Recompute the layer, take its gradient norms, and leave the inputs' gradients in their `.grad`.
 
         Where it is watched, there are no norms.
@@ -346,75 +348,61 @@ class _Layer:
         if self.run.watch is not None:
             with torch.enable_grad(), self.run.weights.layer(self.module):
                 with self.run.watch(self.index, self.module):
-                    results = call.run(self.forward, inputs)
-                _backward(results, gradients)
+                    results = back.call.run(self.forward, back.inputs)
+                back.backward(results)
             self.run.norms[:, self.index] = 0
             return
         has_rules = self.run.has_rules.get(self.kind)
-        norms = None if has_rules is False else self._by_rules(call, inputs, gradients)
+        norms = None if has_rules is False else self._by_rules(back)
         if has_rules is None:  # the first layer of a kind is checked against autograd
-            if norms is not None and not self._agrees(norms, call, inputs, gradients):
+            if norms is not None and not self._agrees(norms, back):
                 norms = None
             self.run.has_rules[self.kind] = norms is not None
         if norms is None:
-            for tensor in inputs:
+            for tensor in back.inputs:
                 tensor.grad = None
-            self._check_sequences(call, inputs)
-            norms = self._by_autograd(call, inputs, gradients)
+            self._check_sequences(back)
+            norms = self._by_autograd(back)
         self.run.norms[:, self.index] = norms.cpu()
 
-    def _agrees(
-        self,
-        norms: torch.Tensor,
-        call: _LayerCall,
-        inputs: list[torch.Tensor],
-        gradients: Sequence[torch.Tensor | None],
-    ) -> bool:
+    def _agrees(self, norms: torch.Tensor, back: _Return) -> bool:
         """Whether the norm of the first sequence is autograd's, or autograd's isn't finite."""
-        first = self._by_autograd(call, inputs, gradients, first_only=True)[0]
-        tolerance = 1e-3 if gradients[0] is None or gradients[0].dtype.itemsize >= 4 else 0.05
+        first = self._by_autograd(back, first_only=True)[0]
+        narrow = back.gradients[0] is not None and back.gradients[0].dtype.itemsize < 4
+        tolerance = 0.05 if narrow else 1e-3
         return bool(abs(norms[0] - first) <= tolerance * first) or not bool(first.isfinite())
 
-    def _by_rules(
-        self, call: _LayerCall, inputs: list[torch.Tensor], gradients: Sequence[torch.Tensor | None]
-    ) -> torch.Tensor | None:
+    def _by_rules(self, back: _Return) -> torch.Tensor | None:
         """The norms of all sequences at once: [sequence], or None where a module isn't used as its rule expects.
 
         Afterwards the inputs have their gradients.
         """
         with torch.enable_grad(), self.run.weights.layer(self.module):
             with Recorder(self.rules, len(self.run.norms)) as recorder:
-                results = call.run(self.forward, inputs)
+                results = back.call.run(self.forward, back.inputs)
             if not recorder.is_valid:
                 return None
-            _backward(results, gradients)
+            back.backward(results)
         return recorder.norms
 
-    def _by_autograd(
-        self,
-        call: _LayerCall,
-        inputs: list[torch.Tensor],
-        gradients: Sequence[torch.Tensor | None],
-        *,
-        first_only: bool = False,
-    ) -> torch.Tensor:
+    def _by_autograd(self, back: _Return, *, first_only: bool = False) -> torch.Tensor:
         """The norms one sequence at a time: [sequence]; for the first only, without the inputs' gradients."""
-        sequences = range(1 if first_only else len(self.run.norms))
-        norms = torch.zeros(len(sequences), dtype=torch.float64)
+        norms = torch.zeros(1 if first_only else len(self.run.norms), dtype=torch.float64)
         with torch.enable_grad(), self.run.weights.layer(self.module), self._differentiable() as squares:
-            for n in sequences:
-                parts = [self._sequence(t, n).detach().requires_grad_(t.requires_grad) for t in inputs]
+            for n in range(len(norms)):
+                parts = [self._sequence(t, n).detach().requires_grad_(t.requires_grad) for t in back.inputs]
                 try:
-                    results = call.run(self.forward, parts)
+                    results = back.call.run(self.forward, parts)
                 except RuntimeError as error:
                     if is_out_of_memory(error):
                         raise
                     raise NotSupportedError from error  # an argument has the sequences elsewhere, as Bloom's alibi
-                _backward(results, [None if g is None else self._sequence(g, n) for g in gradients])
+                gradients = [None if g is None else self._sequence(g, n) for g in back.gradients]
+                _Return(back.call, parts, gradients).backward(results)
                 norms[n] = sum(float(square) for square in squares)
                 squares.clear()
                 if not first_only:
-                    self._collect(inputs, parts, n)
+                    self._collect(back.inputs, parts, n)
         return norms
 
     def _collect(self, inputs: list[torch.Tensor], parts: list[torch.Tensor], n: int) -> None:
@@ -448,7 +436,7 @@ class _Layer:
         count = len(self.run.norms)
         return tensor[n : n + 1] if count > 1 and tensor.ndim > 1 and tensor.shape[0] == count else tensor
 
-    def _check_sequences(self, call: _LayerCall, inputs: list[torch.Tensor]) -> None:
+    def _check_sequences(self, back: _Return) -> None:
         """Check that the layer treats every sequence by itself, split off by the first axis of all that it is given.
 
         Raises:
@@ -457,10 +445,10 @@ class _Layer:
         if len(self.run.norms) == 1:
             return
         with torch.no_grad(), self.run.weights.layer(self.module):
-            together = call.run(self.forward, inputs)
+            together = back.call.run(self.forward, back.inputs)
             last = len(self.run.norms) - 1
-            alone = call.run(self.forward, [self._sequence(t, last) for t in inputs])
-        if any(t.requires_grad and t.shape[:1] != (len(self.run.norms),) for t in inputs):
+            alone = back.call.run(self.forward, [self._sequence(t, last) for t in back.inputs])
+        if any(t.requires_grad and t.shape[:1] != (len(self.run.norms),) for t in back.inputs):
             raise NotSupportedError  # positions come first, as in XLNet
         for whole, part in zip(together, alone, strict=True):
             expected = self._sequence(whole, last)
@@ -469,9 +457,3 @@ class _Layer:
             difference = float((expected - part).float().norm()) / (float(part.float().norm()) or 1.0)
             if difference > 0.1:  # of rounding, which may send tokens to other experts; far less than of a wrong split
                 raise NotSupportedError
-
-
-def _backward(results: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
-    pairs = [(r, g) for r, g in zip(results, gradients, strict=True) if g is not None and r.requires_grad]
-    if pairs:
-        torch.autograd.backward([r for r, _ in pairs], [g for _, g in pairs])

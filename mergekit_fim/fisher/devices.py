@@ -1,84 +1,59 @@
-"""How the accelerators that a user gave share a measurement: decided from their free memory and the model's sizes."""
+"""How the accelerators that a user gave hold a base model: decided from their free memory and the model's sizes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+
+from accelerate import infer_auto_device_map
+from accelerate.utils import get_balanced_memory
+from torch import nn
 
 # What an accelerator needs beside the weights, for activations and chunks of logits, in bytes and as a part of the
 # weights. Where it turns out to be more, the measurement starts again with streamed weights.
 RESERVE, RESERVED_PART = 1 << 30, 0.1
 
 
-class Way(Enum):
-    """What accelerators do with a base model."""
-
-    WHOLE = "whole"
-    REPLICAS = "replicas"
-    SPREAD = "spread"
-    STREAMED = "streamed"
-
-
 @dataclass(frozen=True)
 class DevicePlan:
-    """What is done, by which of the devices, counted from 0; where they hold it together, which holds each block."""
+    """Which devices get a base model, counted from 0, and accelerate's map of its modules to them.
 
-    way: Way
+    Where the map is empty, the model is streamed to the one device.
+    """
+
     devices: tuple[int, ...]
-    holders: tuple[int, ...] = ()
+    device_map: Mapping[str, int]
 
     def __str__(self) -> str:
-        first, *others = self.devices
-        several = f"accelerators {', '.join(map(str, (first, *others)))}"
-        return {
-            Way.WHOLE: f"accelerator {first} holds the base whole and measures all sequences",
-            Way.REPLICAS: f"{several} hold a replica of the base each, and share the sequences",
-            Way.SPREAD: f"{several} hold the base together, by a device map, and run it in turn",
-            Way.STREAMED: f"accelerator {first} gets the base streamed, a decoder layer at a time",
-        }[self.way]
+        if len(self.devices) > 1:
+            several = ", ".join(map(str, self.devices))
+            return f"accelerators {several} hold the base together, by a device map, and run it in turn"
+        if self.device_map:
+            return f"accelerator {self.devices[0]} holds the base whole and measures all sequences"
+        return f"accelerator {self.devices[0]} gets the base streamed, a decoder layer at a time"
 
 
-def plan_devices(free: Sequence[int], blocks: Sequence[int], sequences: int) -> DevicePlan:
-    """Choose what to do with the accelerators.
+def plan_devices(model: nn.Module, layers: Sequence[nn.Module], free: Sequence[int]) -> DevicePlan:
+    """Choose which devices hold a model.
 
-    Every device that holds the whole model has a replica and measures a share of the sequences; a single sequence needs
-    one of them alone. Where none does, they hold it together, if that is possible without dividing a block; else the
-    roomiest of them has it streamed.
+    Several devices hold it together, in parts as even as whole decoder layers allow. They do so even where one of them
+    has room for all of it, because what is read then goes over all their buses at once. Where they don't have the room,
+    one device holds the model, or has it streamed.
 
     Args:
+        model: the model; its weights may be on the meta device.
+        layers: its decoder layers, none of which is divided.
         free: bytes that are free on each device.
-        blocks: bytes of the model's parts that can't be divided, decoder layers and others, in order.
-        sequences: how many there are to measure.
     """
-    rooms = [_room(size) for size in free]
-    holders = [device for device, room in enumerate(rooms) if sum(blocks) <= room][: max(1, sequences)]
-    if len(holders) > 1:
-        return DevicePlan(Way.REPLICAS, tuple(holders))
-    if holders:
-        return DevicePlan(Way.WHOLE, tuple(holders))
-    # As evenly as the blocks allow, so that no device's bus has much more to carry than the others'.
-    for spare in (0, max(blocks) / 2, max(blocks), sum(blocks)):
-        most = sum(blocks) / len(rooms) + spare
-        parts = _held_together([min(its, most) for its in rooms], blocks)
-        if parts is not None:
-            return DevicePlan(Way.SPREAD, tuple(sorted(set(parts))), parts)
-    return DevicePlan(Way.STREAMED, (max(range(len(rooms)), key=rooms.__getitem__),))
-
-
-def _room(free: int) -> float:
-    """Bytes of weights that a device with so much free memory may hold."""
-    return (free - RESERVE) / (1 + RESERVED_PART)
-
-
-def _held_together(rooms: Sequence[float], blocks: Sequence[int]) -> tuple[int, ...] | None:
-    """The device of each block, where each takes the next ones that it has the room for; None where some are left."""
-    parts: list[int] = []
-    device, left = 0, rooms[0]
-    for block in blocks:
-        while block > left:
-            device += 1
-            if device == len(rooms):
-                return None
-            left = rooms[device]
-        left -= block
-        parts.append(device)
-    return tuple(parts)
+    rooms = {device: max(0, int((size - RESERVE) / (1 + RESERVED_PART))) for device, size in enumerate(free)}
+    if len(free) > 1:
+        undivided = sorted({type(layer).__name__ for layer in layers})
+        # Where even parts are too small for what isn't divided, each device takes as much as it has room for.
+        for memory in (get_balanced_memory(model, rooms, undivided), rooms):
+            try:
+                device_map = infer_auto_device_map(model, memory, undivided, offload_buffers=True)
+            except IndexError:  # accelerate 1.15 fails at a tied bias in a part that it has divided, as RoBERTa's
+                continue
+            if "disk" not in device_map.values():
+                return DevicePlan(tuple(sorted(set(device_map.values()))), device_map)
+    roomiest = max(rooms, key=free.__getitem__)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    return DevicePlan((roomiest,), {"": roomiest} if size <= rooms[roomiest] else {})

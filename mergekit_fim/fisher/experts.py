@@ -1,7 +1,8 @@
 """Which experts of a mixture the random tokens reach: the others have no Fisher information of their own."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,21 +18,17 @@ class ReachedExperts:
     given which of them each token goes to. Where it is given no such choice (Llama 4, JetMoE), nothing is said of them.
     """
 
-    def __init__(self, *stacks: Sequence[nn.Module]) -> None:
-        """Watch the decoder layers of a model, and those of its replicas, which other tokens go through."""
-        self._parts = [
-            [{part: count for part in layer.modules() if (count := _experts(part))} for layer in layers]
-            for layers in stacks
-        ]
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        """Watch the decoder layers of a model."""
+        self._parts = [{part: count for part in layer.modules() if (count := _experts(part))} for layer in layers]
         self._chosen: dict[nn.Module, set[int]] = {}
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """While this lasts, every choice is noted."""
         handles = [
-            part.register_forward_pre_hook(self._note(count), with_kwargs=True)
-            for layers in self._parts
-            for parts in layers
+            part.register_forward_pre_hook(partial(self._note, count), with_kwargs=True)
+            for parts in self._parts
             for part, count in parts.items()
         ]
         try:
@@ -40,22 +37,16 @@ class ReachedExperts:
             for handle in handles:
                 handle.remove()
 
-    def _note(self, count: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            for value in (*args, *kwargs.values()):
-                if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32):
-                    self._chosen.setdefault(module, set()).update(i for i in value.unique().tolist() if 0 <= i < count)
-                    return
-
-        return hook
+    def _note(self, count: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32):
+                self._chosen.setdefault(module, set()).update(i for i in value.unique().tolist() if 0 <= i < count)
+                return
 
     def of_layer(self, index: int) -> Experts | None:
         """What was seen of one layer; None where that is nothing."""
-        return Experts.together(self._seen(layers[index]) for layers in self._parts)
-
-    def _seen(self, parts: Mapping[nn.Module, int]) -> Experts | None:
         count, idle = 0, []
-        for part, own in parts.items():
+        for part, own in self._parts[index].items():
             if part in self._chosen:
                 idle += [count + i for i in range(own) if i not in self._chosen[part]]
                 count += own

@@ -8,7 +8,7 @@ import copy
 import fnmatch
 import operator
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,8 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.fisher.devices import DevicePlan, Way, plan_devices
-from mergekit_fim.fisher.replicas import Replica
+from mergekit_fim.fisher.devices import DevicePlan, plan_devices
 from mergekit_fim.fisher.weights import ResidentWeights, StreamedWeights, Weights, put
 from mergekit_fim.models.completion import key_prefixes
 from mergekit_fim.models.inputs import InputModel
@@ -119,12 +118,7 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
     """A checkpoint's tensors by the names in transformers' state dict, each read when asked for."""
 
     def __init__(
-        self,
-        base: InputModel,
-        model: PreTrainedModel,
-        dtype: str | None,
-        options: MergeOptions,
-        beside: Beside | None = None,
+        self, base: InputModel, model: PreTrainedModel, dtype: str | None, options: MergeOptions, beside: Beside | None
     ) -> None:
         """Read `base` for `model`, in the merge's `dtype` or, if None, the checkpoint's own."""
         self._base, self._dtype, self._options, self._beside = base, dtype, options, beside
@@ -143,30 +137,23 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         LoaderCache().setup(self._options)  # one per thread, and autograd's are not the main one
-        known = self._tensors[name]
-        if isinstance(known, str):
-            tensor = self._base.load_key(known, self._dtype)
-        else:
-            tensor = self._base.load(known, self._dtype)
+        base, known, dtype = self._base, self._tensors[name], self._dtype
+        tensor = base.load_key(known, dtype) if isinstance(known, str) else base.load(known, dtype)
         if tensor is None:
-            raise FimError(f"{self._base}: the checkpoint lacks the parameter {name}; download or save the model again")
+            raise FimError(f"{base}: the checkpoint lacks the parameter {name}; download or save the model again")
         return tensor
 
     def on(self, name: str, device: torch.device) -> torch.Tensor:
         """A tensor on a device, for the model, after whatever is done beside with it there: one way over the bus."""
-        tensor = self[name].to(device)
-        self._show(name, tensor)
+        tensor, known = self[name].to(device), self._tensors[name]
+        if self._beside is not None and not isinstance(known, str):  # else the merge reads it in other parts
+            self._beside(known, tensor)
         return tensor
 
     def show(self, name: str) -> None:
         """Have done on the CPU what is done beside with a tensor of which the model gets rows only."""
         if self._beside is not None:
-            self._show(name, self[name])
-
-    def _show(self, name: str, tensor: torch.Tensor) -> None:
-        known = self._tensors[name]
-        if self._beside is not None and not isinstance(known, str):  # else the merge reads it in other parts
-            self._beside(known, tensor)
+            self.on(name, torch.device("cpu"))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -177,16 +164,12 @@ class CheckpointTensors(Mapping[str, torch.Tensor]):
 
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
-    """A model that can be run, in evaluation mode, without streamed weights; `placement` as it was chosen.
-
-    `replicas`: the model itself and its like on other devices, where there are any.
-    """
+    """A model that can be run, in evaluation mode, without streamed weights; `placement` as it was chosen."""
 
     model: PreTrainedModel
     layers: list[nn.Module]
     weights: Weights
     placement: Placement
-    replicas: tuple[Replica, ...] = ()
 
 
 def load_model(
@@ -196,7 +179,6 @@ def load_model(
     where: Placement,
     *,
     running: torch.dtype | None = None,
-    sequences: int = 1,
     rows: bool = True,
     beside: Beside | None = None,
 ) -> LoadedModel:
@@ -206,10 +188,9 @@ def load_model(
         base: the model.
         dtype: the merge's dtype, in which every tensor is read, or None for the checkpoint's own.
         options: the merge's options.
-        where: the device, and whether to stream. Without `streamed`, weights are streamed all the same to an
-            accelerator that they don't fit on.
+        where: the device, and whether to stream. Without `streamed`, weights are streamed all the same where the
+            accelerators don't hold them.
         running: what to run it in; by default the `running_dtype` for the dtype in which it is read.
-        sequences: on how many it is to be measured: as many replicas can be of use.
         rows: whether streaming may leave out the input embeddings, of which the engine loads the rows that occur.
         beside: is shown every tensor that is read whole, on the device that it is for; from several threads.
 
@@ -217,8 +198,7 @@ def load_model(
         FimError: it can't be built or read.
         torch.OutOfMemoryError: an accelerator has less memory than it said.
     """
-    running = running or _running(base, dtype, where)
-    model = _without_weights(base, running, options.trust_remote_code)
+    model = _without_weights(base, running or default_dtype(base, dtype, where), options.trust_remote_code)
     layers = decoder_layers(model, base)
     tensors = CheckpointTensors(base, model, dtype, options, beside)
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
@@ -226,28 +206,22 @@ def load_model(
     if where.streamed and plain:
         return _streamed(model, layers, tensors, where, rows)
     if where.device.type == "cpu":
-        _fill([(model, lambda _name: where.device)], tensors, quiet=options.quiet)
+        _fill(model, tensors, where.device, quiet=options.quiet)
         return LoadedModel(language_model(model), layers, ResidentWeights(), replace(where, streamed=False))
-    devices, blocks = where.devices(), _blocks(model, layers)
-    plan = plan_devices(_free(devices), [block.size for block in blocks], sequences)
-    chosen = [devices[index] for index in plan.devices]
-    if plan.way is Way.STREAMED:
-        return _streamed(model, layers, tensors, Placement(chosen[0], spread=False, streamed=True), rows)
-    where = replace(where, device=chosen[0], streamed=False)
-    if plan.way is Way.SPREAD:
-        device_map = _device_map(blocks, [devices[index] for index in plan.holders])
-        _fill([(model, _by_map(device_map))], tensors, quiet=options.quiet)
-        accelerate.dispatch_model(model, device_map, main_device=where.device)
-        return LoadedModel(language_model(model), layers, ResidentWeights(), where)
-    models = [model, *(_without_weights(base, running, options.trust_remote_code) for _ in chosen[1:])]
-    _fill([(m, _by_map({"": d})) for m, d in zip(models, chosen, strict=True)], tensors, quiet=options.quiet)
-    replicas = tuple(
-        Replica(language_model(m), decoder_layers(m, base), d) for m, d in zip(models, chosen, strict=True)
-    )
-    return LoadedModel(language_model(model), layers, ResidentWeights(), where, replicas)
+    devices = where.devices()
+    plan = plan_devices(model, layers, _free(devices))
+    first = devices[plan.devices[0]]
+    if not plan.device_map:
+        return _streamed(model, layers, tensors, Placement(first, spread=False, streamed=True), rows)
+    several = {name: devices[index] for name, index in plan.device_map.items()} if len(plan.devices) > 1 else {}
+    _fill(model, tensors, first, several, quiet=options.quiet)
+    if several:
+        accelerate.dispatch_model(model, several, main_device=first)
+    where = replace(where, device=first, streamed=False)
+    return LoadedModel(language_model(model), layers, ResidentWeights(), where)
 
 
-def device_plan(base: InputModel, dtype: str | None, options: MergeOptions, sequences: int) -> DevicePlan | None:
+def device_plan(base: InputModel, dtype: str | None, options: MergeOptions) -> DevicePlan | None:
     """What `load_model` will choose, with the memory that is free now; None on the CPU.
 
     Raises:
@@ -256,12 +230,12 @@ def device_plan(base: InputModel, dtype: str | None, options: MergeOptions, sequ
     where = placement(options)
     if where.device.type == "cpu":
         return None
-    model = _without_weights(base, _running(base, dtype, where), options.trust_remote_code)
-    blocks = _blocks(model, decoder_layers(model, base))
-    return plan_devices(_free(where.devices()), [block.size for block in blocks], sequences)
+    model = _without_weights(base, default_dtype(base, dtype, where), options.trust_remote_code)
+    return plan_devices(model, decoder_layers(model, base), _free(where.devices()))
 
 
-def _running(base: InputModel, dtype: str | None, where: Placement) -> torch.dtype:
+def default_dtype(base: InputModel, dtype: str | None, where: Placement) -> torch.dtype:
+    """What to run a model in that is read in the merge's `dtype` or, if None, the checkpoint's own."""
     return running_dtype(dtype_from_name(dtype) or base.stored_dtype(), where.device)
 
 
@@ -273,7 +247,7 @@ def _streamed(
     kept = by_layer | {id(end.weight) for end in ends if end is not None}
     if not rows:
         kept -= {id(ends[0].weight)}
-    _fill([(model, lambda _name: where.device)], tensors, skip=kept)
+    _fill(model, tensors, where.device, skip=kept)
     for name, parameter in model.named_parameters():
         if id(parameter) in kept - by_layer:
             tensors.show(name)
@@ -308,95 +282,45 @@ def _free(devices: Sequence[torch.device]) -> list[int]:
     return [torch.get_device_module(device).mem_get_info(device)[0] for device in devices]
 
 
-@dataclass(frozen=True)
-class _Block:
-    """A part of a model that a device map doesn't divide: a decoder layer, or a module outside them with its tensors.
-
-    `size`: bytes that no block before it has. `home`: where it has none, as a tied head, the block that has them.
-    """
-
-    name: str
-    size: int
-    home: int
-
-
-def _blocks(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[_Block]:
-    """All of the model, in its order."""
-    within = {module for layer in layers for module in layer.modules()} - set(layers)
-    found: list[_Block] = []
-    owner: dict[int, int] = {}
-    for name, module in model.named_modules():
-        if module in within:
-            continue
-        is_layer = module in layers
-        parameters = {id(p): p for p in module.parameters(recurse=is_layer)}
-        if is_layer or parameters or next(module.buffers(recurse=False), None) is not None:
-            size = sum(p.numel() * p.element_size() for key, p in parameters.items() if key not in owner)
-            tied = [owner[key] for key in parameters if key in owner]
-            owner |= {key: len(found) for key in parameters if key not in owner}
-            found.append(_Block(name, size, tied[0] if tied and not size else len(found)))
-    return found
-
-
-def _device_map(blocks: Sequence[_Block], devices: Sequence[torch.device]) -> dict[str, torch.device]:
-    """accelerate's device map of a whole model, whose blocks go to these devices."""
-    return {block.name: devices[block.home] for block in blocks}
-
-
-def _by_map(device_map: Mapping[str, torch.device]) -> Callable[[str], torch.device]:
-    """The device of a parameter or buffer, by the innermost module that a device map names."""
-    modules = sorted(device_map, key=len, reverse=True)
-    return lambda name: device_map[next(m for m in modules if m in ("", name) or name.startswith(f"{m}."))]
-
-
 def _fill(
-    replicas: Sequence[tuple[PreTrainedModel, Callable[[str], torch.device]]],
+    model: PreTrainedModel,
     tensors: CheckpointTensors,
+    device: torch.device,
+    device_map: Mapping[str, torch.device] = {},
     *,
-    skip: set[int] = frozenset(),  # type: ignore[assignment]
+    skip: Set[int] = frozenset(),
     quiet: bool = True,
 ) -> None:
     """Load all parameters but those in `skip`, and put the buffers on their devices.
 
-    Every tensor is read once and goes over one accelerator's bus: the replicas take turns, and copy from each other.
-
     Args:
-        replicas: models, each with the device of a parameter or buffer by its name.
+        model: the model.
         tensors: the weights.
-        skip: parameters of the one model.
+        device: the device of what isn't in `device_map`.
+        device_map: the devices of modules, with all that is in them.
+        skip: the ids of parameters.
         quiet: no progress bar.
     """
-    first_names: dict[int, str] = {}
-    names: list[tuple[str, torch.dtype]] = []
-    aliases: list[tuple[str, str, torch.dtype]] = []
-    for name, parameter in replicas[0][0].named_parameters(remove_duplicate=False):
-        if id(parameter) in skip:
-            continue
-        if (known := first_names.setdefault(id(parameter), name)) == name:
-            names.append((name, parameter.dtype))
-        else:
-            aliases.append((name, known, parameter.dtype))
-    devices = {device_of(name) for _, device_of in replicas for name, _ in names}
 
-    def load(numbered: tuple[int, tuple[str, torch.dtype]]) -> None:
-        number, (name, dtype) = numbered
-        first = number % len(replicas)
-        value: torch.Tensor | None = None
-        for model, device_of in (*replicas[first:], *replicas[:first]):
-            device = device_of(name)
-            value = tensors.on(name, device) if value is None else value.to(device)
-            put(model, name, device, value, dtype)
+    def device_of(name: str) -> torch.device:
+        return next((d for module, d in device_map.items() if f"{name}.".startswith(f"{module}.")), device)
 
-    loading = in_threads(readers(devices), load, enumerate(names))
+    def load(name: str) -> None:
+        put(model, name, device_of(name), tensors.on(name, device_of(name)), wanted[name].dtype)
+
+    wanted = {n: p for n, p in model.named_parameters(remove_duplicate=False) if id(p) not in skip}
+    names: dict[int, str] = {}
+    known = {name: names.setdefault(id(parameter), name) for name, parameter in wanted.items()}
+    loading = in_threads(readers({device_of(name) for name in names.values()}), load, names.values())
     for _ in tqdm.tqdm(loading, desc="Loading the base model", unit="tensor", total=len(names), disable=quiet):
         pass
-    for model, device_of in replicas:
-        for name, known, dtype in aliases:  # as BERT's biases are: `put` has made a new one of the first name
-            put(model, name, device_of(name), operator.attrgetter(known)(model).detach(), dtype)
-        for name, buffer in list(model.named_buffers()):
-            put(model, name, device_of(name), tensors.get(name, buffer), buffer.dtype)
-        if not skip:
-            model.tie_weights()
+    for name, first in known.items():
+        if first != name:  # as BERT's biases are: `put` has made a new one of the first name
+            put(model, name, device_of(name), operator.attrgetter(first)(model).detach(), wanted[name].dtype)
+    for name, buffer in list(model.named_buffers()):
+        put(model, name, device_of(name), tensors.get(name, buffer), buffer.dtype)
+    if not skip:
+        model.tie_weights()
 
 
 def decoder_layers(model: PreTrainedModel, base: InputModel) -> list[nn.Module]:
@@ -405,21 +329,14 @@ def decoder_layers(model: PreTrainedModel, base: InputModel) -> list[nn.Module]:
     Raises:
         FimError: transformers names its modules otherwise.
     """
-    found = []
+    modules, found = dict(model.named_modules(remove_duplicate=False)), []
     for layer in base.layout.layers:
         prefixes = (layer.prefix, *key_prefixes(layer.index, layer.tensors, base.loading))
-        modules = [m for prefix in prefixes if (m := _submodule(model, prefix.rstrip("."))) is not None]
-        if not modules:
+        its = [modules[prefix.rstrip(".")] for prefix in prefixes if prefix.rstrip(".") in modules]
+        if not its:
             raise FimError(
                 f"{base}: expected the decoder layer {layer.prefix.rstrip('.')} in transformers' "
                 f"{type(model).__name__}, found none of that name; this architecture isn't supported"
             )
-        found.append(modules[0])
+        found.append(its[0])
     return found
-
-
-def _submodule(model: PreTrainedModel, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None

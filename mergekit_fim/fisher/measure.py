@@ -4,8 +4,8 @@ import contextlib
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 import tqdm
@@ -21,7 +21,6 @@ from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.engine import FisherEngine, ForwardError, NotSupportedError, autograd_engine
 from mergekit_fim.fisher.experts import ReachedExperts
 from mergekit_fim.fisher.loading import LoadedModel, Placement, load_model
-from mergekit_fim.fisher.replicas import Replica, over_replicas
 from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.fisher.weights import ResidentWeights, Weights
 from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher
@@ -38,23 +37,26 @@ class NotFiniteError(FimError):
 
 
 @contextlib.contextmanager
-def _prepared(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode, no gradients but those that the engine asks for; everything as it was afterwards."""
-    training = {module: module.training for module in model.modules()}
-    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+def _prepared(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Evaluation mode, no gradients but those that the engine asks for; everything as it was afterwards.
+
+    Raises:
+        FimError: the model's own code fails, with the model's name.
+    """
+    training = [(module, module.training) for module in model.modules()]
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         model.eval()
-        model.requires_grad_(False)
-        for parameter in gradients:
-            parameter.grad = None
+        for parameter, _, _ in parameters:
+            parameter.requires_grad_(False).grad = None
         with torch.enable_grad():
             yield
+    except ForwardError as error:
+        raise FimError(f"{name}: {error}") from error
     finally:
-        for parameter, value in required.items():
-            parameter.requires_grad_(value)
-            parameter.grad = gradients[parameter]
-        for module, mode in training.items():
+        for parameter, required, gradient in parameters:
+            parameter.requires_grad_(required).grad = gradient
+        for module, mode in training:
             module.training = mode
 
 
@@ -66,7 +68,6 @@ def measure(
     engine: FisherEngine = batched_engine,
     reference: FisherEngine = autograd_engine,
     weights: Weights | None = None,
-    replicas: Sequence[Replica] = (),
     name: str = "the base model",
     quiet: bool = False,
 ) -> FisherMeasurement:
@@ -79,7 +80,6 @@ def measure(
         engine: how the gradient norms are computed.
         reference: how they are computed of a model that `engine` can't run.
         weights: where the model's weights are; by default in the model.
-        replicas: the model and its like on other devices, which share the sequences.
         name: what to call the model in an error.
         quiet: no progress bar.
 
@@ -91,21 +91,21 @@ def measure(
     weights = weights or ResidentWeights()
     samples = draw_samples(settings, vocab_size)
     warnings: list[str] = []
-    engine, reference = (over_replicas(replicas, each) for each in (engine, reference))
-    experts = ReachedExperts(layers, *(replica.layers for replica in replicas[1:]))  # the first is the model itself
+    experts = ReachedExperts(layers)
     steps = 2 * len(layers) * len(samples.input_ids)
     with (
         tqdm.tqdm(total=steps, desc="Measuring Fisher information", unit="step", disable=quiet) as progress,
-        _prepared(model),
+        _prepared(model, name),
         experts.watching(),
     ):
+        given = (model, layers, samples, progress.update, weights, warnings.append)
         try:
-            norms = _by(engine, name, model, layers, samples, progress.update, weights, warnings.append)
+            norms = engine(*given)
         except NotSupportedError:
             if not isinstance(weights, ResidentWeights):
                 raise
             progress.reset()
-            norms = _by(reference, name, model, layers, samples, progress.update, weights, warnings.append)
+            norms = reference(*given)
     measured = []
     for index, layer in enumerate(layers):
         column = tuple(norms[:, index].tolist())
@@ -118,14 +118,6 @@ def measure(
         measured.append(LayerFisher(index, parameters, column, experts.of_layer(index)))
     lines = tuple(f"{name}: {line}" for line in warnings)
     return FisherMeasurement(vocab_size, str(model.dtype).removeprefix("torch."), settings, tuple(measured), lines)
-
-
-def _by(engine: FisherEngine, name: str, *arguments: Any) -> torch.Tensor:
-    """What the engine finds; an error of the model's code with the model's name."""
-    try:
-        return engine(*arguments)
-    except ForwardError as error:
-        raise FimError(f"{name}: {error}") from error
 
 
 def check_measurable(base: InputModel, settings: FisherSettings) -> None:
@@ -192,15 +184,47 @@ def measure_checkpoint(
             engine=reference if whole else engine,
             reference=reference,
             weights=loaded.weights,
-            replicas=loaded.replicas,
             name=str(base),
             quiet=options.quiet,
         )
 
-    found, warnings = with_model(
-        base, settings, dtype, options, work, running=running, sequences=settings.samples, beside=beside
-    )
+    found, warnings = with_model(base, settings, dtype, options, work, running=running, beside=beside)
     return replace(found, warnings=(*warnings, *found.warnings))
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """One way to run a model."""
+
+    where: Placement
+    running: torch.dtype | None  # what it runs in; by default as `dtypes` has it
+    rows: bool = True  # whether its input embeddings needn't be in memory
+    whole: bool = False  # whether all of it must be
+    why: str | None = None  # what the user should know about why it is tried
+
+    def after(self, error: Exception, loaded: LoadedModel | None, base: InputModel, dtype: str | None) -> "_Attempt":
+        """What to try next where this failed, with the model `loaded` or not yet; itself where nothing is left."""
+        on_cpu = self.where.device.type == "cpu"
+        streamed = self.where.streamed if loaded is None else loaded.placement.streamed
+        if isinstance(error, NotFiniteError) and loaded is not None and loaded.model.dtype is torch.float16:
+            wider = torch.float32 if on_cpu else torch.bfloat16
+            why = (
+                f"the Fisher pre-pass of {base} overflows in float16 and was run in {str(wider).removeprefix('torch.')}"
+            )
+            return replace(self, running=wider, why=f"{why}; a `dtype:` of bfloat16 or float32 merges it more safely")
+        if isinstance(error, NotSupportedError) and self.rows and streamed:  # Gemma 4's code looks into them
+            return replace(self, rows=False, why=None)
+        if isinstance(error, NotSupportedError):
+            cause = f" ({reason(error.__cause__)})" if error.__cause__ is not None else ""
+            why = f"{base} can't be run layer by layer{cause}: it was measured with all of it in memory"
+            return replace(self, where=replace(self.where, streamed=False), whole=True, why=why)
+        if is_out_of_memory(error) and self.whole and not on_cpu:
+            cpu = Placement(torch.device("cpu"), spread=False, streamed=False)
+            why = f"{base} doesn't fit on {self.where.device}, and was measured on the CPU"
+            return replace(self, where=cpu, running=loading.default_dtype(base, dtype, cpu), why=why)
+        if is_out_of_memory(error) and not streamed and not on_cpu:
+            return replace(self, where=replace(self.where, streamed=True, spread=False), why=None)
+        return self
 
 
 def with_model(
@@ -211,91 +235,54 @@ def with_model(
     work: Callable[[LoadedModel, bool], T],
     *,
     running: torch.dtype | None = None,
-    sequences: int = 1,
     beside: loading.Beside | None = None,
 ) -> tuple[T, list[str]]:
     """Load a model, do something with it, and let it go; again in another way where memory or digits don't suffice.
 
+    See `measure_checkpoint` for the other arguments and the errors.
+
     Args:
-        base: the model.
-        settings: how long its sequences are.
-        dtype: the merge's dtype, or None for the checkpoint's own.
-        options: the merge's options, which say where it runs.
         work: is given the model, and whether all of it is in memory because it can't be run layer by layer; raises
             `NotSupportedError` where it can't be, and `NotFiniteError`.
-        running: what to run it in; by default as `dtypes` has it.
-        sequences: how many accelerators may be of use with a replica each.
-        beside: is shown every tensor that is read whole, on the device that it is for; from several threads.
 
     Returns:
         What `work` returned, and what the user should know about how it was run, a line each.
-
-    Raises:
-        FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
-    where = first = loading.placement(options)
-    warnings: list[str] = []
-    whole = False  # whether all of the model must be in memory
-    rows = True  # whether its input embeddings needn't be
+    first = loading.placement(options)
+    attempts = [_Attempt(first, running)]
     loaded = None
     try:
-        while True:
+        for this in attempts:  # one that fails adds the next
             try:
                 loaded = load_model(
-                    base, dtype, options, where, running=running, sequences=sequences, rows=rows, beside=beside
+                    base, dtype, options, this.where, running=this.running, rows=this.rows, beside=beside
                 )
-                if whole and loaded.placement.streamed:
+                if this.whole and loaded.placement.streamed:
                     raise torch.OutOfMemoryError
-                return work(loaded, whole), warnings
-            except NotFiniteError:
-                assert loaded is not None
-                if loaded.model.dtype is not torch.float16:
+                return work(loaded, this.whole), [attempt.why for attempt in attempts if attempt.why]
+            except (NotFiniteError, NotSupportedError, RuntimeError, MemoryError) as error:
+                attempts.append(this.after(error, loaded, base, dtype))
+                if attempts[-1] is this:
                     raise
-                running = torch.float32 if where.device.type == "cpu" else torch.bfloat16
-                warnings.append(
-                    f"the Fisher pre-pass of {base} overflows in float16 and was run in "
-                    f"{str(running).removeprefix('torch.')}; a `dtype:` of bfloat16 or float32 merges it more safely"
-                )
-            except NotSupportedError as error:
-                if rows and loaded is not None and loaded.placement.streamed:  # Gemma 4's code looks into them
-                    rows = False
-                else:
-                    why = f" ({reason(error.__cause__)})" if error.__cause__ is not None else ""
-                    where, whole = replace(where, streamed=False), True
-                    warnings.append(
-                        f"{base} can't be run layer by layer{why}: it was measured with all of it in memory"
-                    )
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                if whole and where.device.type != "cpu":
-                    warnings.append(f"{base} doesn't fit on {where.device}, and was measured on the CPU")
-                    where = Placement(torch.device("cpu"), spread=False, streamed=False)
-                    running = loading.running_dtype(dtype_from_name(dtype) or base.stored_dtype(), where.device)
-                elif (loaded.placement if loaded else where).streamed or where.device.type == "cpu":
-                    raise
-                else:
-                    where = replace(where, streamed=True, spread=False)
             loaded = None
-            for device in first.devices():
-                _free_memory(device)
+            _free_memory(first)
+        raise AssertionError("an attempt neither returned nor failed")
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        on_cpu = first.device.type == "cpu"
-        remedy = "free some memory" if on_cpu else "merge without --cuda, --device and --multi-gpu"
+        remedy = "free some memory" if first.device.type == "cpu" else "merge without --cuda, --device and --multi-gpu"
         raise FimError(
             f"{base}: {first.device} has too little memory for the Fisher pre-pass, which needs that of one decoder "
             f"layer and one sequence of {settings.seq_len} tokens; lower fisher_seq_len (--seq-len), or {remedy}"
         ) from None
     finally:
         loaded = None  # or its memory couldn't be given back
-        for device in first.devices():
-            _free_memory(device)
+        _free_memory(first)
 
 
-def _free_memory(device: torch.device) -> None:
-    """Give back an accelerator's memory that nothing refers to any more, before the next needs it."""
-    if device.type != "cpu":
+def _free_memory(where: Placement) -> None:
+    """Give back the accelerators' memory that nothing refers to any more, before the next needs it."""
+    if where.device.type != "cpu":
         gc.collect()
-        torch.get_device_module(device).empty_cache()
+        for device in where.devices():
+            torch.get_device_module(device).empty_cache()

@@ -81,9 +81,8 @@ def _cost(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
             f"memory on an accelerator: the base's {size(sizes[base.reference])} in the pre-pass where they fit, and "
             "in the merge a tensor of every model at a time"
         )
-        settings = plan.pre_pass.settings.fisher
         for found in (found for found in plan.pre_pass.coefficients if not found.origin):
-            chosen = device_plan(found.base, plan.config.dtype, options, settings.samples)
+            chosen = device_plan(found.base, plan.config.dtype, options)
             yield f"the measurement of {found.base}, with the memory that is free now: {chosen}"
     yield (
         f"memory on the CPU, beside the mapped checkpoints: about {size(memory + pickled)} in the pre-pass, up to "
