@@ -47,7 +47,7 @@ from mergekit_fim.evaluate.problems.grading import CLOSE, OPEN
 from mergekit_fim.evaluate.problems.questions import Questions
 from mergekit_fim.evaluate.problems.sources import open_problems
 from mergekit_fim.evaluate.records import Answer, Key, ProblemSet, Written
-from mergekit_fim.evaluate.runs.families import BASE, Run, at_strength, merges, models_as_they_are, series, strength
+from mergekit_fim.evaluate.runs.families import BASE, Run, at_strength, merges, models_as_they_are, series
 from mergekit_fim.evaluate.runs.refine import Point, next_strength
 from mergekit_fim.evaluate.runs.varied import fine_tuned, parse_settings, spec_of
 from mergekit_fim.files import write_text
@@ -351,7 +351,7 @@ class _Sweep:
         """Where one more of these merges would show most."""
         base = self.point(BASE, 0.0)
         long = max((self.point(name, 1.0) for name in self.tuned), key=lambda point: point.tokens)
-        points = [self.point(run.name, strength(run) or 0.0) for run in its]
+        points = [self.point(run.name, run.strength or 0.0) for run in its]
         start = [base] if all(point.strength > 0 for point in points) else []
         value = next_strength([*start, *points], base, long)
         return None if value is None else round(value, 4)

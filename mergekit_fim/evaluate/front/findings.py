@@ -13,7 +13,7 @@ from mergekit_fim.evaluate.front.figure import write_figure
 from mergekit_fim.evaluate.front.statistics import Outcomes, Summary, as_json, summarize
 from mergekit_fim.evaluate.front.table import Recommendation, recommendation, render_table
 from mergekit_fim.evaluate.problems.questions import Questions
-from mergekit_fim.evaluate.records import LENGTH, Answer, Key
+from mergekit_fim.evaluate.records import LENGTH, Answer, Key, ordered_by
 from mergekit_fim.files import write_text
 from mergekit_fim.measurements.record import versions
 from mergekit_fim.text import escaped, markdown_table, wrapped
@@ -80,7 +80,7 @@ def _sorted(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     varied = list(dict.fromkeys(tuple(entry["settings"]) for entry in entries))
 
     def place(entry: Mapping[str, Any]) -> tuple[int, int, float]:
-        strength = next(iter(entry["settings"].values()), None)
+        strength = entry["settings"].get(ordered_by(entry["settings"]))
         number = float(strength) if isinstance(strength, (int, float)) else 0.0
         return methods.index(entry["method"]), varied.index(tuple(entry["settings"])), number
 
