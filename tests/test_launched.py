@@ -1,4 +1,4 @@
-"""Merges and sweeps that a launcher starts several times over."""
+"""Merges that a launcher starts several times over."""
 
 import os
 import sysconfig
