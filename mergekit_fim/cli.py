@@ -475,13 +475,14 @@ def sweep(config_file: str, out: str, no_cache: bool, options: Any, **wanted: An
     they answered, accuracy against length, and which merge to keep.
 
     Stopped at any moment, the same command goes on where it was; with other values of --set, --compare or --also it
-    adds to what is there, and with another --margin it concludes anew. The measurement and the task vectors are made
-    once. docs/sweep.md says how to read a front, and how many problems tell two methods apart.
+    adds to what is there, and with another --margin it concludes anew. Any number of the same command, on one machine
+    or several, work on one sweep. The measurement and the task vectors are made once. docs/sweep.md says how to read a
+    front, and how many problems tell two methods apart.
     """
     from mergekit_fim.evaluate.folder import SweepFolder
     from mergekit_fim.evaluate.front.findings import render
-    from mergekit_fim.evaluate.sweep import Wanted
     from mergekit_fim.evaluate.sweep import sweep as run_sweep
+    from mergekit_fim.evaluate.wanted import Wanted
 
     config, _ = _config(config_file, no_cache)
     try:

@@ -16,6 +16,8 @@ FLOORS = [
     {"__main__"},
     {"api", "cli"},
     {"evaluate.sweep"},
+    {"evaluate.one_run"},
+    {"evaluate.models", "evaluate.wanted"},
     {"evaluate.runs", "evaluate.answers", "evaluate.front"},
     {"evaluate.problems", "evaluate.folder"},
     {"evaluate.records"},

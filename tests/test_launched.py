@@ -1,4 +1,4 @@
-"""Merges and sweeps that a launcher starts several times over."""
+"""Merges that a launcher starts several times over."""
 
 import os
 import sysconfig
@@ -199,3 +199,30 @@ def test_every_process_has_an_accelerator_of_its_own(monkeypatch):
         assert (own.device, own.multi_gpu, own.quiet) == expected
     monkeypatch.setattr(launched, "together", lambda: None)
     assert launched.options_of_process(options) is options
+
+
+def test_apart_every_process_has_its_accelerator_and_the_first_logs(monkeypatch, caplog):
+    import logging
+
+    import torch
+    from mergekit.options import MergeOptions
+
+    from mergekit_fim.processes import launched
+
+    options = MergeOptions(multi_gpu=True)
+    with launched.apart(options) as own:
+        assert own == options
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, local in (("0", "0"), ("3", "1")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", local)
+        with launched.apart(options) as own:
+            assert (own.device, own.multi_gpu, own.quiet) == (f"cuda:{local}", False, rank != "0")
+            assert launched.together() is None
+            assert launched.is_main()
+            logging.getLogger("mergekit_fim").warning("by %s", rank)
+    assert [record.getMessage() for record in caplog.records] == ["by 0"]
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    with launched.apart(options) as own:
+        assert (own.device, own.multi_gpu) == (options.device, True)

@@ -27,9 +27,11 @@ from warm import Outcome, Warm
 from mergekit_fim.cli import main
 from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate import folder as folder_module
+from mergekit_fim.evaluate import models as models_module
+from mergekit_fim.evaluate import one_run
 from mergekit_fim.evaluate import sweep as module
 from mergekit_fim.evaluate.answers.generation import Prompt, complete, load_model, load_tokenizer
-from mergekit_fim.evaluate.folder import SweepFolder, file_name, opened, read_answers, write_answers
+from mergekit_fim.evaluate.folder import SweepFolder, file_name, read_answers, taken, write_answers
 from mergekit_fim.evaluate.problems.grading import grade_math
 from mergekit_fim.evaluate.records import Answer
 from mergekit_fim.evaluate.runs.refine import Point, next_strength
@@ -155,7 +157,8 @@ def test_what_is_written(whole):
     assert names(record) == RUNS + TWINS
     found = {str(p.relative_to(whole.out)) for p in whole.out.rglob("*") if p.is_file()}
     assert found == {
-        *("sweep.json", "sweep.md", "sweep.png", "sweep.svg", ".lock", ".record.lock"),
+        *("sweep.json", "sweep.md", "sweep.png", "sweep.svg", ".lock", ".record.lock", ".dtype"),
+        *(f".locks/{file_name(run)}.lock" for run in RUNS + TWINS),
         *(f"answers/{file_name(run)}.jsonl" for run in RUNS + TWINS),
         *(f"configs/{file_name(run)}.yml" for run in RUNS[2:] + TWINS),
     }
@@ -219,8 +222,8 @@ def test_what_is_printed(whole):
 
 def test_a_finished_sweep_runs_nothing_again(whole, monkeypatch):
     before = {p: p.read_bytes() for p in (whole.out / "answers").iterdir()}
-    for name in ("load_model", "merge_whole", "plan_merge"):
-        monkeypatch.delattr(module, name)
+    for where, name in ((models_module, "load_model"), (models_module, "merge_whole"), (module, "plan_merge")):
+        monkeypatch.delattr(where, name)
     whole.ok("--compare", "task_arithmetic")
     assert {p: p.read_bytes() for p in (whole.out / "answers").iterdir()} == before
 
@@ -622,13 +625,6 @@ def test_no_folder(sweep):
     ends_in_one_line(sweep(out="file/out"), "can't be written")
 
 
-def test_two_at_a_time(whole, sweep):
-    shutil.copytree(whole.out, sweep.out)
-    with opened(SweepFolder(str(sweep.out)), sweep.record()["identity"]):
-        ends_in_one_line(sweep("--compare", "task_arithmetic"), str(sweep.out), "another process is at this sweep")
-    sweep.ok("--compare", "task_arithmetic")
-
-
 ROW = {"source": "s", "index": 0, "sample": 0, "prompt": "p", "text": "t", "tokens": 1, "ended": "stop"}
 ROW |= {"unclosed": False, "correct": True, "found": None, "note": None, "seconds": 1}
 
@@ -687,7 +683,7 @@ def test_the_disk_is_full(sweep, monkeypatch):
         original(file, answer)
 
     left, original = 5, folder_module.append_answer
-    monkeypatch.setattr(module, "append_answer", full)
+    monkeypatch.setattr(one_run, "append_answer", full)
     ends_in_one_line(sweep(), "base.jsonl", "No space left", "the answers so far are kept")
     monkeypatch.undo()
     path = sweep.out / "answers" / "base.jsonl"
@@ -711,7 +707,7 @@ def test_interrupted(sweep, monkeypatch):
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(module, "by_model", interrupt)
+    monkeypatch.setattr(one_run, "by_model", interrupt)
     ends_in_one_line(sweep(), "stopped; the answers so far are kept, and the same command goes on")
 
 
@@ -818,29 +814,51 @@ def test_refined(whole, sweep):
 # Several processes
 
 SHOWN = """
-import mergekit_fim.evaluate.sweep as sweep
-original = sweep.load_model
+import os, time
+import mergekit_fim.evaluate.models as models
+import mergekit_fim.evaluate.one_run as one_run
+from mergekit_fim.errors import FimError
+load, append = models.load_model, one_run.append_answer
 def load_model(name, *args):
-    print("answers:", name)
-    {action}
-    return original(name, *args)
-sweep.load_model = load_model
+    print("answers:", name, flush=True)
+    {loads}
+    return load(name, *args)
+def append_answer(file, answer):
+    append(file, answer)
+    print("answer:", os.path.basename(file.name), answer.index, flush=True)
+    {answers}
+models.load_model, one_run.append_answer = load_model, append_answer
 """
 
 
+def answered(done: list[Outcome]) -> list[str]:
+    """Which answers were given, by all of the processes."""
+    return sorted(line for its in done for line in re.findall(r"answer: (.*)", its.stdout))
+
+
+def shown(done: list[Outcome]) -> list[int]:
+    """Which of the processes said what came out."""
+    return [i for i, its in enumerate(done) if "area under the front" in its.stdout]
+
+
+def every_answer(sweep: Sweep) -> list[str]:
+    return sorted(f"{run}.jsonl {row['index']}" for run, rows in sweep.answers().items() for row in rows)
+
+
 def test_several_processes_share_the_runs(whole, sweep, warm):
-    arguments = sweep.arguments("--compare", "task_arithmetic")
-    done = together(warm, 2, *arguments, code=SHOWN.format(action=""))
+    """A launcher's: each answers some of the runs, the first alone logs, and the one that concludes prints."""
+    code = SHOWN.format(loads="pass", answers="time.sleep(0.05)")
+    done = together(warm, 2, *sweep.arguments("--compare", "task_arithmetic"), code=code)
     assert [its.status for its in done] == [0, 0], done
-    answered = [re.findall(r"answers: (.*)", its.stdout) for its in done]
-    assert answered == [[*RUNS, *TWINS][i::2] for i in (0, 1)]
-    assert done[1].stdout == "".join(f"answers: {run}\n" for run in answered[1])
+    loaded = [re.findall(r"answers: (.*)", its.stdout) for its in done]
+    assert sorted(loaded[0] + loaded[1]) == sorted([*RUNS, *TWINS])
+    assert all(loaded)
+    assert answered(done) == every_answer(sweep)
+    assert len(shown(done)) == 1
     assert done[1].stderr == ""
-    assert "| run |" not in done[0].stdout
-    assert "gain" in done[0].stdout
     assert sweep.answers() == whole.answers()
     assert sweep.record()["findings"]["summary"]["runs"] == without_speed(sweep, whole)
-    assert [run["run"] for run in sweep.record()["runs"]].count("long") == 1
+    assert [run["run"] for run in sweep.record()["runs"]] == [run["run"] for run in whole.record()["runs"]]
     assert not (sweep.out / "models").exists()
 
 
@@ -851,13 +869,46 @@ def without_speed(own: Sweep, other: Sweep) -> list[dict]:
     return [run | {"tokens_per_second": speeds[run["run"]]} for run in runs]
 
 
+def test_three_commands_one_of_them_killed(whole, sweep, warm):
+    """The run of the one that is killed goes on where it was, and no answer is given twice."""
+    arguments = ["mergekit-fim", *sweep.arguments("--compare", "task_arithmetic")]
+    patient = SHOWN.format(loads="pass", answers="time.sleep(0.1)")
+    killed = SHOWN.format(loads="pass", answers="answer.index >= 4 and os.kill(os.getpid(), 9)")
+    codes = [patient, killed, patient]
+    environment = {"MERGEKIT_FIM_CACHE": str(sweep.folder / "cache")}
+    done = warm.together(*({"arguments": arguments, "code": code, "environment": environment} for code in codes))
+    assert [its.status for its in done] == [0, -signal.SIGKILL, 0], done
+    assert len(answered(done[1:2])) < COUNT
+    assert answered(done) == every_answer(sweep)
+    assert len(shown(done)) == 1
+    assert sweep.answers() == whole.answers()
+    assert sweep.record()["findings"]["summary"]["runs"] == without_speed(sweep, whole)
+    assert not (sweep.out / "models").exists()
+
+
 def test_one_of_several_processes_failing(whole, sweep, warm):
-    """What was answered is kept, and one process can go on with it."""
-    action = "if name == 'fim_ta alpha_mean=0.6': raise ValueError('no such luck')"
-    done = together(warm, 2, *sweep.arguments(), code=SHOWN.format(action=action))
-    assert [its.status for its in done] == [1, 1]
-    assert "Error: process 1 of 2: no such luck\n" in done[0].stderr
-    assert done[1].stderr == ""
-    assert {name for name, its in sweep.answers().items() if its} == {"base", "long", "fim_ta_alpha_mean=0.3"}
+    """It ends in one line, and the others take over what it leaves."""
+    loads = "if os.environ['RANK'] == '1': raise FimError('no such luck')\n    time.sleep(1)"
+    done = together(warm, 2, *sweep.arguments(), code=SHOWN.format(loads=loads, answers="pass"))
+    assert [its.status for its in done] == [0, 1]
+    assert done[1].stderr == "Error: no such luck\n"
+    assert shown(done) == [0]
     sweep.ok("--compare", "task_arithmetic")
     assert sweep.answers() == whole.answers()
+
+
+def test_one_that_asks_for_something_else_while_another_is_at_it(whole, sweep):
+    shutil.copytree(whole.out, sweep.out)
+    with taken(SweepFolder(str(sweep.out)), "base") as free:
+        assert free
+        ends_in_one_line(sweep("--seed", "1"), "another sweep", "seed is 0, here 1")
+
+
+def test_a_run_that_another_command_adds_is_left_to_it(whole, sweep):
+    """What others are at isn't read: it may be half-written."""
+    shutil.copytree(whole.out, sweep.out)
+    path = sweep.out / "answers" / f"{file_name(TWINS[1])}.jsonl"
+    path.write_bytes(b"\0" * 100 + b"\n")
+    with taken(SweepFolder(str(sweep.out)), TWINS[1]):
+        sweep.ok()
+    assert names(sweep.record()) == [*RUNS, TWINS[0]]

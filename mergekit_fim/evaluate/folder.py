@@ -1,29 +1,40 @@
-"""The folder of a sweep: what it is of, and every run's answers, each kept as soon as it is there."""
+"""The folder of a sweep: what it is of, and every run's answers, each kept as soon as it is there.
+
+Any number of processes, of one machine or of several, may be at a sweep. A run is its whose lock is held. The locks are
+the kernel's (`flock`), so that they end with the process, however it ends.
+"""
 
 import contextlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, BinaryIO
 
 from pydantic import TypeAdapter, ValidationError
 
 from mergekit_fim.errors import FimError, brief, misfit, require
 from mergekit_fim.evaluate.records import Answer, Key
-from mergekit_fim.files import PART, read_json, write_json, written_whole
+from mergekit_fim.files import PART, read_json, write_json, write_text, written_whole
 
 FORMAT, VERSION = "mergekit-fim/sweep", 1
-_LOCK, _RECORD_LOCK = ".lock", ".record.lock"  # of a sweep, and of what is written to sweep.json
+# Of what concludes, of what is written to sweep.json, of the runs; and what all models run in.
+_LOCK, _RECORD_LOCK, _RUN_LOCKS, _DTYPE = ".lock", ".record.lock", ".locks", ".dtype"
 
 
 @dataclass(frozen=True)
 class SweepFolder:
-    """Where a sweep's files are."""
+    """Where a sweep's files are.
+
+    Attributes:
+        path: the folder.
+        identity: what the sweep is of, in JSON's types: with other values the answers so far aren't its.
+    """
 
     path: str
+    identity: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def record(self) -> str:
@@ -50,44 +61,60 @@ def file_name(run: str) -> str:
     return safe if safe == plain else f"{safe}-{zlib.crc32(run.encode('utf-8', 'replace')):08x}"
 
 
-@contextlib.contextmanager
-def opened(folder: SweepFolder, identity: Mapping[str, Any]) -> Iterator[None]:
-    """A sweep's folder, new or gone on with, in which no other sweep is under way meanwhile.
-
-    Args:
-        folder: the folder.
-        identity: what the sweep is of, in JSON's types: with other values the answers so far aren't its.
+def open_folder(folder: SweepFolder) -> None:
+    """Begin a sweep in its folder, or join or go on with what is there.
 
     Raises:
-        FimError: it can't be made or written to, is of something else, of another sweep, or in use.
+        FimError: it can't be made or written to, or is of something else or of another sweep.
     """
     require("filelock", "sweep")
-    import filelock
-
     path = folder.path
     if not path:
         raise FimError("expected the name of a folder for the sweep, found an empty one; name one")
     if os.path.lexists(path) and not os.path.isdir(path):
         raise FimError(f"{path}: expected a folder for the sweep, found a file; name another")
     with writing(path):
-        names = os.listdir(path) if os.path.isdir(path) else []
-        others = [name for name in names if name not in (_LOCK, _RECORD_LOCK) and not name.endswith(PART)]
-        if others and "sweep.json" not in others:
+        os.makedirs(path, exist_ok=True)
+        names = os.listdir(path)
+        others = [n for n in names if n not in (_LOCK, _RECORD_LOCK) and not n.endswith(PART) and n != "sweep.json"]
+        if others and not os.path.exists(folder.record):
             raise FimError(
                 f"{path}: expected an empty folder or one of a sweep, found {brief(sorted(others)[0])} and no "
                 "sweep.json; name another"
             )
-        os.makedirs(os.path.join(path, "answers"), exist_ok=True)
-        lock = filelock.FileLock(os.path.join(path, _LOCK), timeout=0)
-        try:
-            lock.acquire()
-        except filelock.Timeout:
-            raise FimError(f"{path}: another process is at this sweep; wait until it has ended, or stop it") from None
-    with lock:
-        earlier_runs(folder, identity)
-        if "sweep.json" not in others:
-            write_record(folder, identity, {"runs": []})
-        yield
+        with _locked(folder, _RECORD_LOCK):
+            if not os.path.exists(folder.record):
+                _write_record(folder, {"runs": []})
+            read_record(folder)
+        for name in ("answers", _RUN_LOCKS):
+            os.makedirs(os.path.join(path, name), exist_ok=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: SweepFolder, name: str, patience: float = -1) -> Iterator[bool]:
+    """Hold one of the locks, if it can be had within so many seconds; below 0, for as long as it takes."""
+    import filelock
+
+    lock = filelock.FileLock(os.path.join(folder.path, name))
+    try:
+        lock.acquire(timeout=patience)
+    except filelock.Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
+
+
+def taken(folder: SweepFolder, run: str, patience: float = 0) -> contextlib.AbstractContextManager[bool]:
+    """While this lasts a run is this process's, if no other process has it within so many seconds."""
+    return _locked(folder, os.path.join(_RUN_LOCKS, f"{file_name(run)}.lock"), patience)
+
+
+def concluding(folder: SweepFolder) -> contextlib.AbstractContextManager[bool]:
+    """While this lasts no other process concludes."""
+    return _locked(folder, _LOCK)
 
 
 @contextlib.contextmanager
@@ -102,36 +129,72 @@ def writing(path: str) -> Iterator[None]:
         ) from error
 
 
-def write_record(folder: SweepFolder, identity: Mapping[str, Any], content: Mapping[str, Any]) -> None:
-    """Write `sweep.json`.
-
-    Raises:
-        FimError: it can't be written.
-    """
-    write_json(folder.record, {"format": FORMAT, "version": VERSION, "identity": identity, **content})
+def _write_record(folder: SweepFolder, content: Mapping[str, Any]) -> None:
+    write_json(folder.record, {"format": FORMAT, "version": VERSION, "identity": folder.identity, **content})
 
 
-def note_run(folder: SweepFolder, identity: Mapping[str, Any], entry: Mapping[str, Any]) -> None:
-    """Add a run to `sweep.json`, or replace it there; other processes of the sweep may be at that too.
+def note_run(folder: SweepFolder, entry: Mapping[str, Any], order: Sequence[str]) -> None:
+    """Add a run to `sweep.json`, or replace it there.
+
+    Args:
+        folder: the sweep's.
+        entry: what is to be said of it.
+        order: the runs of this command. A new one stands before those that follow it, whichever process began them.
 
     Raises:
         FimError: it can't be read or written.
     """
-    import filelock
+    with _locked(folder, _RECORD_LOCK):
+        runs = earlier_runs(folder)
+        names = [run["run"] for run in runs]
+        if entry["run"] in names:
+            runs[names.index(entry["run"])] = dict(entry)
+        else:
+            later = order[order.index(entry["run"]) :]
+            place = next((i for i, name in enumerate(names) if name in later), len(names))
+            runs.insert(place, dict(entry))
+        _write_record(folder, {"runs": runs})
 
-    with filelock.FileLock(os.path.join(folder.path, _RECORD_LOCK)):
-        runs = {run["run"]: run for run in earlier_runs(folder, identity)}
-        write_record(folder, identity, {"runs": list((runs | {entry["run"]: dict(entry)}).values())})
+
+def note_findings(folder: SweepFolder, versions: Mapping[str, str], findings: Mapping[str, Any]) -> None:
+    """Write to `sweep.json` what came out.
+
+    Raises:
+        FimError: it can't be read or written.
+    """
+    with _locked(folder, _RECORD_LOCK):
+        _write_record(folder, {"versions": versions, "runs": earlier_runs(folder), "findings": findings})
 
 
-def earlier_runs(folder: SweepFolder, identity: Mapping[str, Any]) -> list[dict[str, Any]]:
+def agreed_dtype(folder: SweepFolder, choose: Callable[[], str]) -> str:
+    """What all the models of a sweep run in: what the first process chose that had to."""
+    path = os.path.join(folder.path, _DTYPE)
+    with _locked(folder, _RECORD_LOCK):
+        known = next((str(entry["dtype"]) for entry in earlier_runs(folder) if "dtype" in entry), None)
+        if known is None and os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                known = file.read()
+        if known is None:
+            known = choose()
+            write_text(path, known)
+    return known
+
+
+def earlier_runs(folder: SweepFolder) -> list[dict[str, Any]]:
     """What `sweep.json` says of runs.
 
     Raises:
         FimError: it is of something else, or of another sweep.
     """
-    if not os.path.exists(folder.record):
-        return []
+    return list(read_record(folder)["runs"])
+
+
+def read_record(folder: SweepFolder) -> dict[str, Any]:
+    """Read `sweep.json`.
+
+    Raises:
+        FimError: it is of something else, or of another sweep.
+    """
     found = read_json(folder.record, folder.record)
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise FimError(f"{folder.record}: expected the record of a sweep, found something else; name another folder")
@@ -143,7 +206,7 @@ def earlier_runs(folder: SweepFolder, identity: Mapping[str, Any]) -> list[dict[
     its = found.get("identity")
     if not isinstance(its, dict) or not isinstance(found.get("runs"), list):
         raise FimError(f"{folder.record}: expected the record of a sweep, found a part of one; name another folder")
-    difference = _difference(its, identity)
+    difference = _difference(its, folder.identity)
     if difference is not None:
         where, old, new = difference
         raise FimError(
@@ -157,7 +220,7 @@ def earlier_runs(folder: SweepFolder, identity: Mapping[str, Any]) -> list[dict[
                 f"{folder.record}, runs[{i}]: expected a run with {', '.join(kinds)}, found {brief(run)}; remove it "
                 "and its answers"
             )
-    return list(found["runs"])
+    return found
 
 
 def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
@@ -180,7 +243,7 @@ _ANSWER = TypeAdapter(Answer)
 
 
 def read_answers(path: str, keys: Sequence[Key]) -> dict[Key, Answer]:
-    """The answers in a run's file, of which what a killed process left of a last line is cut off.
+    """The answers in a run's file, without what a killed process left of a last line.
 
     Args:
         path: the file.
@@ -193,13 +256,10 @@ def read_answers(path: str, keys: Sequence[Key]) -> dict[Key, Answer]:
         return {}
     expected = set(keys)
     found: dict[Key, Answer] = {}
-    with writing(path), open(path, "rb+") as file:
-        kept = 0
+    with writing(path), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
-                file.truncate(kept)
                 break
-            kept += len(line)
             answer = _answer(line, f"{path}, line {number}")
             key = (answer.source, answer.index, answer.sample)
             if key not in expected:
@@ -224,7 +284,16 @@ def _answer(line: bytes, where: str) -> Answer:
         raise FimError(f"{where}: expected an answer as a JSON object, found {brief(line)}; {remedy}") from None
 
 
-def append_answer(file: Any, answer: Answer) -> None:
+@contextlib.contextmanager
+def appended(path: str) -> Iterator[BinaryIO]:
+    """A run's file, to which answers can be added: what a killed process left of a last line is cut off."""
+    with open(path, "ab+") as file:
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+        yield file
+
+
+def append_answer(file: BinaryIO, answer: Answer) -> None:
     """Add an answer to a file opened for bytes; what is there is there if the process is killed right after.
 
     Raises:

@@ -1,12 +1,21 @@
 """What passes between the stages of an evaluation: problems, completions, grades and answers. Records alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 # How a completion ended: by a token that ends a turn, or at the limit of tokens.
 STOP, LENGTH = "stop", "length"
 
 Key = tuple[str, int, int]  # of an answer: source, index, sample
+
+# What methods call their strength.
+_STRENGTHS = ("alpha_mean", "alpha", "weight", "t", "lambda")
+
+
+def ordered_by(settings: Mapping[str, Any]) -> str | None:
+    """The setting that orders a method's merges: their strength, or the first one where that is the same for all."""
+    return next((name for name in _STRENGTHS if name in settings), next(iter(settings), None))
 
 
 @dataclass(frozen=True)

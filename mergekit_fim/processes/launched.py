@@ -5,14 +5,16 @@
 
 import contextlib
 import logging
+import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from mergekit.options import MergeOptions
 
@@ -138,21 +140,24 @@ def until_shared(work: Callable[[], object]) -> None:
         work()
 
 
-def share_of(tasks: Sequence[T]) -> Sequence[T]:
-    """Those that this process is to do, where each does some."""
-    state = together()
-    return tasks if state is None else tasks[state.process_index :: state.num_processes]
-
-
 @contextlib.contextmanager
-def alone() -> Iterator[None]:
-    """While this lasts, the process does for itself what it does."""
-    if together() is None:
-        yield
-        return
+def apart(options: MergeOptions) -> Iterator[MergeOptions]:
+    """While this lasts each process of a launcher works for itself, on its own accelerator; the first alone logs.
+
+    Returns:
+        mergekit's options for this process.
+    """
+    rank = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    own: dict[str, Any] = {}
+    if rank is not None:
+        own["quiet"] = options.quiet or rank != "0"
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        if accelerator is not None and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true"):
+            own |= {"device": f"{accelerator.type}:{os.environ.get('LOCAL_RANK', '0')}", "multi_gpu": False}
     token = _UNDER_WAY.set(_Launch(None))
     try:
-        yield
+        with contextlib.nullcontext() if rank in (None, "0") else _silence():
+            yield options.model_copy(update=own)
     finally:
         _UNDER_WAY.reset(token)
 

@@ -1,7 +1,7 @@
 """Problems, and a model or a server -> completions."""
 
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -39,7 +39,7 @@ def prompts(questions: Questions, keys: Iterable[Key], template: Template) -> li
 
 def by_model(
     model: LanguageModel, questions: Questions, keys: Iterable[Key], template: Template, decoding: Decoding
-) -> Iterator[Written]:
+) -> Generator[Written]:
     """Have a model answer.
 
     Raises:
@@ -58,7 +58,7 @@ def by_model(
 
 def by_server(
     server: Server, questions: Questions, keys: Iterable[Key], template: Template | None, decoding: Decoding
-) -> Iterator[Written]:
+) -> Generator[Written]:
     """Have a server answer, by its own chat template where none is given.
 
     Raises:
@@ -79,4 +79,4 @@ def by_server(
         temperature=decoding.temperature,
         parallel=decoding.batch or _PARALLEL,
     )
-    return cast(Iterator[Written], found)
+    return cast(Generator[Written], found)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mergekit_fim.evaluate.records import ordered_by
 from mergekit_fim.report.figure import INK, STYLES, check_figure, save_figure
 
 if TYPE_CHECKING:
@@ -120,15 +121,16 @@ def _draw_points(
 
 
 def _lines(runs: Sequence[Run]) -> list[list[Run]]:
-    """A method's runs by strength, their first setting: a line for each choice of the others."""
+    """A method's runs by strength: a line for each choice of the others."""
 
     def rest(run: Run) -> str:
-        return str(list(run["settings"].items())[1:])
+        by = ordered_by(run["settings"])
+        return str([setting for setting in run["settings"].items() if setting[0] != by])
 
     def strength(run: Run) -> tuple[bool, float, str]:
-        first = next(iter(run["settings"].values()), None)
+        first = run["settings"].get(ordered_by(run["settings"]))
         number = isinstance(first, (int, float))
-        return not number, float(first) if number else 0.0, str(first)  # type: ignore[arg-type]
+        return not number, float(first) if number else 0.0, str(first)
 
     return [sorted(line, key=strength) for _, line in groupby(sorted(runs, key=rest), key=rest)]
 

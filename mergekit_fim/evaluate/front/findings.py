@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from mergekit_fim.evaluate.folder import SweepFolder, write_record
+from mergekit_fim.evaluate.folder import SweepFolder, note_findings
 from mergekit_fim.evaluate.front.figure import write_figure
 from mergekit_fim.evaluate.front.statistics import Outcomes, Summary, as_json, summarize
 from mergekit_fim.evaluate.front.table import Recommendation, recommendation, render_table
 from mergekit_fim.evaluate.problems.questions import Questions
-from mergekit_fim.evaluate.records import LENGTH, Answer, Key
+from mergekit_fim.evaluate.records import LENGTH, Answer, Key, ordered_by
 from mergekit_fim.files import write_text
 from mergekit_fim.measurements.record import versions
 from mergekit_fim.text import escaped, markdown_table, wrapped
@@ -80,7 +80,7 @@ def _sorted(entries: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     varied = list(dict.fromkeys(tuple(entry["settings"]) for entry in entries))
 
     def place(entry: Mapping[str, Any]) -> tuple[int, int, float]:
-        strength = next(iter(entry["settings"].values()), None)
+        strength = entry["settings"].get(ordered_by(entry["settings"]))
         number = float(strength) if isinstance(strength, (int, float)) else 0.0
         return methods.index(entry["method"]), varied.index(tuple(entry["settings"])), number
 
@@ -109,9 +109,7 @@ def outcomes(entry: Mapping[str, Any], answers: Mapping[Key, Answer], keys: Sequ
     )
 
 
-def write_findings(
-    folder: SweepFolder, identity: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], findings: Findings
-) -> None:
+def write_findings(folder: SweepFolder, entries: Sequence[Mapping[str, Any]], findings: Findings) -> None:
     """Write `sweep.json`, `sweep.md`, `sweep.png` and `sweep.svg`.
 
     Raises:
@@ -123,10 +121,10 @@ def write_findings(
         "recommended": dataclasses.asdict(findings.recommended),
         "ungradable": [{"source": s, "index": i, "why": why} for s, i, why in findings.ungradable],
     }
-    write_record(folder, identity, {"versions": versions(), "runs": list(entries), "findings": found})
+    note_findings(folder, versions(), found)
     for ending in ("png", "svg"):
         write_figure(found["summary"], os.path.join(folder.path, f"sweep.{ending}"))
-    write_text(os.path.join(folder.path, "sweep.md"), _page(folder, identity, entries, findings))
+    write_text(os.path.join(folder.path, "sweep.md"), _page(folder, entries, findings))
 
 
 def render(folder: SweepFolder, findings: Findings) -> str:
@@ -155,10 +153,8 @@ def _not_graded(findings: Findings) -> str:
     return f"Not graded, and in none of these figures: {count} problem{'s' * (count > 1)} (sweep.md lists them)."
 
 
-def _page(
-    folder: SweepFolder, identity: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], findings: Findings
-) -> str:
-    config = identity["config"]
+def _page(folder: SweepFolder, entries: Sequence[Mapping[str, Any]], findings: Findings) -> str:
+    identity = folder.identity
     options = {name: identity[name] for name in ("seed", "max_tokens", "temperature", "samples", "system")}
     options["margin"] = findings.recommended.margin
     blocks = [
@@ -203,6 +199,6 @@ def _page(
         f"Models: {', '.join(f'{escaped(name)} ({value})' for name, value in identity['models'].items())}.",
         f"Made with {', '.join(f'{name} {version}' for name, version in versions().items())}.",
         "The merge config, in which the runs set what their names say:",
-        f"```yaml\n{config}\n```",
+        f"```yaml\n{identity['config']}\n```",
     ]
     return "\n\n".join(blocks) + "\n"

@@ -31,7 +31,7 @@ class Outcomes:
     Attributes:
         run: its name, such as "base" or "fim_ties alpha_mean=0.35".
         method: the merge method; None for a model as it is.
-        settings: what a merge was given, such as {"alpha_mean": 0.35}: the first is its strength in the figure.
+        settings: what a merge was given, such as {"alpha_mean": 0.35}.
         correct: whether the answer is right [problem, sample].
         tokens: its length [problem, sample].
         truncated: whether it ended at the limit of tokens [problem, sample].
@@ -221,7 +221,6 @@ def summarize(
         raise ValueError(f"expected runs of different names and the same problems and samples, found {names}")
     if base == long or not {base, long} <= set(names):
         raise ValueError(f"expected {base} and {long} to be two of the runs {names}")
-    problems, samples = outcomes[0].correct.shape
     draws = _draw(outcomes, seed, resamples)
     accuracy, tokens = draws.accuracy, draws.tokens
     b, e = names.index(base), names.index(long)
@@ -229,50 +228,8 @@ def summarize(
     if tokens[0, e] <= tokens[0, b]:
         found = f"{tokens[0, e]:,.1f} and {tokens[0, b]:,.1f} mean tokens"
         no_chord = f"{long} isn't longer than {base} ({found}), so there is neither a chord nor an area"
-
-    def estimate(values: FloatArray) -> Estimate:
-        return _estimate(values, problems)
-
-    gains = accuracy - _chord(accuracy, tokens, b, e)
-    pareto = pareto_set(accuracy[0], tokens[0])
-    runs = []
-    for i, o in enumerate(outcomes):
-        right = o.tokens[o.correct]
-        count = int(o.correct.sum())
-        runs.append(
-            RunSummary(
-                run=o.run,
-                method=o.method,
-                settings=o.settings,
-                accuracy=wilson(count, problems) if samples == 1 else estimate(accuracy[:, i]),
-                tokens_mean=float(tokens[0, i]),
-                tokens_median=float(np.median(o.tokens)),
-                correct_tokens_mean=float(right.mean()) if count else None,
-                correct_tokens_median=float(np.median(right)) if count else None,
-                truncated=float(o.truncated.mean()),
-                unclosed=float(o.unclosed.mean()),
-                empty=float(o.empty.mean()),
-                tokens_per_second=float(o.tokens.sum()) / o.seconds if o.seconds else None,
-                against_base=None if i == b else _paired(o, outcomes[b], estimate(accuracy[:, i] - accuracy[:, b])),
-                against_long=None if i == e else _paired(o, outcomes[e], estimate(accuracy[:, i] - accuracy[:, e])),
-                length_ratio=float(tokens[0, i] / tokens[0, e]) if tokens[0, e] > 0 else None,
-                above_chord=None if no_chord or i in (b, e) else estimate(gains[:, i]),
-                pareto=bool(pareto[i]),
-            )
-        )
-    areas, differences = [], []
-    if no_chord is None:
-        methods = list(dict.fromkeys(o.method for o in outcomes if o.method is not None))
-        parts: dict[str | None, list[int]] = {m: [i for i, o in enumerate(outcomes) if o.method == m] for m in methods}
-        parts[None] = [i for i in range(len(outcomes)) if i not in (b, e)]
-        chord = (accuracy[:, b] + accuracy[:, e]) / 2
-        heights = {method: _area(accuracy, tokens, accuracy, b, e, part) for method, part in parts.items()}
-        areas = [
-            Area(m, len(parts[m]), _turned(estimate(h)), float(h[0] - chord[0]), _held_out(draws, b, e, parts[m]))
-            for m, h in heights.items()
-        ]
-        differences = [AreaDifference(x, y, estimate(heights[x] - heights[y])) for x, y in combinations(methods, 2)]
-    front = [(float(tokens[0, i[0]]), float(accuracy[0, i[0]])) for i, _, _ in _pieces(accuracy[:1], tokens[:1])]
+    areas, differences = ((), ()) if no_chord else _areas(outcomes, draws, b, e)
+    problems, samples = outcomes[0].correct.shape
     return Summary(
         base=base,
         long=long,
@@ -280,12 +237,71 @@ def summarize(
         samples=samples,
         seed=seed,
         resamples=resamples,
-        runs=tuple(runs),
+        runs=_runs(outcomes, draws, b, e, has_chord=no_chord is None),
         no_chord=no_chord,
-        front=tuple(front),
-        areas=tuple(areas),
-        differences=tuple(differences),
+        front=tuple((float(tokens[0, i[0]]), float(accuracy[0, i[0]])) for i, *_ in _pieces(accuracy[:1], tokens[:1])),
+        areas=areas,
+        differences=differences,
     )
+
+
+def _runs(outcomes: Sequence[Outcomes], draws: "_Draws", b: int, e: int, *, has_chord: bool) -> tuple[RunSummary, ...]:
+    """Every run in figures, where the runs b and e are the base and the long model."""
+    accuracy, tokens = draws.accuracy, draws.tokens
+    gains = accuracy - _chord(accuracy, tokens, b, e)
+    pareto = pareto_set(accuracy[0], tokens[0])
+
+    def against(i: int, other: int) -> Paired | None:
+        if i == other:
+            return None
+        return _paired(outcomes[i], outcomes[other], _estimate(accuracy[:, i] - accuracy[:, other], draws.problems))
+
+    def run(i: int, o: Outcomes) -> RunSummary:
+        right, count = o.tokens[o.correct], int(o.correct.sum())
+        by_draws = _estimate(accuracy[:, i], draws.problems)
+        return RunSummary(
+            run=o.run,
+            method=o.method,
+            settings=o.settings,
+            accuracy=wilson(count, draws.problems) if o.correct.shape[1] == 1 else by_draws,
+            tokens_mean=float(tokens[0, i]),
+            tokens_median=float(np.median(o.tokens)),
+            correct_tokens_mean=float(right.mean()) if count else None,
+            correct_tokens_median=float(np.median(right)) if count else None,
+            truncated=float(o.truncated.mean()),
+            unclosed=float(o.unclosed.mean()),
+            empty=float(o.empty.mean()),
+            tokens_per_second=float(o.tokens.sum()) / o.seconds if o.seconds else None,
+            against_base=against(i, b),
+            against_long=against(i, e),
+            length_ratio=float(tokens[0, i] / tokens[0, e]) if tokens[0, e] > 0 else None,
+            above_chord=_estimate(gains[:, i], draws.problems) if has_chord and i not in (b, e) else None,
+            pareto=bool(pareto[i]),
+        )
+
+    return tuple(run(i, o) for i, o in enumerate(outcomes))
+
+
+def _areas(
+    outcomes: Sequence[Outcomes], draws: "_Draws", b: int, e: int
+) -> tuple[tuple[Area, ...], tuple[AreaDifference, ...]]:
+    """The area of every method's front and of that of all runs, and the differences of the methods'."""
+    accuracy, tokens = draws.accuracy, draws.tokens
+    methods = list(dict.fromkeys(o.method for o in outcomes if o.method is not None))
+    parts: dict[str | None, list[int]] = {m: [i for i, o in enumerate(outcomes) if o.method == m] for m in methods}
+    parts[None] = [i for i in range(len(outcomes)) if i not in (b, e)]
+    chord = (accuracy[0, b] + accuracy[0, e]) / 2
+    heights = {method: _area(accuracy, tokens, accuracy, b, e, part) for method, part in parts.items()}
+
+    def estimate(values: FloatArray) -> Estimate:
+        return _estimate(values, draws.problems)
+
+    areas = (
+        Area(m, len(parts[m]), _turned(estimate(h)), float(h[0] - chord), _held_out(draws, b, e, parts[m]))
+        for m, h in heights.items()
+    )
+    differences = (AreaDifference(x, y, estimate(heights[x] - heights[y])) for x, y in combinations(methods, 2))
+    return tuple(areas), tuple(differences)
 
 
 def as_json(summary: Summary) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class Run:
         name: such as "base" or "fim_ties alpha_mean=0.35".
         method: the merge method; None for a model as it is.
         settings: what is set in the config for this run, the strength first.
+        by: the name of the setting that is the strength; None for a merge without one.
         model: the model as it is; None for a merge, and for a model that only a server has.
         config: the merge's whole config.
     """
@@ -32,8 +33,20 @@ class Run:
     name: str
     method: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    by: str | None = None
     model: ModelReference | None = None
     config: MergeConfiguration | None = None
+
+    @property
+    def strength(self) -> float | None:
+        """How far a merge goes, where that is one number."""
+        value = self.settings.get(self.by) if self.by is not None else None
+        return None if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
+
+    @property
+    def others(self) -> dict[str, Any]:
+        """What is set beside the strength."""
+        return {name: value for name, value in self.settings.items() if name != self.by}
 
 
 def models_as_they_are(config: MergeConfiguration, also: Sequence[str] = ()) -> list[Run]:
@@ -100,26 +113,19 @@ def merges(
         if methods.count(method) > 1:
             raise FimError(f"--compare: expected methods that differ, found {method} twice, or as the config's own")
     combinations = [dict(zip(varied, values, strict=True)) for values in itertools.product(*varied.values())]
-    runs = [_merge(config.merge_method, settings, with_settings(config, settings)) for settings in combinations]
+    by = own if own in varied else None
+    runs = [_merge(config.merge_method, by, settings, with_settings(config, settings)) for settings in combinations]
     for method in compare:
         runs += [_merge(method, *twin(config, method, settings, default_density)) for settings in combinations]
     return list({run.name: run for run in runs}.values())
-
-
-def strength(run: Run) -> float | None:
-    """A merge's strength, where its method has one and it is a number."""
-    if run.method is None or not run.settings or strength_of(run.method, run.settings) is None:
-        return None
-    value = next(iter(run.settings.values()))
-    return None if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
 
 
 def series(runs: Sequence[Run]) -> list[list[Run]]:
     """The merges that have a strength, together where they differ in nothing else."""
     found: dict[Any, list[Run]] = {}
     for run in runs:
-        if strength(run) is not None:
-            found.setdefault((run.method, *list(run.settings.items())[1:]), []).append(run)
+        if run.strength is not None:
+            found.setdefault((run.method, *run.others.items()), []).append(run)
     return list(found.values())
 
 
@@ -135,15 +141,15 @@ def at_strength(config: MergeConfiguration, run: Run, value: float, default_dens
     own = strength_of(config.merge_method, run.settings)
     assert own is not None
     assert run.method is not None
-    settings = {own: value, **dict(list(run.settings.items())[1:])}
+    settings = {own: value, **run.others}
     if run.method == config.merge_method:
-        return _merge(run.method, settings, with_settings(config, settings))
+        return _merge(run.method, own, settings, with_settings(config, settings))
     return _merge(run.method, *twin(config, run.method, settings, default_density))
 
 
-def _merge(method: str, settings: Mapping[str, Any], config: MergeConfiguration) -> Run:
+def _merge(method: str, by: str | None, settings: Mapping[str, Any], config: MergeConfiguration) -> Run:
     said = [f"{name}={_shown(value)}" for name, value in settings.items()]
-    return Run(" ".join([method, *said]), method, settings, config=config)
+    return Run(" ".join([method, *said]), method, settings, by, config=config)
 
 
 def _shown(value: Any) -> str:

@@ -23,7 +23,7 @@ from mergekit_fim.evaluate.runs.varied import (
 
 def twin(
     config: MergeConfiguration, method: str, settings: Mapping[str, Any], default_density: Callable[[], float]
-) -> tuple[dict[str, Any], MergeConfiguration]:
+) -> tuple[str | None, dict[str, Any], MergeConfiguration]:
     """The merge of the same models by another method, at the same strength.
 
     What `alpha_mean` is to this package's methods, `t` is to slerp and `weight` to mergekit's other methods: each
@@ -39,22 +39,14 @@ def twin(
         default_density: for a method that trims, where the config has no density.
 
     Returns:
-        What is set, the strength first, and the config.
+        The name of the strength, if there is one; what is set, the strength first; and the config.
 
     Raises:
         FimError: there is no such method, it can't merge these models, or it lacks the strength.
     """
-    spec, names, tuned = spec_of(method), parameter_names(method), fine_tuned(config)
+    with_base = _takes_base_as_a_model(config, method)
     trims = method == "fim_ties" or getattr(registry.get(method), "sparsification_method", None) is not None
-    if not trims:
-        names -= {"density"}  # some know it that have no use for it
-    if "fim_kron" in (method, config.merge_method) and method != config.merge_method:
-        names -= {"fisher"}  # files of another kind
-    ids = [config.base_model, *tuned]
-    try:
-        spec.contract.validate_ids(ids, None if spec.contract.base is BasePolicy.IGNORED else config.base_model)
-    except ValueError as error:
-        raise FimError(f"--compare: {method} can't merge these models ({error}); leave it out") from None
+    names = _names(config.merge_method, method, trims)
     own, its = strength_of(config.merge_method, settings), strength_of(method)
     strength = settings.get(own or "", (config.parameters or {}).get(own or ""))
     if its is not None and (isinstance(strength, bool) or not isinstance(strength, (int, float))):
@@ -62,35 +54,67 @@ def twin(
             f"--compare: {method} gets its `{its}` from the value of `{own}`, found "
             f"{'none' if strength is None else shown(strength)}; add --set {own}=..."
         )
-    in_all = len(tuned) > 1 and {"lambda", "normalize"} <= names and _normalizes(config)
-
     made = with_settings(config, settings).model_copy(update={"merge_method": method})
     for block in blocks(made):
         keep(block, names - {own})
     shared = {name: value for name, value in settings.items() if name in names - {own, its}}
     if its is None:
-        return shared, made
-    assert isinstance(strength, (int, float))
+        return None, shared, made
     if method in METHODS or its == "t":
         made = with_settings(made, {its: strength})
+    elif len(fine_tuned(config)) > 1 and {"lambda", "normalize"} <= names and _normalizes(config):
+        its, made = "lambda", _in_all(made, strength, with_base=with_base)
     else:
-        if in_all:
-            its = "lambda"
-            made = with_settings(made, {"normalize": True})
-            made.parameters = {its: 1.0, **(made.parameters or {})}
-            for block in (block for block in blocks(made) if its in (block.parameters or {})):
-                block.parameters = {**block.parameters, its: _times(block.parameters[its], strength)}
-        else:
-            made = with_settings(made, dict.fromkeys({"normalize", "normalize_weights"} & names, False))
-        _weigh(made, 1.0 if in_all else strength, with_base=spec.contract.base is BasePolicy.IGNORED)
-    own_density = [
-        any("density" in (block.parameters or {}) for block in scopes)
-        for scopes in placed(made)
-        if scopes[0].model in tuned
-    ]
-    if trims and method not in METHODS and not all(own_density):
+        made = with_settings(made, dict.fromkeys({"normalize", "normalize_weights"} & names, False))
+        _weigh(made, strength, with_base=with_base)
+    if trims and method not in METHODS and not _has_densities(made):
         made.parameters = {**(made.parameters or {}), "density": default_density()}
-    return {its: strength, **shared}, made
+    return its, {its: strength, **shared}, made
+
+
+def _names(own: str, method: str, trims: bool) -> set[str]:
+    """The parameters that a twin takes from a merge by the method `own`."""
+    names = parameter_names(method)
+    if not trims:
+        names -= {"density"}  # some know it that have no use for it
+    if "fim_kron" in (method, own) and method != own:
+        names -= {"fisher"}  # files of another kind
+    return names
+
+
+def _takes_base_as_a_model(config: MergeConfiguration, method: str) -> bool:
+    """Whether a method takes the base as one model more.
+
+    Raises:
+        FimError: it can't merge these models.
+    """
+    contract = spec_of(method).contract
+    ignored = contract.base is BasePolicy.IGNORED
+    try:
+        contract.validate_ids([config.base_model, *fine_tuned(config)], None if ignored else config.base_model)
+    except ValueError as error:
+        raise FimError(f"--compare: {method} can't merge these models ({error}); leave it out") from None
+    return ignored
+
+
+def _in_all(config: MergeConfiguration, strength: float, *, with_base: bool) -> MergeConfiguration:
+    """A merge whose weights are normalised, with its strength in `lambda`."""
+    made = with_settings(config, {"normalize": True})
+    made.parameters = {"lambda": 1.0, **(made.parameters or {})}
+    for block in (block for block in blocks(made) if "lambda" in (block.parameters or {})):
+        block.parameters = {**block.parameters, "lambda": _times(block.parameters["lambda"], strength)}
+    _weigh(made, 1.0, with_base=with_base)
+    return made
+
+
+def _has_densities(config: MergeConfiguration) -> bool:
+    """Whether every fine-tuned model has a density of its own."""
+    tuned = fine_tuned(config)
+    return all(
+        any("density" in (block.parameters or {}) for block in scopes)
+        for scopes in placed(config)
+        if scopes[0].model in tuned
+    )
 
 
 def _normalizes(config: MergeConfiguration) -> bool:

@@ -1,0 +1,96 @@
+"""The models of a sweep's runs: those as they are, and merges, which are made when they are to answer."""
+
+import contextlib
+import io
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from mergekit.common import ModelPath
+from mergekit.options import MergeOptions
+
+from mergekit_fim.errors import FimError
+from mergekit_fim.evaluate.answers.generation import LanguageModel, load_model, load_tokenizer
+from mergekit_fim.evaluate.answers.prompts import Template, chat_template
+from mergekit_fim.evaluate.folder import SweepFolder, taken
+from mergekit_fim.evaluate.runs.families import Run
+from mergekit_fim.tools.whole import merge_whole
+
+
+@dataclass(frozen=True, eq=False)
+class Models:
+    """The models of runs.
+
+    Attributes:
+        folder: the sweep's, where merges are.
+        options: mergekit's.
+        template: in place of the models' chat templates.
+        fingerprints: of the models as they are, by run.
+        dtype: what all of them run in.
+    """
+
+    folder: SweepFolder
+    options: MergeOptions
+    template: Template | None
+    fingerprints: Mapping[str, str]
+    dtype: torch.dtype
+    _tokenizers: dict[str, Any] = field(default_factory=dict)  # those that were read, by run
+
+    def tokenizer(self, run: Run) -> Any:
+        """A run's tokenizer. Its merge has to be there for that; an adapter's is its base's."""
+        if run.name not in self._tokenizers:
+            its = run.model.model if run.model is not None else ModelPath(path=self.merged(run))
+            trust = self.options.trust_remote_code
+            self._tokenizers[run.name] = load_tokenizer(run.name, its.path, its.revision, trust)
+        return self._tokenizers[run.name]
+
+    def template_of(self, run: Run) -> Template:
+        """By which a model gets its questions."""
+        return self.template or chat_template(run.name, self.tokenizer(run))
+
+    def load(self, run: Run) -> LanguageModel:
+        """Load a run's model, merged where it is a merge."""
+        options, tokenizer = self.options, self.tokenizer(run)
+        path, revision = self.folder.model(run.name), None
+        if run.model is not None:
+            its = run.model.merged(options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype).model
+            path, revision = its.path, its.revision
+        return load_model(run.name, path, tokenizer, options, self.dtype, revision)
+
+    def merged(self, run: Run, *, card: bool = False) -> str:
+        """The folder of a merge, which is made unless it is there.
+
+        Args:
+            run: the merge; this process has to have it.
+            card: write a model card, for which mergekit asks the Hub about names.
+        """
+        path = self.folder.model(run.name)
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            assert run.config is not None
+            card = card and self.options.write_model_card
+            with contextlib.redirect_stdout(io.StringIO()):  # the table of coefficients is in the merge's report
+                merge_whole(run.config, None, path, self.options.model_copy(update={"write_model_card": card}))
+        return path
+
+    def drop(self, run: str) -> None:
+        """Remove a merge, unless another process is at it."""
+        path = self.folder.model(run)
+        if os.path.isdir(path):
+            with taken(self.folder, run) as free:
+                if free:
+                    shutil.rmtree(path)
+
+
+def dtype_named(folder: SweepFolder, name: str) -> torch.dtype:
+    """The dtype that a sweep's record names.
+
+    Raises:
+        FimError: there is none of that name.
+    """
+    found = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise FimError(f"{folder.record}: expected the name of a torch dtype, found {name}; correct it")
+    return found
