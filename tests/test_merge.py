@@ -447,7 +447,7 @@ def test_the_default_density_follows_the_size_of_the_base():
         assert default_density(base) == density
 
 
-def testlayer_prefixes():
+def test_layer_prefixes():
     assert layer_prefix("model.layers.3.mlp.experts.3.w1", 3) == "model.layers.3."
     assert layer_prefix("layers.12.mixer", 12) == "layers.12."
     assert layer_prefix("model.layers.12.mlp", 2) is None
