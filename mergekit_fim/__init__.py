@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 # here: where ours is imported first, and in turn imports mergekit's, it isn't complete at that moment.)
 _TARGETS = {
     "mergekit.merge_methods.registry": "mergekit_fim.hook.methods",
+    # Where this is imported first, it imports the registry: what it is needed for has to wait until it is complete.
+    "mergekit_fim.merging.methods": "mergekit_fim.hook.methods",
     "mergekit.plan": "mergekit_fim.hook.planner",
     "mergekit.merge": "mergekit_fim.hook.run_merge",
 }
 _warned = False
+_under_way: "set[str]" = set()  # which of these are being imported
 
 # The Python API, and where each name comes from when it is first asked for: records of numbers need no torch.
 _API = {
@@ -72,8 +75,13 @@ class _AfterImport:
 
     def exec_module(self, module: "Any") -> None:
         module.__spec__.loader = module.__loader__ = self.loader
-        self.loader.exec_module(module)
-        _run_hook(module.__name__)
+        _under_way.add(module.__name__)
+        try:
+            self.loader.exec_module(module)
+        finally:
+            _under_way.discard(module.__name__)
+        if _TARGETS[module.__name__] != "mergekit_fim.hook.methods" or "mergekit_fim.merging.methods" not in _under_way:
+            _run_hook(module.__name__)
 
 
 class _Finder:
