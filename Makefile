@@ -42,7 +42,7 @@ lint: $(VENV)/test.installed
 
 # Every causal language model of transformers (minutes); goes on where it was stopped, begins anew without the file.
 architectures: $(VENV)/test.installed
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m benchmarks.architectures \
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers $(BIN)/python -m benchmarks.architectures \
 		--state .demo/architectures.jsonl --write docs/architectures.md
 
 $(VENV)/demo.installed: $(VENV)/installed

@@ -1,7 +1,7 @@
 """Every language model of the installed transformers, tiny: merged by mergekit's own method and by ours.
 
     make architectures
-    PYTHONPATH=tests python -m benchmarks.architectures qwen3_5 jamba   # these, again
+    PYTHONPATH=tests/helpers python -m benchmarks.architectures qwen3_5 jamba   # these, again
 
 Each model runs in a process of its own, so that an error or a hang is a row. Rows are kept as they are made, in a file
 of JSON lines: the same command goes on where it was stopped. `--write docs/architectures.md` puts the table there.

@@ -15,9 +15,9 @@ import tiny
 import torch
 import yaml
 from click.testing import CliRunner
-from conftest import config_for, ends_in_one_line
+from measured import measurement
 from mergekit.scripts.run_yaml import main as mergekit_yaml
-from test_measurement import measurement
+from merges import config_for, ends_in_one_line, run
 
 import mergekit_fim
 from mergekit_fim.cli import main
@@ -29,24 +29,6 @@ from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher
 from mergekit_fim.tools.export import summary
 
 COMMANDS = ["compare", "delta", "export", "fisher", "merge", "plan", "plot"]
-
-
-def run(*arguments: object, ok: bool = True):
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert not ok or result.exit_code == 0, result.output
-    return result
-
-
-@pytest.fixture
-def config(tmp_path):
-    def write(content: dict, name: str = "config.yml") -> Path:
-        path = tmp_path / name
-        path.write_text(yaml.safe_dump(content), encoding="utf-8")
-        return path
-
-    return write
 
 
 # plan

@@ -8,13 +8,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from environments import ROOT, blocks
 
 import mergekit_fim
-
-
-def blocks(name: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs" / name).read_text(encoding="utf-8"), re.S | re.M)
 
 
 def test_the_python_examples(pair, tmp_path, monkeypatch, capsys):

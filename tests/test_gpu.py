@@ -12,10 +12,10 @@ import pytest
 import reference
 import tiny
 import torch
-from conftest import config_for, trim
+from kinds import KINDS, add_masks, configure
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
-from test_architectures import KINDS, add_masks, configure
+from merges import config_for, trim
 
 from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.fisher import batched, loading

@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, config_for, ends_in_one_line
+from environments import ROOT
+from merges import config_for, ends_in_one_line
 
 PACKAGE = ROOT / "mergekit_fim"
 # Each may import what stands below it, and itself. Those of one line don't know one another.
@@ -84,6 +85,19 @@ def test_imports_go_down(module):
     for other in imported(tree):
         below, next_door = place(other)
         assert below > floor or next_door == room, f"{module} ({room}) imports {other}, which isn't below it"
+
+
+def test_tests_mirror_the_package():
+    """A folder of tests for each room; no test module is imported, and what several use is in `helpers`."""
+    tests = ROOT / "tests"
+    folders = {str(path.parent.relative_to(tests)) for path in tests.rglob("test_*.py")} - {"."}
+    rooms = {str(path.parent.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py")}
+    assert folders <= rooms | {"benchmarks"}
+    for path in tests.rglob("*.py"):
+        found = imports(ast.parse(path.read_text(encoding="utf-8")))
+        assert not [
+            name for name in found if name.split(".")[0] in ("conftest", "tests") or name.startswith("test_")
+        ], path
 
 
 def test_no_circle_within_a_room():

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, Environment, config_for, ends_in_one_line, make_environment, pip
+from environments import ROOT, Environment, files, make_environment, pip
 from markdown_it import MarkdownIt
+from merges import config_for, ends_in_one_line
 from packaging.requirements import Requirement
 
 import mergekit_fim
@@ -26,11 +27,6 @@ def names(environment: Environment, *flags: str, before: str = "", **options) ->
     done = environment.run(*flags, "-c", before + REGISTERED, **options)
     assert done.stderr == ""
     return done.stdout.strip()
-
-
-def files(environment: Environment) -> set[str]:
-    found = (p.relative_to(environment.site_packages) for p in environment.site_packages.rglob("*"))
-    return {str(p) for p in found if "__pycache__" not in p.parts}
 
 
 @pytest.mark.parametrize("editable", [False, True])

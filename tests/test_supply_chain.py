@@ -10,10 +10,11 @@ import pytest
 import tiny
 import torch
 import yaml
-from conftest import ROOT, Pair, config_for, ends_in_one_line
+from environments import ROOT
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
+from merges import Pair, config_for, ends_in_one_line
 from warm import Warm
 
 import mergekit_fim
@@ -233,4 +234,5 @@ def test_the_page_names_tests_that_are_there():
     named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", page)
     assert len(named) > 10
     for file, test in named:
-        assert f"def {test}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (file, test)
+        (path,) = (ROOT / "tests").rglob(file)
+        assert f"def {test}(" in path.read_text(encoding="utf-8"), (file, test)
