@@ -171,10 +171,10 @@ def _child(
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
+        status = 1  # first: where memory is short, printing fails, too
         import traceback
 
         traceback.print_exc()
-        status = 1
     finally:
         with contextlib.suppress(Exception):
             sys.stdout.flush()
