@@ -479,8 +479,8 @@ def sweep(config_file: str, out: str, no_cache: bool, options: Any, **wanted: An
     or several, work on one sweep. The measurement and the task vectors are made once. docs/sweep.md says how to read a
     front, and how many problems tell two methods apart.
     """
+    from mergekit_fim.evaluate.conclusion import render
     from mergekit_fim.evaluate.folder import SweepFolder
-    from mergekit_fim.evaluate.front.findings import render
     from mergekit_fim.evaluate.sweep import sweep as run_sweep
     from mergekit_fim.evaluate.wanted import Wanted
 

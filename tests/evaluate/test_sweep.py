@@ -475,7 +475,7 @@ def test_servers_that_cannot_be(given, words, sweep, stub):
     ("options", "words"),
     [
         (["--set", "alpha_maen=0.2"], ["alpha_maen", "did you mean `alpha_mean`"]),
-        (["--compare", "tise"], ["tise", "did you mean ties"]),
+        (["--compare", "tise"], ["--compare", "tise", "task_arithmetic, ties, linear"]),
         (["--problems", "none.jsonl"], ["none.jsonl", "no file of this name"]),
         (["--samples", "2"], ["--samples", "--temperature"]),
         (["--samples", "0"], ["--samples", "at least 1"]),
@@ -575,7 +575,7 @@ def test_other_models_under_the_same_names(whole, talkers, tmp_path):
         ("sweep.json", "[]", ["sweep.json", "record of a sweep"]),
         ("sweep.json", '{"format": "mergekit-fim/report"}', ["sweep.json", "record of a sweep"]),
         ("sweep.json", '{"format": "mergekit-fim/sweep", "version": 2}', ["version 1", "found 2"]),
-        ("sweep.json", '{"format": "mergekit-fim/sweep", "version": 1}', ["sweep.json", "a part of one"]),
+        ("sweep.json", '{"format": "mergekit-fim/sweep", "version": 1}', ["sweep.json", "`identity` is missing"]),
         ("notes.txt", "mine", ["empty folder", "notes.txt"]),
         ("answers", None, ["empty folder", "answers"]),
     ],
@@ -632,7 +632,7 @@ ROW |= {"unclosed": False, "correct": True, "found": None, "note": None, "second
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b"{}\n", ["line 2", "`source` is missing"]),
+        (b"{}\n", ["line 2", "`source`"]),
         (b"[]\n", ["line 2", "JSON object"]),
         (b"\xff\n", ["line 2", "JSON object"]),
         (json.dumps(ROW | {"tokens": "1"}).encode() + b"\n", ["line 2", "`tokens`"]),

@@ -1,4 +1,4 @@
-"""What varies from merge to merge of a sweep: `--set`, and a config in which parameters have other values."""
+"""What varies from merge to merge: `--set NAME=V1,V2,...`, and a config in which parameters have other values."""
 
 import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge_methods import registry
-from mergekit.merge_methods.base import MergeMethodSpec, ParameterScope
+from mergekit.merge_methods.base import ParameterScope
 
 from mergekit_fim.config.parameters import METHODS, PARAMETERS, Scope
 from mergekit_fim.config.settings import read_settings
@@ -16,12 +16,12 @@ from mergekit_fim.errors import FimError, brief, shown
 
 
 def parse_settings(method: str, given: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    """The values of every `NAME=V1,V2,...`, checked as the method has its parameters.
+    """Read every `NAME=V1,V2,...`, and check it by what the method takes.
 
     Raises:
         FimError: one isn't of that form, or the method doesn't know a name or a value.
     """
-    found: dict[str, tuple[Any, ...]] = {}
+    settings: dict[str, tuple[Any, ...]] = {}
     known = parameter_names(method)
     for text in given:
         name, equals, values = text.partition("=")
@@ -32,12 +32,12 @@ def parse_settings(method: str, given: Sequence[str]) -> dict[str, tuple[Any, ..
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"it knows {', '.join(sorted(known)) or 'none'}"
             raise FimError(f"--set: {method} has no parameter `{brief(name)}`; {hint}")
-        if name in found:
+        if name in settings:
             raise FimError(f"--set: found `{name}` twice; give all its values at once, with commas between them")
-        found[name] = tuple(_value(method, name, value.strip()) for value in values.split(","))
-        if len(set(found[name])) < len(found[name]):
+        settings[name] = tuple(_value(method, name, value.strip()) for value in values.split(","))
+        if len(set(settings[name])) < len(settings[name]):
             raise FimError(f"--set: expected values of `{name}` that differ, found {shown(values)}")
-    return found
+    return settings
 
 
 def _value(method: str, name: str, text: str) -> Any:
@@ -46,49 +46,29 @@ def _value(method: str, name: str, text: str) -> Any:
     except yaml.YAMLError:
         value = text
     try:
-        if method in METHODS:
-            return PARAMETERS[name].parse(value)
-        return _parameter(method, name).validate(value)
+        return PARAMETERS[name].parse(value) if method in METHODS else _parameter(method, name).validate(value)
     except ValueError as error:
         expected = str(error) if method in METHODS else "a value that mergekit takes"
         raise FimError(f"--set: `{name}` must be {expected}, found {shown(text)}; change it") from None
 
 
-def spec_of(method: str) -> MergeMethodSpec:
-    """mergekit's description of a merge method.
-
-    Raises:
-        FimError: there is no such method.
-    """
-    try:
-        return registry.get(method).spec
-    except RuntimeError:
-        known = [found.spec.name for found in registry.registered_methods()]
-        near = difflib.get_close_matches(method, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"this mergekit knows {', '.join(sorted(known))}"
-        raise FimError(f"expected a merge method, found {shown(method)}; {hint}") from None
-
-
 def parameter_names(method: str) -> set[str]:
-    """The names of a method's parameters, those of its pre-pass included."""
+    """Name the parameters of a method, those of its pre-pass included."""
     if method in METHODS:
         return {name for name, parameter in PARAMETERS.items() if method in parameter.methods}
-    return {parameter.name for parameter in spec_of(method).parameters}
+    return {parameter.name for parameter in registry.get(method).spec.parameters}
 
 
 def _parameter(method: str, name: str) -> Any:
-    return next(parameter for parameter in spec_of(method).parameters if parameter.name == name)
+    return next(parameter for parameter in registry.get(method).spec.parameters if parameter.name == name)
 
 
 def strength_of(method: str, varied: Collection[str] = ()) -> str | None:
-    """The parameter by which a method moves from the base to the fine-tuned models; None where it has none.
+    """Name the parameter by which a method moves from the base to the fine-tuned models; None where it has none.
 
     Args:
         method: the merge method.
         varied: the names of what varies: `alpha`, set by hand, takes the place of `alpha_mean`.
-
-    Raises:
-        FimError: there is no such method.
     """
     if method in METHODS:
         return "alpha" if "alpha" in varied and "alpha_mean" not in varied else "alpha_mean"
@@ -96,31 +76,30 @@ def strength_of(method: str, varied: Collection[str] = ()) -> str | None:
 
 
 def with_settings(config: MergeConfiguration, settings: Mapping[str, Any]) -> MergeConfiguration:
-    """A copy of a config in which parameters have these values, whatever it says of them, and wherever.
+    """Copy a config with these values, which replace all that it says of these parameters.
 
-    Those that are per model hold for the fine-tuned models.
+    A parameter of single models gets its value for every fine-tuned model.
 
     Raises:
-        FimError: a method of this package's can't have them together.
+        FimError: a method of this package can't have them together.
     """
     config = config.model_copy(deep=True)
     tuned = fine_tuned(config)
     for block in blocks(config):
         keep(block, (block.parameters or {}).keys() - settings.keys())
     for name, value in settings.items():
-        in_each = [entry for entry in entries(config) if entry.model in tuned] if is_per_model(config, name) else []
-        for block in in_each or [config]:
+        entries = [entry for entry, *_ in placed(config) if entry.model in tuned]
+        for block in entries if entries and _is_per_model(config.merge_method, name) else [config]:
             block.parameters = {**(block.parameters or {}), name: value}
     if config.merge_method in METHODS:
         read_settings(config)
     return config
 
 
-def is_per_model(config: MergeConfiguration, name: str) -> bool:
-    """Whether a parameter of a config's method is set for each model."""
-    if config.merge_method in METHODS:
+def _is_per_model(method: str, name: str) -> bool:
+    if method in METHODS:
         return PARAMETERS[name].scope is Scope.MODEL
-    return bool(_parameter(config.merge_method, name).scope is not ParameterScope.SHARED)
+    return bool(_parameter(method, name).scope is not ParameterScope.SHARED)
 
 
 def keep(block: Any, names: Collection[str]) -> None:
@@ -129,21 +108,20 @@ def keep(block: Any, names: Collection[str]) -> None:
 
 
 def blocks(config: MergeConfiguration) -> Iterator[Any]:
-    """Everything in a config that has `parameters:`."""
+    """Go through everything in a config that has `parameters:`."""
     yield config
     yield from (config.modules or {}).values()
     for part in (config, *(config.modules or {}).values()):
         yield from part.slices or []
-    yield from entries(config)
-
-
-def entries(config: MergeConfiguration) -> Iterator[Any]:
-    """Every place where a model stands in a config."""
-    return (entry for entry, *_ in placed(config))
+    yield from (entry for entry, *_ in placed(config))
 
 
 def placed(config: MergeConfiguration) -> Iterator[tuple[Any, ...]]:
-    """Every place where a model stands, with what else has parameters for it, in mergekit's order of precedence."""
+    """Go through the places where models stand.
+
+    Yields:
+        The place, then what else has parameters for it, in mergekit's order of precedence.
+    """
     for part in (config, *(config.modules or {}).values()):
         above = (config,) if part is config else (part, config)
         yield from ((entry, *above) for entry in part.models or [])
@@ -152,7 +130,7 @@ def placed(config: MergeConfiguration) -> Iterator[tuple[Any, ...]]:
 
 
 def fine_tuned(config: MergeConfiguration) -> list[ModelReference]:
-    """The models of a merge but its bases, in the config's order, each once."""
+    """List the models of a merge but its bases, in the config's order, each once."""
     parts = (config, *(config.modules or {}).values())
     bases = {config.base_model, *(s.base_model for part in parts for s in part.slices or [])}
-    return [model for model in dict.fromkeys(entry.model for entry in entries(config)) if model not in bases]
+    return [model for model in dict.fromkeys(entry.model for entry, *_ in placed(config)) if model not in bases]
