@@ -30,13 +30,13 @@ def serve() -> None:
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what the libraries print is no reply
     sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
-    sys.dont_write_bytecode = True  # an import within an answer's limits is refused nothing
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     import math_verify  # noqa: F401  (no answer's seconds are for this)
 
+    sys.dont_write_bytecode = True  # or an import while an answer is graded would be refused
     guard = _Guard()
     sys.addaudithook(guard.audit)
     replies.write(b"ready\n")
@@ -97,8 +97,8 @@ class _Guard:
 
 
 def _why_ungradable(guard: _Guard, expected: str) -> str | None:
-    with guard.on():
-        return grading.why_ungradable(expected)
+    _limit(guard.seconds)
+    return grading.why_ungradable(expected)
 
 
 def _math(guard: _Guard, expected: str, answer: str) -> dict[str, Any]:

@@ -157,7 +157,9 @@ def _made(source: str, n: int, seed: int, system: str | None) -> ProblemSet:
     task, _, text = source.removeprefix("reasoning-gym:").partition(":")
     if not n:
         raise FimError(f"{source}: expected a number of problems, found 0 (all), and reasoning-gym has no end of them")
-    config = _object(text.encode() or b"{}", source, 'write it after the task, such as :{"max_terms": 3}')
+    config = _object(
+        text.encode("utf-8", "replace") or b"{}", source, 'write it after the task, such as :{"max_terms": 3}'
+    )
     for name in config.keys() & {"seed", "size"}:
         raise FimError(f"{source}: `{name}` is set by the number of problems and the seed; remove it here")
     settings = json.dumps(config, sort_keys=True)
