@@ -1,4 +1,4 @@
-"""A merge config and problems -> every run's answers, and what they show. The street of this folder.
+"""Merge configs and problems -> every run's answers, and what they show. The street of this folder.
 
 It can be stopped at any moment: answers are kept one by one, a merge is there whole or not at all, and the same command
 goes on where it was. Any number of the same command work on one sweep: each takes the runs that no other has.
@@ -31,7 +31,7 @@ from mergekit_fim.evaluate.problems.questions import Questions
 from mergekit_fim.evaluate.runs.families import Run, series
 from mergekit_fim.evaluate.runs.listed import BASE, families, models_as_they_are
 from mergekit_fim.evaluate.runs.refine import Point, next_strength
-from mergekit_fim.evaluate.runs.settings import fine_tuned, parse_settings
+from mergekit_fim.evaluate.runs.settings import fine_tuned
 from mergekit_fim.evaluate.wanted import Wanted, check_options, connected, identity_of, read_questions
 from mergekit_fim.fisher.measure import dtypes
 from mergekit_fim.models.identity import fingerprint
@@ -47,10 +47,12 @@ LOG = logging.getLogger("mergekit_fim")
 _PAUSE = 0.5  # seconds between two looks at runs that other processes have
 
 
-def sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeOptions) -> Findings | None:
+def sweep(
+    configs: Mapping[str, MergeConfiguration], out: str, wanted: Wanted, options: MergeOptions
+) -> Findings | None:
     """Let the base, the fine-tuned models and merges answer problems, and say which merge is worth keeping.
 
-    What is in the folder `out` is in docs/sweep.md.
+    The configs are by their files; docs/sweep.md has what is in the folder `out`.
 
     Returns:
         What it shows; None where another process that worked on the same sweep has said so.
@@ -59,14 +61,16 @@ def sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeOp
         FimError: something of it can't be had. What was answered by then is kept.
     """
     with launched.apart(options) as own:
-        return _sweep(config, out, wanted, own)
+        return _sweep(configs, out, wanted, own)
 
 
-def _sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeOptions) -> Findings | None:
+def _sweep(
+    configs: Mapping[str, MergeConfiguration], out: str, wanted: Wanted, options: MergeOptions
+) -> Findings | None:
     check_options(wanted)
-    varied = parse_settings(config.merge_method, wanted.varied)
-    merges = families(config, varied, wanted.compare, lambda: default_density(inputs[BASE]))
+    config = next(iter(configs.values()))
     as_they_are = models_as_they_are(config, wanted.also)
+    merges = families(configs, wanted.varied, wanted.compare, lambda: default_density(inputs[BASE]))
     template = file_template(wanted.template) if wanted.template is not None else None
     inputs = _opened(as_they_are, options)
     runs = [*as_they_are, *(run for family in merges for run in family.runs())]
@@ -76,7 +80,7 @@ def _sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeO
     fingerprints = {name: fingerprint(model) for name, model in inputs.items()}
     tuned = [run for run in as_they_are if run.model in fine_tuned(config)]
     own = {str(run.model): fingerprints[run.name] for run in as_they_are if run.model in config.referenced_models()}
-    folder = SweepFolder(out, identity_of(config, wanted, questions, template, own))
+    folder = SweepFolder(out, identity_of(configs, wanted, questions, template, own))
     with writing(out), measured_once():
         open_folder(folder)
         since = _last_written(folder)
@@ -122,10 +126,11 @@ def _check_before(asked: Asked, runs: Sequence[Run], tuned: Sequence[Run]) -> No
     for run in missing:
         if run.model is not None:
             prompts(questions, questions.keys, models.template_of(run))
-    merge = next((run.config for run in missing if run.config is not None), None)
-    if merge is not None and merge.merge_method in METHODS:
-        plan_merge(merge, models.options)
-    if merge is not None and merge.tokenizer is None and merge.tokenizer_source is None:
+    merges = {run.family: run.config for run in reversed(missing) if run.config is not None}
+    for merge in merges.values():
+        if merge.merge_method in METHODS:
+            plan_merge(merge, models.options)
+    if any(merge.tokenizer is None and merge.tokenizer_source is None for merge in merges.values()):
         _warn_of_tags(models, runs[0], tuned)
 
 

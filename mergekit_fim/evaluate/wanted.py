@@ -114,17 +114,20 @@ def connected(wanted: Wanted, runs: Sequence[str]) -> dict[str, Server]:
 
 
 def identity_of(
-    config: MergeConfiguration,
+    configs: Mapping[str, MergeConfiguration],
     wanted: Wanted,
     questions: Questions,
     template: Template | None,
     fingerprints: Mapping[str, str],
 ) -> dict[str, Any]:
     """Gather what must be the same for answers to be of the same sweep; the fingerprints are of the config's models."""
-    parameters = {name: value for name, value in (config.parameters or {}).items() if name != "fisher_cache"}
+    texts = {}
+    for path, config in configs.items():
+        parameters = {name: value for name, value in (config.parameters or {}).items() if name != "fisher_cache"}
+        texts[os.path.basename(path)] = config.model_copy(update={"parameters": parameters or None}).to_yaml()
     options = ("system", "question_field", "answer_field", "seed", "max_tokens", "temperature", "samples")
     return {
-        "config": config.model_copy(update={"parameters": parameters or None}).to_yaml(),
+        **({"configs": texts} if len(texts) > 1 else {"config": next(iter(texts.values()))}),
         "models": dict(fingerprints),
         "problems": [
             {"source": s.source, "problems": len(s.problems), "n": wanted.n, **s.description}

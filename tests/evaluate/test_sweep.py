@@ -388,6 +388,28 @@ def test_a_config_of_mergekits_own_method(sweep):
     assert names(sweep.record()) == ["base", "long", "slerp t=0.25", "linear weight=0.25"]
 
 
+def test_several_configs_none_of_which_is_measured_for(sweep, monkeypatch):
+    for name in ("measured", "TaskVectorSweep"):
+        monkeypatch.delattr(prepass, name)
+    own = {"merge_method": "task_arithmetic", "parameters": {"normalize": False}}
+    for name, changes in (("ta", own), ("between", {"merge_method": "slerp", "parameters": {}})):
+        (sweep.folder / f"{name}.yml").write_text(yaml.safe_dump(sweep.talkers.config(**changes)))
+    _, out, *rest = sweep.arguments("--set", "t=0.25", "--set", "weight=0.5", "--n", "3")[1:]
+    paths = [str(sweep.folder / f"{name}.yml") for name in ("ta", "between")]
+    result = CliRunner().invoke(main, ["sweep", *paths, out, *rest])
+    assert result.exit_code == 0, result.output
+    record = sweep.record()
+    assert names(record) == ["base", "long", "ta weight=0.5", "between t=0.25"]
+    assert [area["method"] for area in record["findings"]["summary"]["areas"]] == ["ta", "between", None]
+    assert record["identity"]["configs"].keys() == {"ta.yml", "between.yml"}
+    page = (sweep.out / "sweep.md").read_text(encoding="utf-8")
+    assert "In ta.yml the runs set" in page
+    assert "merge_method: slerp" in page
+    assert "ta minus between" in result.stdout
+    assert "between" in (sweep.out / "sweep.svg").read_text()
+    ends_in_one_line(CliRunner().invoke(main, ["sweep", paths[0], out, *rest]), "another sweep", "config")
+
+
 @pytest.mark.parametrize("tokenizer", [None, "long"])
 def test_thoughts_that_a_merge_has_no_tags_for(tokenizer, sweep, tmp_path, caplog):
     """As Qwen2.5-Math has none, into which one merges a distillation of DeepSeek-R1's."""

@@ -150,9 +150,9 @@ def page(identity: Mapping[str, Any], entries: Sequence[Entry], findings: Findin
         _table(("run", "prompts", "on", "in"), runs),
         f"Models: {', '.join(f'{escaped(name)} ({value})' for name, value in identity['models'].items())}.",
         f"Made with {', '.join(f'{name} {version}' for name, version in versions().items())}.",
-        "The merge config, in which the runs set what their names say:",
-        f"```yaml\n{identity['config']}\n```",
     ]
+    for name, config in identity.get("configs", {"the merge config": identity.get("config")}).items():
+        blocks += [f"In {escaped(name)} the runs set what their names say:", f"```yaml\n{config}\n```"]
     return "\n\n".join(blocks) + "\n"
 
 

@@ -75,13 +75,16 @@ class Run:
         return self.family.run({**self.settings, self.family.strength: strength})
 
 
-def family_of(config: MergeConfiguration, name: str, varied: Mapping[str, Sequence[Any]]) -> Family:
+def family_of(
+    config: MergeConfiguration, name: str, varied: Mapping[str, Sequence[Any]], base: ModelReference | None = None
+) -> Family:
     """Make a config's family.
 
     Args:
         config: the merge config.
         name: what to call it.
-        varied: names and values, as `parse_settings` gives them; where empty, `STRENGTHS` for the method's strength.
+        varied: names and values; where empty, `STRENGTHS` for the method's strength.
+        base: see `with_settings`.
     """
     own = strength_of(config.merge_method, varied)
     values = dict(varied) or ({own: STRENGTHS} if own else {})
@@ -89,7 +92,7 @@ def family_of(config: MergeConfiguration, name: str, varied: Mapping[str, Sequen
         own = "lambda" if "lambda" in values else None
     if own is not None:
         values = {own: values[own], **values}
-    return Family(name, own, values, lambda settings: with_settings(config, settings))
+    return Family(name, own, values, lambda settings: with_settings(config, settings, base))
 
 
 def _written(value: Any) -> str:

@@ -1,16 +1,15 @@
-"""A merge config -> what a sweep runs: the models as they are, and families of merges."""
+"""Merge configs -> what a sweep runs: the models as they are, and families of merges."""
 
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from mergekit_fim.errors import FimError, reason, shown
 from mergekit_fim.evaluate.runs.families import Family, Run, family_of
-from mergekit_fim.evaluate.runs.settings import fine_tuned
+from mergekit_fim.evaluate.runs.settings import fine_tuned, parse_settings
 from mergekit_fim.evaluate.runs.twins import twin
 
 BASE, LONG = "base", "long"
@@ -56,24 +55,40 @@ def _named(models: Iterable[ModelReference], taken: Iterable[str]) -> Iterator[t
 
 
 def families(
-    config: MergeConfiguration,
-    varied: Mapping[str, Sequence[Any]],
+    configs: Mapping[str, MergeConfiguration],
+    given: Sequence[str],
     compare: Sequence[str],
     default_density: Callable[[], float],
 ) -> list[Family]:
-    """List the family of a config, and its twins.
+    """List the family of every config, and the first one's twins.
+
+    A single config's family is called by its method, of several each by its file's name.
 
     Args:
-        config: the merge config.
-        varied: names and values, as `parse_settings` gives them.
+        configs: the merge configs, by their files.
+        given: every `NAME=V1,V2,...`.
         compare: the methods of the twins.
-        default_density: see `twin`; it is called when a twin makes its runs.
+        default_density: for `ties`; it is called when a twin makes its runs.
 
     Raises:
-        FimError: a twin can't be, or two methods are the same.
+        FimError: a setting or a twin can't be, two families have one name, or two configs have other models.
     """
-    for method in (methods := [config.merge_method, *compare]):
-        if methods.count(method) > 1:
-            raise FimError(f"--compare: expected methods that differ, found {method} twice, or as the config's own")
-    family = family_of(config, config.merge_method, varied)
-    return [family, *(twin(config, family, method, default_density) for method in compare)]
+    (path, config), *others = configs.items()
+    base, tuned = config.base_model, fine_tuned(config)
+    for other, its in others:
+        if its.base_model not in (None, base) or set(fine_tuned(its, base)) != set(tuned):
+            raise FimError(
+                f"{other}: expected the models of {path}, the base {base} with {', '.join(map(str, tuned))}, found "
+                f"{its.base_model or 'no base'} with {', '.join(map(str, fine_tuned(its, base))) or 'none'}; merge the "
+                "same models in both"
+            )
+    varied = parse_settings([its.merge_method for its in configs.values()], given)
+    names = [os.path.splitext(os.path.basename(its))[0] for its in configs] if others else [config.merge_method]
+    for name in (every := [*names, *compare]):
+        if every.count(name) > 1:
+            raise FimError(
+                f"expected configs and methods of --compare with different names, found {name} twice; leave one out, "
+                "or rename its file"
+            )
+    own = [family_of(*its, base) for its in zip(configs.values(), names, varied, strict=True)]
+    return [*own, *(twin(config, own[0], method, default_density) for method in compare)]

@@ -15,29 +15,44 @@ from mergekit_fim.config.settings import read_settings
 from mergekit_fim.errors import FimError, brief, shown
 
 
-def parse_settings(method: str, given: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    """Read every `NAME=V1,V2,...`, and check it by what the method takes.
+def parse_settings(methods: Sequence[str], given: Sequence[str]) -> list[dict[str, tuple[Any, ...]]]:
+    """Read every `NAME=V1,V2,...`, and check it by what the methods take.
+
+    Returns:
+        For each method, names and values of its parameters; without those that are the strength of another method.
 
     Raises:
-        FimError: one isn't of that form, or the method doesn't know a name or a value.
+        FimError: one isn't of that form, or no method knows a name, or one of those that do refuses a value.
     """
-    settings: dict[str, tuple[Any, ...]] = {}
-    known = parameter_names(method)
+    texts: dict[str, str] = {}
     for text in given:
-        name, equals, values = text.partition("=")
-        name = name.strip()
+        name, equals, values = (part.strip() for part in text.partition("="))
         if not equals or not name:
             raise FimError(f"--set: expected NAME=VALUE,VALUE,..., found {shown(text)}")
+        known = {known for method in methods for known in parameter_names(method)}
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"it knows {', '.join(sorted(known)) or 'none'}"
-            raise FimError(f"--set: {method} has no parameter `{brief(name)}`; {hint}")
-        if name in settings:
+            hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(sorted(known)) or 'none'}"
+            raise FimError(f"--set: no parameter of {' or '.join(methods)} is called `{brief(name)}`; {hint}")
+        if name in texts:
             raise FimError(f"--set: found `{name}` twice; give all its values at once, with commas between them")
-        settings[name] = tuple(_value(method, name, value.strip()) for value in values.split(","))
-        if len(set(settings[name])) < len(settings[name]):
-            raise FimError(f"--set: expected values of `{name}` that differ, found {shown(values)}")
-    return settings
+        texts[name] = values
+    strengths = {strength_of(method, texts) for method in methods}
+    return [
+        {
+            name: _values(method, name, values)
+            for name, values in texts.items()
+            if name in parameter_names(method) and name not in strengths - {strength_of(method, texts)}
+        }
+        for method in methods
+    ]
+
+
+def _values(method: str, name: str, text: str) -> tuple[Any, ...]:
+    values = tuple(_value(method, name, value.strip()) for value in text.split(","))
+    if len(set(values)) < len(values):
+        raise FimError(f"--set: expected values of `{name}` that differ, found {shown(text)}; leave one out")
+    return values
 
 
 def _value(method: str, name: str, text: str) -> Any:
@@ -46,21 +61,29 @@ def _value(method: str, name: str, text: str) -> Any:
     except yaml.YAMLError:
         value = text
     try:
-        return PARAMETERS[name].parse(value) if method in METHODS else _parameter(method, name).validate(value)
+        return PARAMETERS[name].parse(value) if method in METHODS else _parameters(method)[name].validate(value)
     except ValueError as error:
         expected = str(error) if method in METHODS else "a value that mergekit takes"
         raise FimError(f"--set: `{name}` must be {expected}, found {shown(text)}; change it") from None
 
 
 def parameter_names(method: str) -> set[str]:
-    """Name the parameters of a method, those of its pre-pass included."""
+    """Name the parameters of a method, those of its pre-pass included.
+
+    Raises:
+        FimError: there is no such method.
+    """
     if method in METHODS:
         return {name for name, parameter in PARAMETERS.items() if method in parameter.methods}
-    return {parameter.name for parameter in registry.get(method).spec.parameters}
+    return set(_parameters(method))
 
 
-def _parameter(method: str, name: str) -> Any:
-    return next(parameter for parameter in registry.get(method).spec.parameters if parameter.name == name)
+def _parameters(method: str) -> dict[str, Any]:
+    try:
+        return {parameter.name: parameter for parameter in registry.get(method).spec.parameters}
+    except RuntimeError:
+        known = ", ".join(sorted(its.spec.name for its in registry.registered_methods()))
+        raise FimError(f"expected a merge method, found {shown(method)}; name one of {known}") from None
 
 
 def strength_of(method: str, varied: Collection[str] = ()) -> str | None:
@@ -75,18 +98,21 @@ def strength_of(method: str, varied: Collection[str] = ()) -> str | None:
     return next((name for name in ("weight", "t") if name in parameter_names(method)), None)
 
 
-def with_settings(config: MergeConfiguration, settings: Mapping[str, Any]) -> MergeConfiguration:
+def with_settings(
+    config: MergeConfiguration, settings: Mapping[str, Any], base: ModelReference | None = None
+) -> MergeConfiguration:
     """Copy a config with these values, which replace all that it says of these parameters.
 
-    A parameter of single models gets its value for every fine-tuned model.
+    A parameter of single models gets its value for every fine-tuned model: for all but `base`, and the config's own.
 
     Raises:
         FimError: a method of this package can't have them together.
     """
     config = config.model_copy(deep=True)
-    tuned = fine_tuned(config)
+    tuned = fine_tuned(config, base)
     for block in blocks(config):
-        keep(block, (block.parameters or {}).keys() - settings.keys())
+        if getattr(block, "model", None) in (None, *tuned):
+            keep(block, (block.parameters or {}).keys() - settings.keys())
     for name, value in settings.items():
         entries = [entry for entry, *_ in placed(config) if entry.model in tuned]
         for block in entries if entries and _is_per_model(config.merge_method, name) else [config]:
@@ -99,7 +125,7 @@ def with_settings(config: MergeConfiguration, settings: Mapping[str, Any]) -> Me
 def _is_per_model(method: str, name: str) -> bool:
     if method in METHODS:
         return PARAMETERS[name].scope is Scope.MODEL
-    return bool(_parameter(method, name).scope is not ParameterScope.SHARED)
+    return bool(_parameters(method)[name].scope is not ParameterScope.SHARED)
 
 
 def keep(block: Any, names: Collection[str]) -> None:
@@ -129,8 +155,13 @@ def placed(config: MergeConfiguration) -> Iterator[tuple[Any, ...]]:
             yield from ((source, out_slice, *above) for source in out_slice.sources)
 
 
-def fine_tuned(config: MergeConfiguration) -> list[ModelReference]:
-    """List the models of a merge but its bases, in the config's order, each once."""
+def fine_tuned(config: MergeConfiguration, base: ModelReference | None = None) -> list[ModelReference]:
+    """List the models of a merge but its bases, in the config's order, each once.
+
+    Args:
+        config: the merge config.
+        base: the base of a merge that lists it as one model more, as by `linear`.
+    """
     parts = (config, *(config.modules or {}).values())
-    bases = {config.base_model, *(s.base_model for part in parts for s in part.slices or [])}
+    bases = {base, config.base_model, *(s.base_model for part in parts for s in part.slices or [])}
     return [model for model in dict.fromkeys(entry.model for entry, *_ in placed(config)) if model not in bases]

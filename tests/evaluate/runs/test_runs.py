@@ -13,7 +13,6 @@ from mergekit_fim.api import merge as merge_whole
 from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate.runs.families import STRENGTHS, Run
 from mergekit_fim.evaluate.runs.listed import families, models_as_they_are
-from mergekit_fim.evaluate.runs.settings import parse_settings
 
 PAIR = {"merge_method": "fim_ta", "base_model": "b", "models": [{"model": "l"}]}
 THREE = {"merge_method": "fim_ta", "base_model": "b", "models": [{"model": "l"}, {"model": "b"}, {"model": "x/l"}]}
@@ -32,7 +31,7 @@ def configured(content: dict, **changes) -> MergeConfiguration:
 
 
 def made(config: MergeConfiguration, *varied: str, compare: tuple[str, ...] = ()) -> list[Run]:
-    of = families(config, parse_settings(config.merge_method, varied), compare, lambda: 0.3)
+    of = families({"config.yml": config}, varied, compare, lambda: 0.3)
     return [run for family in of for run in family.runs()]
 
 
@@ -110,9 +109,9 @@ def test_a_setting_holds_wherever_the_config_has_another():
     ("method", "varied", "words"),
     [
         ("fim_ties", "alpha_maen=0.2", ["alpha_maen", "alpha_mean"]),
-        ("fim_ties", "zzz=0.2", ["zzz", "it knows", "sharpness"]),
-        ("ties", "alpha_mean=0.2", ["ties has no parameter", "alpha_mean"]),
-        ("karcher", "weight=1", ["karcher has no parameter `weight`"]),
+        ("fim_ties", "zzz=0.2", ["zzz", "known are", "sharpness"]),
+        ("ties", "alpha_mean=0.2", ["no parameter of ties", "alpha_mean"]),
+        ("karcher", "weight=1", ["no parameter of karcher", "`weight`"]),
         ("fim_ties", "alpha_mean", ["NAME=VALUE", "alpha_mean"]),
         ("fim_ties", "=0.2", ["NAME=VALUE"]),
         ("fim_ties", "alpha_mean=", ["`alpha_mean`", "(0, 1)"]),
@@ -133,6 +132,66 @@ def test_settings_that_cannot_be(method, varied, words):
 def test_settings_twice():
     with pytest.raises(FimError, match="`sharpness` twice"):
         made(configured(PAIR), "sharpness=1", "sharpness=2")
+
+
+def test_an_unknown_method():
+    with pytest.raises(FimError, match=r"found 'tise'; name one of .*task_arithmetic"):
+        made(configured(PAIR, merge_method="tise"))
+
+
+# Several configs
+
+
+def several(*varied: str, compare: tuple[str, ...] = (), **configs: dict) -> list[Run]:
+    of = families({f"x/{n}.yml": configured(its) for n, its in configs.items()}, varied, compare, lambda: 0.3)
+    return [run for family in of for run in family.runs()]
+
+
+LINEAR = {"merge_method": "linear", "models": [{"model": "b", "parameters": {"weight": 0.9}}, {"model": "l"}]}
+
+
+def test_every_config_is_a_family_of_its_files_name():
+    runs = several(a=PAIR, b=PAIR | {"merge_method": "slerp"}, c=PAIR | {"merge_method": "karcher"}, d=LINEAR)
+    assert [run.name for run in runs] == [
+        *(f"a alpha_mean={s}" for s in STRENGTHS),
+        *(f"b t={s}" for s in STRENGTHS),
+        "c",
+        *(f"d weight={s}" for s in STRENGTHS),
+    ]
+    assert [run.method for run in runs] == ["a"] * 5 + ["b"] * 5 + ["c"] + ["d"] * 5
+    assert runs[0].at(0.3).name == "a alpha_mean=0.3"
+    assert [its["parameters"]["weight"] for its in written(runs[-1])["models"]] == [0.9, 0.8]
+
+
+def test_a_setting_is_of_the_configs_that_know_it():
+    ours, theirs = PAIR | {"merge_method": "fim_ties"}, PAIR | {"merge_method": "ties"}
+    runs = several("alpha_mean=0.4", "weight=0.3", "density=0.1,0.2", ours=ours, theirs=theirs)
+    assert [run.name for run in runs] == [
+        *(f"ours alpha_mean=0.4 density={d}" for d in (0.1, 0.2)),
+        *(f"theirs weight=0.3 density={d}" for d in (0.1, 0.2)),
+    ]
+    runs = several("lambda=0.5", "alpha_mean=0.4", ours=ours, theirs=theirs, compare=("linear",))
+    assert [run.name for run in runs] == ["ours alpha_mean=0.4 lambda=0.5", "theirs lambda=0.5", "linear weight=0.4"]
+    assert [run.strength for run in runs] == [0.4, 0.5, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (PAIR | {"base_model": "c"}, ["x/b.yml", "the models of x/a.yml", "base b with l", "found c with l"]),
+        (PAIR | {"models": [{"model": "m"}]}, ["x/b.yml", "found b with m"]),
+        (LINEAR | {"models": [{"model": "b"}]}, ["x/b.yml", "no base with none"]),
+    ],
+)
+def test_configs_of_other_models(other, words):
+    with pytest.raises(FimError) as error:
+        several(a=PAIR, b=other)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_configs_of_one_name():
+    with pytest.raises(FimError, match="found ties twice"):
+        several(a=PAIR, ties=PAIR, compare=("ties",))
 
 
 # Twins
@@ -239,7 +298,7 @@ def test_a_twin_of_the_strength_in_the_config():
     ("content", "method", "varied", "words"),
     [
         (PAIR, "slerp", "alpha_mean=0.4", ["--compare", "one of task_arithmetic, ties, linear", "slerp"]),
-        (PAIR, "fim_ta", "alpha_mean=0.4", ["--compare", "fim_ta twice"]),
+        (PAIR | {"merge_method": "ties"}, "ties", "weight=0.4", ["--compare", "ties twice"]),
         (WEIGHED, "ties", "alpha_mean=0.4", ["--compare", "`weight`", "one number"]),
         (PAIR, "ties", "sharpness=0,1", ["--compare", "ties", "alpha_mean", "--set alpha_mean="]),
         (SLICES, "linear", "alpha_mean=0.4", ["--compare", "linear", "models:"]),
