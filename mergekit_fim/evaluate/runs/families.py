@@ -41,14 +41,12 @@ class Family:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What answers the problems: a model as it is, or a merge.
+    """What answers the problems: a model as it is, or a merge such as "fim_ties alpha_mean=0.35".
 
     Attributes:
-        name: such as "base" or "fim_ties alpha_mean=0.35".
         model: the model as it is; None for a merge, and for a model that only a server has.
-        family: that of a merge; None for a model as it is.
+        family: None for a model as it is; likewise `config`, a merge's whole config.
         settings: what is set in the config for this merge, the strength first.
-        config: the merge's whole config.
     """
 
     name: str
@@ -78,14 +76,7 @@ class Run:
 def family_of(
     config: MergeConfiguration, name: str, varied: Mapping[str, Sequence[Any]], base: ModelReference | None = None
 ) -> Family:
-    """Make a config's family.
-
-    Args:
-        config: the merge config.
-        name: what to call it.
-        varied: names and values; where empty, `STRENGTHS` for the method's strength.
-        base: see `with_settings`.
-    """
+    """Make a config's family, with these names and values, else with `STRENGTHS`; `base` is as in `with_settings`."""
     own = strength_of(config.merge_method, varied)
     values = dict(varied) or ({own: STRENGTHS} if own else {})
     if own not in values:

@@ -63,12 +63,7 @@ def families(
     """List the family of every config, and the first one's twins.
 
     A single config's family is called by its method, of several each by its file's name.
-
-    Args:
-        configs: the merge configs, by their files.
-        given: every `NAME=V1,V2,...`.
-        compare: the methods of the twins.
-        default_density: for `ties`; it is called when a twin makes its runs.
+    The configs are by their files, and `given` is every `NAME=V1,V2,...`. The density is asked for when runs are made.
 
     Raises:
         FimError: a setting or a twin can't be, two families have one name, or two configs have other models.

@@ -89,9 +89,7 @@ def _parameters(method: str) -> dict[str, Any]:
 def strength_of(method: str, varied: Collection[str] = ()) -> str | None:
     """Name the parameter by which a method moves from the base to the fine-tuned models; None where it has none.
 
-    Args:
-        method: the merge method.
-        varied: the names of what varies: `alpha`, set by hand, takes the place of `alpha_mean`.
+    Where `alpha`, set by hand, is among the names of what varies, it takes the place of `alpha_mean`.
     """
     if method in METHODS:
         return "alpha" if "alpha" in varied and "alpha_mean" not in varied else "alpha_mean"
@@ -156,12 +154,7 @@ def placed(config: MergeConfiguration) -> Iterator[tuple[Any, ...]]:
 
 
 def fine_tuned(config: MergeConfiguration, base: ModelReference | None = None) -> list[ModelReference]:
-    """List the models of a merge but its bases, in the config's order, each once.
-
-    Args:
-        config: the merge config.
-        base: the base of a merge that lists it as one model more, as by `linear`.
-    """
+    """List the models of a merge, in order, each once; not its bases, nor `base`, which `linear` lists as a model."""
     parts = (config, *(config.modules or {}).values())
     bases = {base, config.base_model, *(s.base_model for part in parts for s in part.slices or [])}
     return [model for model in dict.fromkeys(entry.model for entry, *_ in placed(config)) if model not in bases]
