@@ -407,7 +407,9 @@ def test_several_configs_none_of_which_is_measured_for(sweep, monkeypatch):
     assert "merge_method: slerp" in page
     assert "ta minus between" in result.stdout
     assert "between" in (sweep.out / "sweep.svg").read_text()
-    ends_in_one_line(CliRunner().invoke(main, ["sweep", paths[0], out, *rest]), "another sweep", "config")
+    changed = sweep.talkers.config(merge_method="slerp", parameters={}, dtype="bfloat16")
+    (sweep.folder / "between.yml").write_text(yaml.safe_dump(changed))
+    ends_in_one_line(CliRunner().invoke(main, ["sweep", *paths, out, *rest]), "another sweep", "configs.between.yml is")
 
 
 @pytest.mark.parametrize("tokenizer", [None, "long"])

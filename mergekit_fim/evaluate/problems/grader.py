@@ -6,6 +6,7 @@ problems depend on how Python hashes text, which is fixed when a process starts.
 its reply.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -103,6 +104,7 @@ class Grader:
 
 
 GRADER = Grader()
+atexit.register(GRADER.close)
 
 
 def why_ungradable(expected: str) -> str | None:
