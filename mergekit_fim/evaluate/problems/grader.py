@@ -103,6 +103,7 @@ class Grader:
                 pass
 
 
+# One for the whole process: starting it takes seconds, and it remembers reasoning-gym's problems. It ends with us.
 GRADER = Grader()
 atexit.register(GRADER.close)
 

@@ -110,7 +110,7 @@ def with_settings(
     tuned = fine_tuned(config, base)
     for block in blocks(config):
         if getattr(block, "model", None) in (None, *tuned):
-            keep(block, (block.parameters or {}).keys() - settings.keys())
+            leave_only(block, (block.parameters or {}).keys() - settings.keys())
     for name, value in settings.items():
         entries = [entry for entry, *_ in placed(config) if entry.model in tuned]
         for block in entries if entries and _is_per_model(config.merge_method, name) else [config]:
@@ -126,7 +126,7 @@ def _is_per_model(method: str, name: str) -> bool:
     return bool(_parameters(method)[name].scope is not ParameterScope.SHARED)
 
 
-def keep(block: Any, names: Collection[str]) -> None:
+def leave_only(block: Any, names: Collection[str]) -> None:
     """Leave only these of a block's parameters."""
     block.parameters = {name: value for name, value in (block.parameters or {}).items() if name in names} or None
 

@@ -11,7 +11,7 @@ from mergekit_fim.evaluate.runs.families import Family
 from mergekit_fim.evaluate.runs.settings import (
     blocks,
     fine_tuned,
-    keep,
+    leave_only,
     parameter_names,
     placed,
     strength_of,
@@ -52,7 +52,7 @@ def twin(config: MergeConfiguration, family: Family, method: str, default_densit
         made = with_settings(config, {name: settings[name] for name in shared})
         made = made.model_copy(update={"merge_method": method})
         for block in blocks(made):
-            keep(block, names - {own})
+            leave_only(block, names - {own})
         made = with_settings(made, {"normalize": normalizes})
         _weigh(made, 1.0 if normalizes else settings[strength])
         if normalizes:
@@ -93,7 +93,7 @@ def _weigh(config: MergeConfiguration, strength: float) -> None:
         (entry, _number(config, "weight", [entry, *above])) for entry, *above in placed(config) if entry.model in tuned
     ]
     for block in blocks(config):
-        keep(block, (block.parameters or {}).keys() - {"weight"})
+        leave_only(block, (block.parameters or {}).keys() - {"weight"})
     for entry, weight in weights:
         entry.parameters = {**(entry.parameters or {}), "weight": weight * strength}
 
