@@ -123,8 +123,11 @@ def _label(figure: "Figure", panel: "Axes", labels: Sequence[tuple[Run, str, str
     from matplotlib.transforms import Bbox
 
     scale, inside = figure.dpi / 72, panel.bbox
-    points = [panel.transData.transform((run["tokens_mean"], run["accuracy"]["value"])) for run, *_ in labels]
-    taken = [Bbox([point - 5 * scale, point + 5 * scale]) for point in points]
+    taken = []
+    for run, *_ in labels:
+        point = panel.transData.transform((run["tokens_mean"], run["accuracy"]["value"]))
+        reach = scale * (5 if run["method"] is not None else 9)
+        taken.append(Bbox([point - reach, point + reach]))
     for run, text, colour in labels:
         is_merge = run["method"] is not None
         label = panel.annotate(
