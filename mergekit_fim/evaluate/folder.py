@@ -193,7 +193,7 @@ def _write_record(folder: SweepFolder, content: Mapping[str, Any]) -> None:
 def note_run(folder: SweepFolder, entry: Mapping[str, Any], order: Sequence[str]) -> None:
     """Add a run to `sweep.json`, or replace it there.
 
-    A new run stands before those that follow it in `order`, the runs of this command, whichever process began them.
+    `order` names the runs of this command. A new run goes before those that follow it there.
 
     Raises:
         FimError: `sweep.json` can't be read or written.
@@ -296,7 +296,7 @@ def append_answer(file: BinaryIO, answer: Answer) -> None:
 
 
 def write_answers(path: str, answers: Sequence[Answer]) -> None:
-    """Write all of a run's answers, in place of what is there.
+    """Write all of a run's answers, and replace what is there.
 
     Raises:
         FimError: they can't be written.

@@ -58,7 +58,7 @@ def sweep(
         What it shows; None where another process that worked on the same sweep has said so.
 
     Raises:
-        FimError: something of it can't be had. What was answered by then is kept.
+        FimError: an option, a config, a model, a problem or a server is bad. The answers so far are kept.
     """
     with launched.apart(options) as own:
         return _sweep(configs, out, wanted, own)

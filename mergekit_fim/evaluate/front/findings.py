@@ -55,7 +55,7 @@ def find(
         answers: of each run.
         gradable: the answers [problem, sample] that can be graded, by source.
         ungradable: the problems whose answers can't be graded, as (source, index, why).
-        ends: the base's run, and the fine-tuned models', of which the long model is the one that writes most.
+        ends: the base's run, and those of the fine-tuned models. The long model is the one that writes most.
         seed: of the bootstrap.
         margin: how much less accurate than the long model the run to keep may be.
     """

@@ -18,10 +18,10 @@ class Recommendation:
 
 
 def recommendation(summary: Summary, margin: float) -> Recommendation:
-    """Choose the shortest run that is at most `margin` less accurate than the long model, by the interval of that.
+    """Choose the shortest run that the interval shows to be at most `margin` less accurate than the long model.
 
-    A run of which that isn't known isn't kept, so that few problems keep the long model, and not any run. How many
-    problems would tell is estimated from how many answers differ on these.
+    Where the interval doesn't show it, the run isn't kept: few problems keep the long model. The share of answers that
+    differ on these problems gives an estimate of how many would show it.
     """
     long, problems = summary[summary.long], _problems(summary.problems)
 

@@ -78,7 +78,7 @@ class Area:
         method: whose runs the front is of, beside the base and the long model; None for all runs.
         runs: how many these are, without the base and the long model.
         area: the mean height. It is too high, as a front takes the luckiest of its runs: compare methods of equally
-            many runs. The interval is turned round the value, which takes a part of that off.
+            many runs. Its interval is turned round the value, which corrects a part of this.
         gain: `area` above the chord's mean; too high likewise.
         held_out: the gain without that luck: one half of the problems chooses the mixes on the front, the other half
             says how accurate they are. The mean of many halvings. None of a single problem.
@@ -216,7 +216,7 @@ def _runs(outcomes: Sequence[Outcomes], draws: Draws, b: int, e: int, *, has_cho
 def _areas(
     outcomes: Sequence[Outcomes], draws: Draws, b: int, e: int
 ) -> tuple[tuple[Area, ...], tuple[AreaDifference, ...]]:
-    """Find the area of every method's front and of that of all runs, and the differences of the methods'."""
+    """Find the area of every method's front and of the front of all runs, and how far the methods' areas differ."""
     accuracy, tokens = draws.accuracy, draws.tokens
     methods = list(dict.fromkeys(o.method for o in outcomes if o.method is not None))
     parts: dict[str | None, list[int]] = {m: [i for i, o in enumerate(outcomes) if o.method == m] for m in methods}

@@ -19,10 +19,10 @@ def parse_settings(methods: Sequence[str], given: Sequence[str]) -> list[dict[st
     """Read every `NAME=V1,V2,...`, and check it by what the methods take.
 
     Returns:
-        For each method, names and values of its parameters; without those that are the strength of another method.
+        For each method, the values of its parameters by name. The strength of one method isn't set in the others.
 
     Raises:
-        FimError: one isn't of that form, or no method knows a name, or one of those that do refuses a value.
+        FimError: a setting has another form, no method knows its name, or a method refuses its value.
     """
     texts: dict[str, str] = {}
     for text in given:
