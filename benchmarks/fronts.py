@@ -14,8 +14,9 @@ from itertools import pairwise
 import numpy as np
 import tqdm
 
+from mergekit_fim.evaluate.front.bootstrap import Outcomes
 from mergekit_fim.evaluate.front.paired import score_interval
-from mergekit_fim.evaluate.front.statistics import Outcomes, summarize
+from mergekit_fim.evaluate.front.statistics import summarize
 
 HARDNESS, RESAMPLES, MARGIN = 2.0, 200, 0.05
 BASE, LONG = 30.0, 300.0  # mean tokens

@@ -401,7 +401,7 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
 
 
 @main.command(cls=_MergekitCommand, short_help="Accuracy against length: which merge to keep.")
-@click.argument("config_file", type=_PATH)
+@click.argument("config_files", type=_PATH, nargs=-1, required=True)
 @click.argument("out", type=_PATH)
 @click.option(
     "--problems",
@@ -430,7 +430,7 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     "--compare",
     multiple=True,
     metavar="METHOD",
-    help="The same merges by another method, such as task_arithmetic, too; again for several.",
+    help="The same merges by task_arithmetic, ties or linear, too; again for several.",
 )
 @click.option("--also", multiple=True, metavar="MODEL", help="A further model as it is; again for several.")
 @click.option("--n", default=100, show_default=True, help="Problems of each source; 0 for all.")
@@ -470,23 +470,24 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     help="How much less accurate than the long model the run to keep may be, by the interval of their difference.",
 )
 @_no_cache
-def sweep(config_file: str, out: str, no_cache: bool, options: Any, **wanted: Any) -> None:
-    """Let the base, the fine-tuned models and merges of CONFIG_FILE answer problems, and write to the folder OUT what
-    they answered, accuracy against length, and which merge to keep.
+def sweep(config_files: tuple[str, ...], out: str, no_cache: bool, options: Any, **wanted: Any) -> None:
+    """Let the base, the fine-tuned models and merges of CONFIG_FILES answer problems, and write to the folder OUT what
+    they answered, accuracy against length, and which merge to keep. The configs merge the same models, each by any
+    method of mergekit.
 
     Stopped at any moment, the same command goes on where it was; with other values of --set, --compare or --also it
     adds to what is there, and with another --margin it concludes anew. Any number of the same command, on one machine
     or several, work on one sweep. The measurement and the task vectors are made once. docs/sweep.md says how to read a
     front, and how many problems tell two methods apart.
     """
+    from mergekit_fim.evaluate.conclusion import render
     from mergekit_fim.evaluate.folder import SweepFolder
-    from mergekit_fim.evaluate.front.findings import render
     from mergekit_fim.evaluate.sweep import sweep as run_sweep
     from mergekit_fim.evaluate.wanted import Wanted
 
-    config, _ = _config(config_file, no_cache)
+    configs = {path: _config(path, no_cache)[0] for path in config_files}
     try:
-        findings = run_sweep(config, out, Wanted(**wanted), options)
+        findings = run_sweep(configs, out, Wanted(**wanted), options)
     except KeyboardInterrupt:
         raise FimError("stopped; the answers so far are kept, and the same command goes on") from None
     if findings is not None:

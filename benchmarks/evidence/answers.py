@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mergekit_fim.evaluate.front.statistics import Outcomes
+from mergekit_fim.evaluate.front.bootstrap import Outcomes
 
 MODELS = ("base", "long", "parent")
 

@@ -31,8 +31,8 @@ from mergekit_fim.evaluate.answers.answering import Decoding, by_model
 from mergekit_fim.evaluate.answers.generation import LanguageModel, load_model, load_tokenizer
 from mergekit_fim.evaluate.answers.prompts import chat_template
 from mergekit_fim.evaluate.folder import file_name, read_answers, write_answers
+from mergekit_fim.evaluate.front.bootstrap import Outcomes
 from mergekit_fim.evaluate.front.findings import outcomes
-from mergekit_fim.evaluate.front.statistics import Outcomes
 from mergekit_fim.evaluate.problems.questions import Questions
 from mergekit_fim.evaluate.problems.sources import open_problems
 from mergekit_fim.evaluate.records import Answer, Grade, Key, Problem

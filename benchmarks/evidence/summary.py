@@ -15,7 +15,8 @@ from typing import Any
 
 from benchmarks.evidence.answers import MODELS, Answers, load_answers
 from benchmarks.evidence.variants import TRIMMED
-from mergekit_fim.evaluate.front.statistics import AreaDifference, Estimate, summarize
+from mergekit_fim.evaluate.front.bootstrap import Estimate
+from mergekit_fim.evaluate.front.statistics import AreaDifference, summarize
 
 REFERENCE = "task_arithmetic"
 KEPT = Path("docs/evidence")

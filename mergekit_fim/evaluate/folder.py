@@ -1,7 +1,7 @@
-"""The folder of a sweep: what it is of, and every run's answers, each kept as soon as it is there.
+"""The folder of a sweep: what the sweep is of, and every run's answers, each kept as soon as it is there.
 
-Any number of processes, of one machine or of several, may be at a sweep. A run is its whose lock is held. The locks are
-the kernel's (`flock`), so that they end with the process, however it ends.
+Any number of processes, of one machine or of several, may work in it. A run belongs to the process that holds its lock.
+The locks are the kernel's (`flock`): they end with the process, however it ends.
 """
 
 import contextlib
@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from mergekit_fim.errors import FimError, brief, misfit, require
 from mergekit_fim.evaluate.records import Answer, Key
 from mergekit_fim.files import PART, read_json, write_json, write_text, written_whole
 
 FORMAT, VERSION = "mergekit-fim/sweep", 1
-# Of what concludes, of what is written to sweep.json, of the runs; and what all models run in.
+# Locks of the one that concludes, of sweep.json, and of the runs; and the file that names what all models run in.
 _LOCK, _RECORD_LOCK, _RUN_LOCKS, _DTYPE = ".lock", ".record.lock", ".locks", ".dtype"
 
 
@@ -30,7 +30,7 @@ class SweepFolder:
 
     Attributes:
         path: the folder.
-        identity: what the sweep is of, in JSON's types: with other values the answers so far aren't its.
+        identity: what the sweep is of, in JSON's types. Answers in the folder belong to this identity alone.
     """
 
     path: str
@@ -38,7 +38,7 @@ class SweepFolder:
 
     @property
     def record(self) -> str:
-        """What the sweep is of, and what came out."""
+        """`sweep.json`: what the sweep is of, and what came out."""
         return os.path.join(self.path, "sweep.json")
 
     def answers(self, run: str) -> str:
@@ -55,14 +55,14 @@ class SweepFolder:
 
 
 def file_name(run: str) -> str:
-    """A run's name as a file's: the same where it can be, and never that of another run."""
+    """Turn a run's name into a file's: the same where it can be, and never that of another run."""
     plain = run.replace(" ", "_")
     safe = re.sub(r"[^A-Za-z0-9._=,+-]", "-", plain).lstrip(".")[:100]
     return safe if safe == plain else f"{safe}-{zlib.crc32(run.encode('utf-8', 'replace')):08x}"
 
 
 def open_folder(folder: SweepFolder) -> None:
-    """Begin a sweep in its folder, or join or go on with what is there.
+    """Begin a sweep in its folder, or join or go on with the one that is there.
 
     Raises:
         FimError: it can't be made or written to, or is of something else or of another sweep.
@@ -75,12 +75,11 @@ def open_folder(folder: SweepFolder) -> None:
         raise FimError(f"{path}: expected a folder for the sweep, found a file; name another")
     with writing(path):
         os.makedirs(path, exist_ok=True)
-        names = os.listdir(path)
-        others = [n for n in names if n not in (_LOCK, _RECORD_LOCK) and not n.endswith(PART) and n != "sweep.json"]
+        others = sorted(n for n in os.listdir(path) if n not in (_LOCK, _RECORD_LOCK) and not n.endswith(PART))
         if others and not os.path.exists(folder.record):
             raise FimError(
-                f"{path}: expected an empty folder or one of a sweep, found {brief(sorted(others)[0])} and no "
-                "sweep.json; name another"
+                f"{path}: expected an empty folder or one of a sweep, found {brief(others[0])} and no sweep.json; name "
+                "another"
             )
         with _locked(folder, _RECORD_LOCK):
             if not os.path.exists(folder.record):
@@ -92,7 +91,7 @@ def open_folder(folder: SweepFolder) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: SweepFolder, name: str, patience: float = -1) -> Iterator[bool]:
-    """Hold one of the locks, if it can be had within so many seconds; below 0, for as long as it takes."""
+    """Hold a lock, if it is free within so many seconds; below 0, wait for as long as it takes."""
     import filelock
 
     lock = filelock.FileLock(os.path.join(folder.path, name))
@@ -108,18 +107,18 @@ def _locked(folder: SweepFolder, name: str, patience: float = -1) -> Iterator[bo
 
 
 def taken(folder: SweepFolder, run: str, patience: float = 0) -> contextlib.AbstractContextManager[bool]:
-    """While this lasts a run is this process's, if no other process has it within so many seconds."""
+    """Take a run for this process, if no other process has it within so many seconds."""
     return _locked(folder, os.path.join(_RUN_LOCKS, f"{file_name(run)}.lock"), patience)
 
 
 def concluding(folder: SweepFolder) -> contextlib.AbstractContextManager[bool]:
-    """While this lasts no other process concludes."""
+    """Keep other processes from concluding."""
     return _locked(folder, _LOCK)
 
 
 @contextlib.contextmanager
 def writing(path: str) -> Iterator[None]:
-    """Whatever can't be written meanwhile, of `path` unless it says otherwise, in one line."""
+    """Say in one line what can't be written: `path`, unless the system's error names another file."""
     try:
         yield
     except OSError as error:
@@ -129,6 +128,64 @@ def writing(path: str) -> Iterator[None]:
         ) from error
 
 
+# sweep.json
+
+
+class _Run(BaseModel):
+    run: str
+    method: str | None
+    settings: dict[str, Any]
+    of: dict[str, Any]
+
+
+class _Record(BaseModel):
+    identity: dict[str, Any]
+    runs: list[_Run]
+
+
+def read_record(folder: SweepFolder) -> dict[str, Any]:
+    """Read `sweep.json`.
+
+    Raises:
+        FimError: it is of something else, or of another sweep.
+    """
+    content = read_json(folder.record, folder.record)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise FimError(f"{folder.record}: expected the record of a sweep, found something else; name another folder")
+    if content.get("version") != VERSION:
+        raise FimError(
+            f"{folder.record}: expected version {VERSION} of the format, found {brief(content.get('version'))}; go on "
+            "with the mergekit-fim that wrote it, or name another folder"
+        )
+    try:
+        _Record.model_validate(content)
+    except ValidationError as error:
+        raise FimError(
+            f"{folder.record}: expected the record of a sweep, found a damaged one: {misfit(error, content)}; correct "
+            "that, or name another folder"
+        ) from None
+    difference = _difference(content["identity"], folder.identity)
+    if difference is not None:
+        where, old, new = difference
+        raise FimError(
+            f"{folder.path}: this folder is of another sweep, whose {where} is {brief(old)}, here {brief(new)}; name "
+            "another folder, or give the same command"
+        )
+    return content
+
+
+def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
+    """Find where two records first differ, and what stands there."""
+    pairs: list[tuple[str, Any, Any]] = []
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        pairs = [(f"{where}.{name}".lstrip("."), old.get(name), new.get(name)) for name in {**new, **old}]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(f"{where}[{i}]", *both) for i, both in enumerate(zip(old, new, strict=True))]
+    elif old != new:
+        return where, old, new
+    return next(filter(None, (_difference(a, b, at) for at, a, b in pairs)), None)
+
+
 def _write_record(folder: SweepFolder, content: Mapping[str, Any]) -> None:
     write_json(folder.record, {"format": FORMAT, "version": VERSION, "identity": folder.identity, **content})
 
@@ -136,16 +193,13 @@ def _write_record(folder: SweepFolder, content: Mapping[str, Any]) -> None:
 def note_run(folder: SweepFolder, entry: Mapping[str, Any], order: Sequence[str]) -> None:
     """Add a run to `sweep.json`, or replace it there.
 
-    Args:
-        folder: the sweep's.
-        entry: what is to be said of it.
-        order: the runs of this command. A new one stands before those that follow it, whichever process began them.
+    `order` names the runs of this command. A new run goes before those that follow it there.
 
     Raises:
-        FimError: it can't be read or written.
+        FimError: `sweep.json` can't be read or written.
     """
     with _locked(folder, _RECORD_LOCK):
-        runs = earlier_runs(folder)
+        runs = read_record(folder)["runs"]
         names = [run["run"] for run in runs]
         if entry["run"] in names:
             runs[names.index(entry["run"])] = dict(entry)
@@ -163,78 +217,20 @@ def note_findings(folder: SweepFolder, versions: Mapping[str, str], findings: Ma
         FimError: it can't be read or written.
     """
     with _locked(folder, _RECORD_LOCK):
-        _write_record(folder, {"versions": versions, "runs": earlier_runs(folder), "findings": findings})
+        _write_record(folder, {"versions": versions, "runs": read_record(folder)["runs"], "findings": findings})
 
 
 def agreed_dtype(folder: SweepFolder, choose: Callable[[], str]) -> str:
-    """What all the models of a sweep run in: what the first process chose that had to."""
+    """Tell what all models of a sweep run in: what the first process chose."""
     path = os.path.join(folder.path, _DTYPE)
     with _locked(folder, _RECORD_LOCK):
-        known = next((str(entry["dtype"]) for entry in earlier_runs(folder) if "dtype" in entry), None)
-        if known is None and os.path.exists(path):
+        if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
-                known = file.read()
-        if known is None:
-            known = choose()
-            write_text(path, known)
-    return known
-
-
-def earlier_runs(folder: SweepFolder) -> list[dict[str, Any]]:
-    """What `sweep.json` says of runs.
-
-    Raises:
-        FimError: it is of something else, or of another sweep.
-    """
-    return list(read_record(folder)["runs"])
-
-
-def read_record(folder: SweepFolder) -> dict[str, Any]:
-    """Read `sweep.json`.
-
-    Raises:
-        FimError: it is of something else, or of another sweep.
-    """
-    found = read_json(folder.record, folder.record)
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise FimError(f"{folder.record}: expected the record of a sweep, found something else; name another folder")
-    if found.get("version") != VERSION:
-        raise FimError(
-            f"{folder.record}: expected version {VERSION} of the format, found {brief(found.get('version'))}; go on "
-            "with the mergekit-fim that wrote it, or name another folder"
-        )
-    its = found.get("identity")
-    if not isinstance(its, dict) or not isinstance(found.get("runs"), list):
-        raise FimError(f"{folder.record}: expected the record of a sweep, found a part of one; name another folder")
-    difference = _difference(its, folder.identity)
-    if difference is not None:
-        where, old, new = difference
-        raise FimError(
-            f"{folder.path}: this folder is of another sweep, whose {where} is {brief(old)}, here {brief(new)}; name "
-            "another folder, or give the same command"
-        )
-    for i, run in enumerate(found["runs"]):
-        kinds: dict[str, Any] = {"run": str, "method": (str, type(None)), "settings": dict, "of": dict}
-        if not isinstance(run, dict) or not all(k in run and isinstance(run[k], kind) for k, kind in kinds.items()):
-            raise FimError(
-                f"{folder.record}, runs[{i}]: expected a run with {', '.join(kinds)}, found {brief(run)}; remove it "
-                "and its answers"
-            )
-    return found
-
-
-def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
-    """Where two records first differ, and what stands there."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for name in dict.fromkeys([*new, *old]):
-            found = _difference(old.get(name), new.get(name), f"{where}.{name}".lstrip("."))
-            if found is not None:
-                return found
-        return None
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        differences = (_difference(a, b, f"{where}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True)))
-        return next(filter(None, differences), None)
-    return None if old == new else (where, old, new)
+                return file.read()
+        dtypes = [str(entry["dtype"]) for entry in read_record(folder)["runs"] if "dtype" in entry]
+        dtype = dtypes[0] if dtypes else choose()
+        write_text(path, dtype)
+    return dtype
 
 
 # Answers
@@ -243,19 +239,15 @@ _ANSWER = TypeAdapter(Answer)
 
 
 def read_answers(path: str, keys: Sequence[Key]) -> dict[Key, Answer]:
-    """The answers in a run's file, without what a killed process left of a last line.
-
-    Args:
-        path: the file.
-        keys: the answers that may be in it.
+    """Read the answers in a run's file, without what a killed process left of a last line.
 
     Raises:
-        FimError: a line isn't one of them.
+        FimError: a line isn't an answer with one of these keys.
     """
     if not os.path.exists(path):
         return {}
     expected = set(keys)
-    found: dict[Key, Answer] = {}
+    answers: dict[Key, Answer] = {}
     with writing(path), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
@@ -267,26 +259,25 @@ def read_answers(path: str, keys: Sequence[Key]) -> dict[Key, Answer]:
                     f"{path}, line {number}: expected an answer to a problem of this sweep, found one to problem "
                     f"{answer.index} of {brief(answer.source)}, sample {answer.sample}; remove the line"
                 )
-            found.setdefault(key, answer)
-    return found
+            answers.setdefault(key, answer)
+    return answers
 
 
 def _answer(line: bytes, where: str) -> Answer:
-    remedy = "remove the file, and the run is answered anew"
     try:
-        content = json.loads(line)
-        if not isinstance(content, dict):
-            raise ValueError
-        return _ANSWER.validate_json(line, strict=True)  # as JSON, where no type is taken for another
+        return _ANSWER.validate_json(line, strict=True)  # no type is taken for another
     except ValidationError as error:
-        raise FimError(f"{where}: not an answer: {misfit(error, content)}; {remedy}") from None
-    except (ValueError, RecursionError):
-        raise FimError(f"{where}: expected an answer as a JSON object, found {brief(line)}; {remedy}") from None
+        first = error.errors(include_url=False)[0]
+        place = "".join(f"`{part}`: " for part in first["loc"])
+        raise FimError(
+            f"{where}: expected an answer as a JSON object, found {brief(line)} ({place}{first['msg']}); remove the "
+            "file, and the run is answered anew"
+        ) from None
 
 
 @contextlib.contextmanager
 def appended(path: str) -> Iterator[BinaryIO]:
-    """A run's file, to which answers can be added: what a killed process left of a last line is cut off."""
+    """Open a run's file to add answers, and cut off what a killed process left of a last line."""
     with open(path, "ab+") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
@@ -294,7 +285,7 @@ def appended(path: str) -> Iterator[BinaryIO]:
 
 
 def append_answer(file: BinaryIO, answer: Answer) -> None:
-    """Add an answer to a file opened for bytes; what is there is there if the process is killed right after.
+    """Add an answer to a file opened for bytes. It stays there if the process is killed right after.
 
     Raises:
         FimError: it can't be written.
@@ -305,7 +296,7 @@ def append_answer(file: BinaryIO, answer: Answer) -> None:
 
 
 def write_answers(path: str, answers: Sequence[Answer]) -> None:
-    """Write all of a run's answers, in place of what is there.
+    """Write all of a run's answers, and replace what is there.
 
     Raises:
         FimError: they can't be written.

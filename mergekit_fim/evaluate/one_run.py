@@ -1,4 +1,4 @@
-"""One run -> its answers, each in its file as soon as it is there. The process has to have the run."""
+"""A run -> its answers, each in its file as soon as it is there. Only the process that holds the run may do this."""
 
 import contextlib
 import os
@@ -12,15 +12,14 @@ from accelerate.utils import release_memory
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate.answers.answering import Decoding, by_model, by_server
-from mergekit_fim.evaluate.answers.prompts import Template
 from mergekit_fim.evaluate.answers.server import Server
 from mergekit_fim.evaluate.folder import (
     SweepFolder,
     append_answer,
     appended,
-    earlier_runs,
     note_run,
     read_answers,
+    read_record,
     write_answers,
 )
 from mergekit_fim.evaluate.models import Models
@@ -35,16 +34,7 @@ Answers = dict[Key, Answer]
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """What all runs of a sweep are asked, how, and where their answers go.
-
-    Attributes:
-        folder: the sweep's.
-        questions: what is asked.
-        decoding: how answers are made.
-        models: what answers here.
-        servers: what answers elsewhere, by run.
-        keeps_merges: whether any merge is to be kept.
-    """
+    """What all runs of a sweep are asked, how, and where their answers go; the servers are by run."""
 
     folder: SweepFolder
     questions: Questions
@@ -55,31 +45,23 @@ class Asked:
 
 
 def answers_so_far(asked: Asked, run: str) -> Answers:
-    """What a run has answered.
+    """Read what a run has answered.
 
     Raises:
         FimError: its file holds something else, or answers of a run that `sweep.json` doesn't know.
     """
     path = asked.folder.answers(run)
-    found = read_answers(path, asked.questions.keys)
-    if found and run not in (entry["run"] for entry in earlier_runs(asked.folder)):
+    answers = read_answers(path, asked.questions.keys)
+    if answers and run not in (entry["run"] for entry in read_record(asked.folder)["runs"]):
         raise FimError(
             f"{path}: expected answers of a run in {asked.folder.record}, found some of one that isn't there; "
             "remove the file, and the run is answered anew"
         )
-    return found
+    return answers
 
 
 def answer(asked: Asked, run: Run, order: Sequence[str]) -> Answers:
-    """Let a run answer what it hasn't answered yet.
-
-    Args:
-        asked: what it is asked.
-        run: the run.
-        order: the names of all runs of the command.
-
-    Returns:
-        All its answers.
+    """Let a run answer what it hasn't answered yet, and return all its answers; `order` names the command's runs.
 
     Raises:
         FimError: the model can't be made or loaded or can't answer, or has answers of something else.
@@ -91,12 +73,11 @@ def answer(asked: Asked, run: Run, order: Sequence[str]) -> Answers:
     answers = answers_so_far(asked, run.name)
     missing = [key for key in keys if key not in answers]
     if missing:
-        entry, written = (
-            _by_server(asked, run, missing) if run.name in asked.servers else _by_model(asked, run, missing)
-        )
+        by = _by_server if run.name in asked.servers else _by_model
+        entry, written = by(asked, run, missing)
         with contextlib.closing(written):
             _note(asked, run, entry, order, begun=bool(answers))
-            _keep(asked, run.name, written, answers)
+            _grade(asked, run.name, written, answers)
     if list(answers) != keys:  # they are in the order in which they came
         answers = {key: answers[key] for key in keys}
         write_answers(folder.answers(run.name), list(answers.values()))
@@ -104,14 +85,14 @@ def answer(asked: Asked, run: Run, order: Sequence[str]) -> Answers:
 
 
 def _by_server(asked: Asked, run: Run, keys: Sequence[Key]) -> tuple[dict[str, Any], Generator[Written]]:
-    """What is to be said of a server, and what it writes."""
+    """Describe a server, and let it write."""
     server, template = asked.servers[run.name], asked.models.template
-    of = {"server": server.url, "model": server.model}
-    return _of(of, template), by_server(server, asked.questions, keys, template, asked.decoding)
+    entry = {"of": {"server": server.url, "model": server.model}, "template": template and template.record}
+    return entry, by_server(server, asked.questions, keys, template, asked.decoding)
 
 
 def _by_model(asked: Asked, run: Run, keys: Sequence[Key]) -> tuple[dict[str, Any], Generator[Written]]:
-    """What is to be said of a model, and what it writes."""
+    """Describe a model, and let it write."""
     models = asked.models
     if run.config is not None:
         models.merged(run, card=asked.keeps_merges)
@@ -119,7 +100,7 @@ def _by_model(asked: Asked, run: Run, keys: Sequence[Key]) -> tuple[dict[str, An
     of = {"model": str(run.model)} if run.config is None else {"config": run.config.to_yaml()}
     if run.name in models.fingerprints:
         of["fingerprint"] = models.fingerprints[run.name]
-    entry = _of(of, template)
+    entry: dict[str, Any] = {"of": of, "template": template.record}
     entry |= {"device": str(model.model.device), "dtype": str(model.model.dtype), "stop": list(model.stop)}
 
     def written() -> Generator[Written]:
@@ -133,35 +114,27 @@ def _by_model(asked: Asked, run: Run, keys: Sequence[Key]) -> tuple[dict[str, An
     return entry, written()
 
 
-def _of(of: Mapping[str, str], template: Template | None) -> dict[str, Any]:
-    return {"of": dict(of), "template": None if template is None else template.record}
-
-
-def _note(asked: Asked, run: Run, found: Mapping[str, Any], order: Sequence[str], *, begun: bool) -> None:
+def _note(asked: Asked, run: Run, entry: Mapping[str, Any], order: Sequence[str], *, begun: bool) -> None:
     """Write down what a run is of, before its first answer.
 
     Raises:
         FimError: it has answers of something else.
     """
     folder = asked.folder
-    old = next((entry for entry in earlier_runs(folder) if entry["run"] == run.name), {})
-    for name in ("of", "template") if begun else ():
-        if old.get(name) != found[name]:
+    old: dict[str, Any] = next((its for its in read_record(folder)["runs"] if its["run"] == run.name), {})
+    for name, what in (("of", "model"), ("template", "template")) if begun else ():
+        if old.get(name) != entry[name]:
             raise FimError(
-                f"{folder.answers(run.name)}: expected answers of the same model by the same template, "
-                f"found some whose {'model' if name == 'of' else name} was {old.get(name)}, now {found[name]}; "
-                "remove the file, and the run is answered anew"
+                f"{folder.answers(run.name)}: expected answers of the same model by the same template, found some "
+                f"whose {what} was {old.get(name)}, now {entry[name]}; remove the file, and the run is answered anew"
             )
-    entry = {"run": run.name, "method": run.method, "settings": dict(run.settings)}
-    entry |= {"of": found["of"], "template": found["template"]}
-    entry |= {"answers": os.path.relpath(folder.answers(run.name), folder.path), **found, "versions": versions()}
-    note_run(folder, old | entry, order)
+    own = {"run": run.name, "method": run.method, "settings": dict(run.settings)}
+    own |= {"answers": os.path.relpath(folder.answers(run.name), folder.path), "versions": versions()}
+    note_run(folder, {**old, **own, **entry}, order)
 
 
-def _keep(asked: Asked, run: str, written: Generator[Written], answers: Answers) -> None:
-    """Grade what is written, add it to the run's file and to its answers, and show how far it is."""
-    tokens, right = sum(a.tokens for a in answers.values()), sum(a.correct is True for a in answers.values())
-    graded = sum(a.correct is not None for a in answers.values())
+def _grade(asked: Asked, run: str, written: Generator[Written], answers: Answers) -> None:
+    """Grade what is written, add it to the run's file and to its answers, and show how far the run is."""
     total, quiet = len(asked.questions.keys), asked.models.options.quiet
     bar = tqdm.tqdm(total=total, initial=len(answers), desc=run, unit="answer", disable=quiet)
     with bar, appended(asked.folder.answers(run)) as file:
@@ -170,9 +143,13 @@ def _keep(asked: Asked, run: str, written: Generator[Written], answers: Answers)
             answer = asked.questions.graded(its, time.perf_counter() - started)
             append_answer(file, answer)
             answers[answer.source, answer.index, answer.sample] = answer
-            tokens += answer.tokens
-            right, graded = right + (answer.correct is True), graded + (answer.correct is not None)
-            accuracy = f"accuracy {right / graded:.2f}, " if graded else ""
-            bar.set_postfix_str(f"{accuracy}{tokens / len(answers):.0f} tokens", refresh=False)
+            bar.set_postfix_str(_so_far(answers), refresh=False)
             bar.update()
             started = time.perf_counter()
+
+
+def _so_far(answers: Answers) -> str:
+    """Say how accurate and how long the answers so far are."""
+    graded = [answer.correct for answer in answers.values() if answer.correct is not None]
+    accuracy = f"accuracy {sum(graded) / len(graded):.2f}, " if graded else ""
+    return f"{accuracy}{sum(answer.tokens for answer in answers.values()) / len(answers):.0f} tokens"

@@ -14,21 +14,13 @@ _STRENGTHS = ("alpha_mean", "alpha", "weight", "t", "lambda")
 
 
 def ordered_by(settings: Mapping[str, Any]) -> str | None:
-    """The setting that orders a method's merges: their strength, or the first one where that is the same for all."""
+    """Name the setting that orders the merges of a family: the strength, else the first one."""
     return next((name for name in _STRENGTHS if name in settings), next(iter(settings), None))
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its expected answer.
-
-    Attributes:
-        source: where it comes from, as the user named it.
-        index: its number in the source, from 0.
-        question: what the model is asked.
-        answer: what is expected, as the source has it.
-        system: what the model is told before the question, if anything.
-    """
+    """A question of a source, its number there from 0, the expected answer, and what the model is told before."""
 
     source: str
     index: int
@@ -39,13 +31,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Grade:
-    """What became of an answer.
-
-    Attributes:
-        correct: whether it is; None where the problem's own expected answer can't be graded against.
-        found: what was taken for the answer; None where nothing could be.
-        note: why it couldn't be graded, if so.
-    """
+    """What became of an answer; the fields are those of `Answer`."""
 
     correct: bool | None
     found: str | None = None
@@ -54,15 +40,12 @@ class Grade:
 
 @dataclass(frozen=True, eq=False)
 class ProblemSet:
-    """The problems of one source, and who grades their answers.
+    """The problems of one source, in its order, and who grades their answers.
 
     Attributes:
-        source: as the user named it.
-        problems: in the source's order.
         grade: (problem, final answer) -> grade. The final answer is the text without its thinking.
         description: what a record of the source needs beside its name to repeat it, such as versions and checksums.
         ungradable: the problems whose expected answer can't be graded against, by index, and why.
-        warnings: what a user should know of the source.
     """
 
     source: str
@@ -70,7 +53,6 @@ class ProblemSet:
     grade: Callable[[Problem, str], Grade]
     description: dict[str, str | int]
     ungradable: dict[int, str]
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,8 +60,8 @@ class Completion:
     """What a model wrote after a prompt.
 
     Attributes:
-        text: its text, without the tokens that ended it; text of special tokens such as <think> included.
-        tokens: how many tokens it wrote, by its own tokenizer, one that ended it included.
+        text: without the tokens that ended it, with special tokens such as <think>.
+        tokens: how many the model wrote, by its own tokenizer, with one that ended it.
         ended: `STOP` or `LENGTH`.
     """
 
@@ -94,19 +76,14 @@ Written = tuple[Key, Completion, str]
 
 @dataclass(frozen=True)
 class Answer:
-    """A graded completion: a row of `answers/RUN.jsonl`, whose fields are these, in this order.
+    """A graded completion: a row of `answers/RUN.jsonl`, with these fields in this order.
 
     Attributes:
-        source: of the problem.
-        index: of the problem in its source.
         sample: which of several answers to the same problem, from 0.
         prompt: what the model was given: the text after its chat template; for a server, the messages as JSON.
-        text: what it wrote.
-        tokens: how many tokens that took.
-        ended: `STOP` or `LENGTH`.
         unclosed: whether it began to think and didn't end it.
         correct: whether it is right; None where the problem can't be graded.
-        found: what was taken for the answer.
+        found: what was taken for the answer; None where nothing could be.
         note: why it couldn't be graded, if so.
         seconds: its share of the time that generating took.
     """

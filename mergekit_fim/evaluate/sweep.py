@@ -1,4 +1,4 @@
-"""A merge config and problems -> every run's answers, and what they show. The street of this folder.
+"""Merge configs and problems -> every run's answers, and what they show. The street of this folder.
 
 It can be stopped at any moment: answers are kept one by one, a merge is there whole or not at all, and the same command
 goes on where it was. Any number of the same command work on one sweep: each takes the runs that no other has.
@@ -19,26 +19,19 @@ from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.errors import require
 from mergekit_fim.evaluate.answers.answering import Decoding, prompts
 from mergekit_fim.evaluate.answers.prompts import file_template
-from mergekit_fim.evaluate.folder import (
-    SweepFolder,
-    agreed_dtype,
-    concluding,
-    earlier_runs,
-    open_folder,
-    read_record,
-    taken,
-    writing,
-)
-from mergekit_fim.evaluate.front.findings import Findings, find, write_findings
-from mergekit_fim.evaluate.front.statistics import pareto_set
+from mergekit_fim.evaluate.conclusion import conclude, is_concluded, write_findings
+from mergekit_fim.evaluate.folder import SweepFolder, agreed_dtype, concluding, open_folder, taken, writing
+from mergekit_fim.evaluate.front.findings import Findings
+from mergekit_fim.evaluate.front.fronts import pareto_set
 from mergekit_fim.evaluate.front.table import markdown_rows
 from mergekit_fim.evaluate.models import Models, dtype_named
 from mergekit_fim.evaluate.one_run import Answers, Asked, answer, answers_so_far
 from mergekit_fim.evaluate.problems.grading import CLOSE, OPEN
 from mergekit_fim.evaluate.problems.questions import Questions
-from mergekit_fim.evaluate.runs.families import BASE, Run, at_strength, merges, models_as_they_are, series
+from mergekit_fim.evaluate.runs.families import Run, series
+from mergekit_fim.evaluate.runs.listed import BASE, families, models_as_they_are
 from mergekit_fim.evaluate.runs.refine import Point, next_strength
-from mergekit_fim.evaluate.runs.varied import fine_tuned, parse_settings, spec_of
+from mergekit_fim.evaluate.runs.settings import fine_tuned
 from mergekit_fim.evaluate.wanted import Wanted, check_options, connected, identity_of, read_questions
 from mergekit_fim.fisher.measure import dtypes
 from mergekit_fim.models.identity import fingerprint
@@ -52,47 +45,42 @@ from mergekit_fim.tools.plan import plan_merge
 LOG = logging.getLogger("mergekit_fim")
 
 _PAUSE = 0.5  # seconds between two looks at runs that other processes have
-_MOMENT = 2.0  # seconds for which another process has a run that it only looks at
 
 
-def sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeOptions) -> Findings | None:
+def sweep(
+    configs: Mapping[str, MergeConfiguration], out: str, wanted: Wanted, options: MergeOptions
+) -> Findings | None:
     """Let the base, the fine-tuned models and merges answer problems, and say which merge is worth keeping.
 
-    Args:
-        config: the merge config.
-        out: the folder for answers, `sweep.json`, `sweep.md` and figures; docs/sweep.md has what is in them.
-        wanted: what is to be done.
-        options: mergekit's, for merging and for where models run.
+    The configs are by their files; docs/sweep.md has what is in the folder `out`.
 
     Returns:
         What it shows; None where another process that worked on the same sweep has said so.
 
     Raises:
-        FimError: something of it can't be had. What was answered by then is kept.
+        FimError: an option, a config, a model, a problem or a server is bad. The answers so far are kept.
     """
     with launched.apart(options) as own:
-        return _sweep(config, out, wanted, own)
+        return _sweep(configs, out, wanted, own)
 
 
-def _sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeOptions) -> Findings | None:
+def _sweep(
+    configs: Mapping[str, MergeConfiguration], out: str, wanted: Wanted, options: MergeOptions
+) -> Findings | None:
     check_options(wanted)
-    varied = parse_settings(config.merge_method, wanted.varied)
-    for method in wanted.compare:
-        spec_of(method)
+    config = next(iter(configs.values()))
     as_they_are = models_as_they_are(config, wanted.also)
+    merges = families(configs, wanted.varied, wanted.compare, lambda: default_density(inputs[BASE]))
     template = file_template(wanted.template) if wanted.template is not None else None
     inputs = _opened(as_they_are, options)
-
-    def density() -> float:
-        return default_density(inputs[BASE])
-
-    runs = [*as_they_are, *merges(config, varied, wanted.compare, density)]
+    runs = [*as_they_are, *(run for family in merges for run in family.runs())]
     servers = connected(wanted, [run.name for run in runs])
     runs += [Run(name) for name in servers if name not in {run.name for run in runs}]
     questions = read_questions(wanted)
     fingerprints = {name: fingerprint(model) for name, model in inputs.items()}
-    folder = SweepFolder(out, identity_of(config, wanted, questions, template, as_they_are, fingerprints))
-    tuned = [run.name for run in as_they_are if run.model in fine_tuned(config)]
+    tuned = [run for run in as_they_are if run.model in fine_tuned(config)]
+    own = {str(run.model): fingerprints[run.name] for run in as_they_are if run.model in config.referenced_models()}
+    folder = SweepFolder(out, identity_of(configs, wanted, questions, template, own))
     with writing(out), measured_once():
         open_folder(folder)
         since = _last_written(folder)
@@ -101,18 +89,16 @@ def _sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeO
         models = Models(folder, options, template, fingerprints, dtype_named(folder, dtype))
         decoding = Decoding(wanted.max_tokens, wanted.temperature, wanted.seed, wanted.batch)
         asked = Asked(folder, questions, decoding, models, servers, wanted.keep != "none")
-        _check_before(asked, config, runs)
+        _check_before(asked, runs, tuned)
         answers: dict[str, Answers] = {}
         _answer_all(asked, runs, answers, wanted.keep)
         for _ in range(wanted.refine):
-            found = ((its, _next_strength(its, questions, answers, tuned)) for its in series(runs))
-            more = [at_strength(config, its[0], value, density) for its, value in found if value is not None]
-            runs = list({run.name: run for run in [*runs, *more]}.values())
+            runs = list({run.name: run for run in [*runs, *_further(runs, questions, answers, tuned)]}.values())
             _answer_all(asked, runs, answers, wanted.keep)
         with concluding(folder):
-            if _last_written(folder) != since and _is_concluded(folder, runs, wanted.margin):
+            if _last_written(folder) != since and is_concluded(folder, runs, wanted.margin):
                 return None
-            return _conclude(asked, runs, answers, tuned, wanted)
+            return _conclude(asked, runs, answers, [run.name for run in tuned], wanted)
 
 
 def _opened(runs: Sequence[Run], options: MergeOptions) -> dict[str, InputModel]:
@@ -133,20 +119,19 @@ def _last_written(folder: SweepFolder) -> int:
     return os.stat(folder.record).st_mtime_ns
 
 
-def _check_before(asked: Asked, config: MergeConfiguration, runs: Sequence[Run]) -> None:
+def _check_before(asked: Asked, runs: Sequence[Run], tuned: Sequence[Run]) -> None:
     """Find what would fail later: templates, questions, and the merge itself."""
     models, questions = asked.models, asked.questions
     missing = [run for run in runs if run.name not in asked.servers and not _is_done(asked, run.name)]
     for run in missing:
         if run.model is not None:
             prompts(questions, questions.keys, models.template_of(run))
-    merge = next((run.config for run in missing if run.config is not None), None)
-    if merge is None:
-        return
-    if merge.merge_method in METHODS:
-        plan_merge(merge, models.options)
-    if merge.tokenizer is None and merge.tokenizer_source is None:
-        _warn_of_tags(models, runs, [run for run in runs if run.model in fine_tuned(config)])
+    merges = {run.family: run.config for run in reversed(missing) if run.config is not None}
+    for merge in merges.values():
+        if merge.merge_method in METHODS:
+            plan_merge(merge, models.options)
+    if any(merge.tokenizer is None and merge.tokenizer_source is None for merge in merges.values()):
+        _warn_of_tags(models, runs[0], tuned)
 
 
 def _is_done(asked: Asked, run: str) -> bool:
@@ -155,19 +140,17 @@ def _is_done(asked: Asked, run: str) -> bool:
         return free and len(answers_so_far(asked, run)) == len(asked.questions.keys)
 
 
-def _warn_of_tags(models: Models, runs: Sequence[Run], tuned: Sequence[Run]) -> None:
+def _warn_of_tags(models: Models, base: Run, tuned: Sequence[Run]) -> None:
     """Warn where a merge's tokenizer, the base's, has another name for what a fine-tuned model thinks between."""
-    own = models.tokenizer(next(run for run in runs if run.name == BASE))
-    own_vocabulary = own.get_vocab()
+    own = models.tokenizer(base)
     for run in tuned:
         vocabulary = models.tokenizer(run).get_vocab()
         for tag in (OPEN, CLOSE):
             number = vocabulary.get(tag)
-            if number is not None and own_vocabulary.get(tag) != number:
+            if number is not None and own.get_vocab().get(tag) != number:
                 LOG.warning(
-                    "merges have the base's tokenizer, in which the token that %s writes as %s is %s: their "
-                    "thoughts aren't told from their answers; `tokenizer: {source: %s}` in the config gives them "
-                    "that model's",
+                    "merges have the base's tokenizer, in which the token that %s writes as %s is %s: their thoughts "
+                    "aren't told from their answers; `tokenizer: {source: %s}` in the config gives them that model's",
                     run.name,
                     tag,
                     own.convert_ids_to_tokens(number) or "none",
@@ -177,13 +160,10 @@ def _warn_of_tags(models: Models, runs: Sequence[Run], tuned: Sequence[Run]) -> 
 
 
 def _answer_all(asked: Asked, runs: Sequence[Run], answers: dict[str, Answers], keep: str) -> None:
-    """Let every run answer. Those that other processes have are waited for, and taken over where such a process ends.
+    """Let every run answer that isn't in `answers`, and add it there.
 
-    Args:
-        asked: what they are asked.
-        runs: all runs of the command.
-        answers: of the runs so far; theirs are added.
-        keep: which merges to keep; the others go as soon as that is clear, as they are large.
+    Wait for runs that other processes have, and take over where such a process ends. Merges that aren't to be kept go
+    as soon as that is clear, as they are large.
     """
     order, left, said = [run.name for run in runs], [run for run in runs if run.name not in answers], False
     while left:
@@ -206,70 +186,51 @@ def _answer_all(asked: Asked, runs: Sequence[Run], answers: dict[str, Answers], 
 
 def _drop(asked: Asked, answers: Mapping[str, Answers], keep: str) -> None:
     """Remove the merges that have answered and aren't to be kept."""
-    kept = {"none": set[str](), "front": _pareto(asked.questions, answers), "all": set(answers)}[keep]
-    for name in answers.keys() - kept:
+    lasting = {"none": set[str](), "front": _pareto(asked.questions, answers), "all": set(answers)}[keep]
+    for name in answers.keys() - lasting:
         asked.models.drop(name)
     with contextlib.suppress(OSError):  # there is none, or it isn't empty
         os.rmdir(os.path.dirname(asked.folder.model("")))
 
 
 def _pareto(questions: Questions, answers: Mapping[str, Answers]) -> set[str]:
-    """Which of these runs are on the Pareto set of them."""
+    """Find the Pareto set of these runs."""
     points = [_point(questions, its, 0.0) for its in answers.values()]
-    found = pareto_set(np.array([point.accuracy for point in points]), np.array([point.tokens for point in points]))
-    return {run for run, is_on in zip(answers, found, strict=True) if is_on}
+    are_on = pareto_set(np.array([point.accuracy for point in points]), np.array([point.tokens for point in points]))
+    return {run for run, is_on in zip(answers, are_on, strict=True) if is_on}
 
 
-def _point(questions: Questions, answers: Answers, at: float) -> Point:
-    """Where a run of this strength came out."""
-    return Point.of(at, (answers[key] for problem in questions.gradable() for key in problem))
+def _point(questions: Questions, answers: Answers, strength: float) -> Point:
+    """Tell where a run of this strength came out."""
+    return Point.of(strength, (answers[key] for problem in questions.gradable() for key in problem))
 
 
-def _next_strength(
-    its: Sequence[Run], questions: Questions, answers: Mapping[str, Answers], tuned: Sequence[str]
-) -> float | None:
-    """Where one more of these merges would show most."""
+def _further(
+    runs: Sequence[Run], questions: Questions, answers: Mapping[str, Answers], tuned: Sequence[Run]
+) -> Iterator[Run]:
+    """Make one more merge like those that differ in their strength alone, where it would show most."""
     base = _point(questions, answers[BASE], 0.0)
-    long = max((_point(questions, answers[name], 1.0) for name in tuned), key=lambda point: point.tokens)
-    points = [_point(questions, answers[run.name], run.strength or 0.0) for run in its]
-    start = [base] if all(point.strength > 0 for point in points) else []
-    value = next_strength([*start, *points], base, long)
-    return None if value is None else round(value, 4)
-
-
-def _is_concluded(folder: SweepFolder, runs: Sequence[Run], margin: float) -> bool:
-    """Whether `sweep.json` has what these runs show."""
-    findings = read_record(folder).get("findings")
-    if findings is None:
-        return False
-    known = {run["run"] for run in findings["summary"]["runs"]}
-    return known >= {run.name for run in runs} and findings["recommended"].get("margin") == margin
+    long = max((_point(questions, answers[run.name], 1.0) for run in tuned), key=lambda point: point.tokens)
+    for alike in series(runs):
+        points = [_point(questions, answers[run.name], run.strength or 0.0) for run in alike]
+        start = [base] if all(point.strength > 0 for point in points) else []
+        strength = next_strength([*start, *points], base, long)
+        if strength is not None:
+            yield alike[0].at(round(strength, 4))
 
 
 def _conclude(
     asked: Asked, runs: Sequence[Run], answers: dict[str, Answers], tuned: Sequence[str], wanted: Wanted
 ) -> Findings:
     """Write down what the runs show, those of earlier commands too, and keep what is to be kept."""
-    folder, entries = asked.folder, earlier_runs(asked.folder)
-    answers |= dict(_of_others(asked, [entry["run"] for entry in entries if entry["run"] not in answers]))
-    done = [entry for entry in entries if entry["run"] in answers]
-    findings = find(done, answers, asked.questions, BASE, tuned, wanted.seed, wanted.margin)
+    findings = conclude(asked, answers, (BASE, tuned), wanted.seed, wanted.margin)
     on_front = {run.run for run in findings.summary.runs if run.pareto}
     for run in runs:
         if run.config is not None and (wanted.keep == "all" or (wanted.keep == "front" and run.name in on_front)):
-            with taken(folder, run.name, -1):
+            with taken(asked.folder, run.name, -1):
                 path = asked.models.merged(run, card=True)
                 shown = [findings.summary.base, findings.summary.long, run.name]
                 write_section(path, measured=markdown_rows(findings.summary, shown))
     _drop(asked, answers, wanted.keep)
-    write_findings(folder, entries, findings)
+    write_findings(asked.folder, findings)
     return findings
-
-
-def _of_others(asked: Asked, names: Sequence[str]) -> Iterator[tuple[str, Answers]]:
-    """The runs of other commands that have answered everything."""
-    for name in names:
-        with taken(asked.folder, name, _MOMENT) as free:
-            found = answers_so_far(asked, name) if free else {}
-        if len(found) == len(asked.questions.keys):
-            yield name, found

@@ -1,4 +1,4 @@
-"""What is asked of a sweep, checked and read: options -> problems, servers, and what its answers are of."""
+"""What a sweep is asked for: its options, checked, with the problems, the servers, and the identity that they make."""
 
 import logging
 import os
@@ -13,37 +13,15 @@ from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate.answers.prompts import Template
 from mergekit_fim.evaluate.answers.server import Server, connect
 from mergekit_fim.evaluate.problems.questions import Questions
-from mergekit_fim.evaluate.problems.sources import open_problems
+from mergekit_fim.evaluate.problems.sources import open_problems, warnings_of
 from mergekit_fim.evaluate.records import ProblemSet
-from mergekit_fim.evaluate.runs.families import Run
 
 LOG = logging.getLogger("mergekit_fim")
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a sweep is to be of, beside the merge config.
-
-    Attributes:
-        problems: the sources.
-        n: how many problems of each; 0 for all.
-        seed: of the problems that are drawn or made, of sampling, and of the bootstrap.
-        system: what the models are told before the question.
-        question_field: see `open_problems`; likewise `answer_field`.
-        varied: each as NAME=V1,V2,...
-        refine: further merges of each method and setting, of strengths that are found.
-        compare: other merge methods.
-        also: further models as they are.
-        template: a file in Jinja, in place of the models' chat templates.
-        max_tokens: that an answer may have.
-        temperature: 0 for greedy decoding.
-        samples: answers to each problem.
-        batch: rows, or requests to a server, at a time; None for as many as will do.
-        servers: each as RUN=URL, or URL for a run more.
-        server_model: the model's name there; None for the only one.
-        keep: which merges to keep: none, front or all.
-        margin: how much less accurate than the long model the run to keep may be.
-    """
+    """The options of `mergekit-fim sweep`, whose help says what each is; `varied` is --set."""
 
     problems: tuple[str, ...]
     n: int
@@ -99,7 +77,7 @@ def read_questions(wanted: Wanted) -> Questions:
 
 
 def _problems(source: str, wanted: Wanted) -> ProblemSet:
-    found = open_problems(
+    read = open_problems(
         source,
         n=wanted.n,
         seed=wanted.seed,
@@ -107,21 +85,21 @@ def _problems(source: str, wanted: Wanted) -> ProblemSet:
         question_field=wanted.question_field,
         answer_field=wanted.answer_field,
     )
-    for warning in found.warnings:
+    for warning in warnings_of(read):
         LOG.warning("%s", warning)
-    if len(found.ungradable) == len(found.problems):
-        why = next(iter(found.ungradable.values()))
+    if len(read.ungradable) == len(read.problems):
+        why = next(iter(read.ungradable.values()))
         raise FimError(f"{source}: expected problems that can be graded, found none ({why}); change their answers")
-    return found
+    return read
 
 
 def connected(wanted: Wanted, runs: Sequence[str]) -> dict[str, Server]:
-    """The servers, by the runs that they answer for, or are.
+    """Connect to the servers, each by the run that it answers for, or is.
 
     Raises:
         FimError: one can't be reached, or is no run's.
     """
-    found: dict[str, Server] = {}
+    servers: dict[str, Server] = {}
     for text in wanted.servers:
         match = re.fullmatch(r"(?:(?P<run>.*?)=)?(?P<url>[A-Za-z]+://.*)", text, re.DOTALL)
         run, url = (match["run"], match["url"]) if match else (None, text)
@@ -129,36 +107,32 @@ def connected(wanted: Wanted, runs: Sequence[str]) -> dict[str, Server]:
             raise FimError(f"--server: expected one of the runs {', '.join(runs)}, found {run}; correct it")
         server = connect(url, wanted.server_model)
         name = run if run is not None else os.path.basename(server.model) or server.model
-        if name in found or (run is None and name in runs):
+        if name in servers or (run is None and name in runs):
             raise FimError(f"--server: {name} is answered by another already; write RUN={server.url} with another run")
-        found[name] = server
-    return found
+        servers[name] = server
+    return servers
 
 
 def identity_of(
-    config: MergeConfiguration,
+    configs: Mapping[str, MergeConfiguration],
     wanted: Wanted,
     questions: Questions,
     template: Template | None,
-    as_they_are: Sequence[Run],
     fingerprints: Mapping[str, str],
 ) -> dict[str, Any]:
-    """What must be the same for answers to be of the same sweep."""
-    own = config.referenced_models()
-    parameters = {name: value for name, value in (config.parameters or {}).items() if name != "fisher_cache"}
+    """Gather what must be the same for answers to be of the same sweep; the fingerprints are of the config's models."""
+    texts = {}
+    for path, config in configs.items():
+        parameters = {name: value for name, value in (config.parameters or {}).items() if name != "fisher_cache"}
+        texts[os.path.basename(path)] = config.model_copy(update={"parameters": parameters or None}).to_yaml()
+    options = ("system", "question_field", "answer_field", "seed", "max_tokens", "temperature", "samples")
     return {
-        "config": config.model_copy(update={"parameters": parameters or None}).to_yaml(),
-        "models": {str(run.model): fingerprints[run.name] for run in as_they_are if run.model in own},
+        **({"configs": texts} if len(texts) > 1 else {"config": next(iter(texts.values()))}),
+        "models": dict(fingerprints),
         "problems": [
             {"source": s.source, "problems": len(s.problems), "n": wanted.n, **s.description}
             for s in questions.problem_sets
         ],
-        "system": wanted.system,
-        "question_field": wanted.question_field,
-        "answer_field": wanted.answer_field,
         "template": None if template is None else template.record | {"text": template.text},
-        "seed": wanted.seed,
-        "max_tokens": wanted.max_tokens,
-        "temperature": wanted.temperature,
-        "samples": wanted.samples,
+        **{name: getattr(wanted, name) for name in options},
     }

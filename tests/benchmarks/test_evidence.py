@@ -32,7 +32,7 @@ from benchmarks.pages import put
 from benchmarks.pairs.recipes import KINDS, core_seconds, make, note, noted, seconds
 from benchmarks.pairs.tasks import characters, columns, gym, words
 from example_configs.demo import prompt_ids
-from mergekit_fim.evaluate.front.statistics import Outcomes
+from mergekit_fim.evaluate.front.bootstrap import Outcomes
 from mergekit_fim.evaluate.problems import grader
 from mergekit_fim.evaluate.records import Grade, Problem
 from mergekit_fim.tools.whole import merge_whole

@@ -388,6 +388,30 @@ def test_a_config_of_mergekits_own_method(sweep):
     assert names(sweep.record()) == ["base", "long", "slerp t=0.25", "linear weight=0.25"]
 
 
+def test_several_configs_none_of_which_is_measured_for(sweep, monkeypatch):
+    for name in ("measured", "TaskVectorSweep"):
+        monkeypatch.delattr(prepass, name)
+    own = {"merge_method": "task_arithmetic", "parameters": {"normalize": False}}
+    for name, changes in (("ta", own), ("between", {"merge_method": "slerp", "parameters": {}})):
+        (sweep.folder / f"{name}.yml").write_text(yaml.safe_dump(sweep.talkers.config(**changes)))
+    _, out, *rest = sweep.arguments("--set", "t=0.25", "--set", "weight=0.5", "--n", "3")[1:]
+    paths = [str(sweep.folder / f"{name}.yml") for name in ("ta", "between")]
+    result = CliRunner().invoke(main, ["sweep", *paths, out, *rest])
+    assert result.exit_code == 0, result.output
+    record = sweep.record()
+    assert names(record) == ["base", "long", "ta weight=0.5", "between t=0.25"]
+    assert [area["method"] for area in record["findings"]["summary"]["areas"]] == ["ta", "between", None]
+    assert record["identity"]["configs"].keys() == {"ta.yml", "between.yml"}
+    page = (sweep.out / "sweep.md").read_text(encoding="utf-8")
+    assert "In ta.yml the runs set" in page
+    assert "merge_method: slerp" in page
+    assert "ta minus between" in result.stdout
+    assert "between" in (sweep.out / "sweep.svg").read_text()
+    changed = sweep.talkers.config(merge_method="slerp", parameters={}, dtype="bfloat16")
+    (sweep.folder / "between.yml").write_text(yaml.safe_dump(changed))
+    ends_in_one_line(CliRunner().invoke(main, ["sweep", *paths, out, *rest]), "another sweep", "configs.between.yml is")
+
+
 @pytest.mark.parametrize("tokenizer", [None, "long"])
 def test_thoughts_that_a_merge_has_no_tags_for(tokenizer, sweep, tmp_path, caplog):
     """As Qwen2.5-Math has none, into which one merges a distillation of DeepSeek-R1's."""
@@ -475,7 +499,7 @@ def test_servers_that_cannot_be(given, words, sweep, stub):
     ("options", "words"),
     [
         (["--set", "alpha_maen=0.2"], ["alpha_maen", "did you mean `alpha_mean`"]),
-        (["--compare", "tise"], ["tise", "did you mean ties"]),
+        (["--compare", "tise"], ["--compare", "tise", "task_arithmetic, ties, linear"]),
         (["--problems", "none.jsonl"], ["none.jsonl", "no file of this name"]),
         (["--samples", "2"], ["--samples", "--temperature"]),
         (["--samples", "0"], ["--samples", "at least 1"]),
@@ -575,7 +599,7 @@ def test_other_models_under_the_same_names(whole, talkers, tmp_path):
         ("sweep.json", "[]", ["sweep.json", "record of a sweep"]),
         ("sweep.json", '{"format": "mergekit-fim/report"}', ["sweep.json", "record of a sweep"]),
         ("sweep.json", '{"format": "mergekit-fim/sweep", "version": 2}', ["version 1", "found 2"]),
-        ("sweep.json", '{"format": "mergekit-fim/sweep", "version": 1}', ["sweep.json", "a part of one"]),
+        ("sweep.json", '{"format": "mergekit-fim/sweep", "version": 1}', ["sweep.json", "`identity` is missing"]),
         ("notes.txt", "mine", ["empty folder", "notes.txt"]),
         ("answers", None, ["empty folder", "answers"]),
     ],
@@ -632,7 +656,7 @@ ROW |= {"unclosed": False, "correct": True, "found": None, "note": None, "second
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b"{}\n", ["line 2", "`source` is missing"]),
+        (b"{}\n", ["line 2", "`source`"]),
         (b"[]\n", ["line 2", "JSON object"]),
         (b"\xff\n", ["line 2", "JSON object"]),
         (json.dumps(ROW | {"tokens": "1"}).encode() + b"\n", ["line 2", "`tokens`"]),

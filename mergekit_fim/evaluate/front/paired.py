@@ -10,11 +10,10 @@ _HALVINGS = 60  # of the interval [-1, 1]: beyond what a float64 tells apart
 
 
 def score_interval(gained: float, lost: float, problems: float) -> tuple[float, float]:
-    """Tango's score interval of the difference of two accuracies, of one answer each to every problem.
+    """Find Tango's score interval of the difference of two accuracies, of one answer each to every problem.
 
-    It holds the differences that the score test doesn't reject, by Tango (Statistics in Medicine 17, 1998, 891-908). A
-    bootstrap's interval has no width where no answers differ, however few problems there are; of 12 this one reaches
-    0.24 to either side then.
+    It holds the differences that the score test doesn't reject (Tango, Statistics in Medicine 17, 1998, 891-908). Where
+    no answers differ it has width, unlike a bootstrap's: of 12 problems, 0.24 to either side.
 
     Args:
         gained: how many problems the one run alone solves.
@@ -37,7 +36,7 @@ def score_interval(gained: float, lost: float, problems: float) -> tuple[float, 
 
 
 def enough_problems(gained: float, lost: float, problems: float, margin: float) -> int | None:
-    """How many problems take the lower end of Tango's interval to -margin, if the same shares of them differ.
+    """Find how many problems take the lower end of Tango's interval to -margin, if the same shares of them differ.
 
     The score grows with the root of their number.
 
@@ -50,7 +49,7 @@ def enough_problems(gained: float, lost: float, problems: float, margin: float) 
 
 
 def _score(gained: float, lost: float, problems: float, difference: float) -> float:
-    """Tango's statistic, which is standard normal where this is the true difference."""
+    """Compute Tango's statistic, which is standard normal where this is the true difference."""
     # The likeliest share of problems that the other run alone solves, given the difference.
     second = 2 * problems
     first = (second - gained + lost) * difference - gained - lost
@@ -64,10 +63,10 @@ def _score(gained: float, lost: float, problems: float, difference: float) -> fl
 
 
 def adjusted_interval(differences: Sequence[float]) -> tuple[float, float]:
-    """The normal interval of the mean of differences in [-1, 1], with one of 1 and one of -1 added.
+    """Find the normal interval of the mean of differences in [-1, 1], with one of 1 and one of -1 added.
 
-    That is Bonett and Price's (Journal of Educational and Behavioral Statistics 37, 2012, 479-488) where there is one
-    answer to every problem. With several it is on the safe side: it has width where no answers differ.
+    With one answer to every problem that is Bonett and Price's (Journal of Educational and Behavioral Statistics 37,
+    2012, 479-488). With several it is on the safe side: it has width where no answers differ.
 
     Args:
         differences: of the two runs' shares of right answers [problem].

@@ -1,4 +1,4 @@
-"""An answer and what was expected -> a grade. `grader` runs this, but for `final_answer`, in a process of its own."""
+"""An answer and what was expected -> a grade. All but `final_answer` runs in the process of `served`."""
 
 import functools
 import re
@@ -37,13 +37,13 @@ _WORD = re.compile(r"[^\W\d_]{3,}|pi")
 
 
 def final_answer(prompt: str, text: str) -> tuple[str | None, bool]:
-    """What a model answered, without its thinking, and whether it began to think and didn't end it.
+    """Cut the thinking off a text.
 
     The answer is what follows the last `</think>`; the whole text where it doesn't think. Thinking begins with
     `<think>`, which some templates already write at the end of the prompt.
 
     Returns:
-        The answer, or None where thinking didn't end; and whether it didn't.
+        The answer, None where thinking didn't end; and whether it didn't.
     """
     _, closed, answer = text.rpartition(CLOSE)
     begun = OPEN in answer or (not closed and prompt.rstrip().endswith(OPEN))
@@ -51,7 +51,7 @@ def final_answer(prompt: str, text: str) -> tuple[str | None, bool]:
 
 
 def why_ungradable(expected: str) -> str | None:
-    """Why answers can't be graded against this one by math-verify; None where they can."""
+    """Say why math-verify can't grade answers against this one; None where it can."""
     number = _plain_number(expected)
     if number is not None and len(number) <= 100:  # so long as sources are, most have nothing else
         return None
@@ -61,13 +61,9 @@ def why_ungradable(expected: str) -> str | None:
 def grade_math(expected: str, answer: str) -> Grade:
     """Grade by math-verify: numbers, LaTeX, sets, intervals and the like that are equal.
 
-    The answer is looked for in the last `LOOKED_AT` characters, of which in the last `<answer>...</answer>` if there
-    is one. math-verify takes the last `\\boxed{...}`, else what stands after "answer", else the last number or LaTeX
-    between dollars. The minus sign − is read as -.
-
-    Args:
-        expected: the problem's own answer. See `_gold` for how it is read.
-        answer: without thinking.
+    The answer is looked for in the last `<answer>...</answer>` of the last `LOOKED_AT` characters, or in all of these.
+    math-verify takes the last `\\boxed{...}`, else what stands after "answer", else the last number or LaTeX between
+    dollars. `_gold` reads the expected answer.
     """
     gold, why = _gold(expected)
     if why is not None:
@@ -83,16 +79,11 @@ def grade_math(expected: str, answer: str) -> Grade:
 
 
 def grade_by_scorer(score: Callable[[str], float], expected: str | None, answer: str) -> Grade:
-    """Grade by a task's own scorer, which must give it 1; a part of that isn't right.
+    """Grade by a task's own scorer, from 0 to 1, which must give 1.
 
     The scorer gets the content of the last `<answer>...</answer>`; without one that of the last `\\boxed{...}`; without
-    either the whole answer; without blanks at its ends. Where that isn't right and the expected answer is a number, it
-    gets the number that math-verify finds in the same text.
-
-    Args:
-        score: of an answer, from 0 to 1.
-        expected: the problem's own answer; None where it has none.
-        answer: without thinking.
+    either the whole answer; without blanks at its ends. Where that isn't right and the expected answer is a number, the
+    scorer gets the number that math-verify finds in the same text.
     """
     found = _tagged(answer)
     if found == _end(answer):
@@ -114,7 +105,7 @@ def grade_by_scorer(score: Callable[[str], float], expected: str | None, answer:
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last `\\boxed{...}` whose braces are closed."""
+    """Find the content of the last `\\boxed{...}` whose braces are closed."""
     for start in reversed([match.end() for match in _BOXED.finditer(text)]):
         depth = 1
         for at in range(start, len(text)):
@@ -125,7 +116,7 @@ def last_boxed(text: str) -> str | None:
 
 
 def _end(answer: str) -> str:
-    """What is looked at of an answer: from the beginning of a line, if there is one, as half a formula is another."""
+    """Keep the end of an answer, from the beginning of a line where there is one: half a formula is another formula."""
     if len(answer) <= LOOKED_AT:
         return answer
     end = answer[-LOOKED_AT:]
@@ -140,12 +131,12 @@ def _tagged(answer: str) -> str:
 
 @functools.lru_cache(maxsize=10_000)
 def _gold(expected: str) -> tuple[tuple[Any, ...], str | None]:
-    """An expected answer as math-verify's, and why there is none, if so.
+    """Read an expected answer for math-verify, or say why there is none.
 
-    Of GSM8K's solutions, what follows the last `####`. A number is read as one, alone or before words (`17 years old`).
-    What has a `\\boxed{...}`, or mathematics between `$...$`, `\\(...\\)` or `\\[...\\]`, is searched like an answer.
-    Anything else is read as LaTeX, whole, as MATH's are; words there that aren't in `\\text{...}` would be read as
-    products of letters, and so aren't read at all.
+    Of GSM8K's solutions, what follows the last `####` is read. A number is read as one, alone or before words
+    (`17 years old`). What has a `\\boxed{...}`, or mathematics between `$...$`, `\\(...\\)` or `\\[...\\]`, is searched
+    like an answer. Anything else is read as LaTeX, whole, as MATH's answers are. Words there that aren't in
+    `\\text{...}` would be read as products of letters, and so aren't read at all.
     """
     text = _same(expected.rpartition("####")[2].strip())
     number = _plain_number(text)
@@ -173,12 +164,12 @@ def _is_undefined(value: Any) -> bool:
 
 
 def _same(text: str) -> str:
-    """With the hyphen for the minus sign, and without LaTeX's thin spaces between digits: math-verify reads neither."""
+    """Replace the minus sign, and LaTeX's thin spaces between digits: math-verify reads neither."""
     return re.sub(r"(?<=[\d,])\s*\\[,!]\s*(?=\d)", "", text.replace("−", "-"))
 
 
 def _plain_number(text: str) -> str | None:
-    """A number in digits alone; None where `text` isn't one, nor one with what it counts."""
+    """Write a number in digits alone; None where `text` isn't a number, nor one with what it counts."""
     text = _same(text.rpartition("####")[2].strip())
     match = _NUMBER.match(text)
     if match is None or not (match.end() == len(text) or _UNIT.fullmatch(text, match.end())):
@@ -192,9 +183,9 @@ def _plain_number(text: str) -> str | None:
 
 
 def _parse(text: str) -> list[Any]:
-    """By math-verify: the value that it finds and its text; the text alone where it isn't understood; or nothing.
+    """Let math-verify find a value and its text; the text alone where it isn't understood; or nothing.
 
-    Its own time limit needs signals, which only a main thread has: `grader` has another.
+    Its own time limit needs signals, which only a main thread has: `served` has another.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
@@ -203,7 +194,7 @@ def _parse(text: str) -> list[Any]:
 
 
 def _written(parsed: list[Any]) -> str:
-    """What math-verify found, as text: a number as such, as the text of `**7**` would be `7**`."""
+    """Write what math-verify found: a number as such, as the text of `**7**` would be `7**`."""
     from sympy import Rational
 
     return str(parsed[0]) if isinstance(parsed[0], Rational) else str(parsed[-1])

@@ -1,7 +1,7 @@
 """Problems, each to be answered several times -> the answers that are due, and their grades."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from mergekit_fim.evaluate.problems.grading import final_answer
@@ -18,8 +18,7 @@ class Questions:
     @cached_property
     def keys(self) -> list[Key]:
         """Every answer that a run is to give, in order."""
-        problems = (problem for problem_set in self.problem_sets for problem in problem_set.problems)
-        return [(problem.source, problem.index, sample) for problem in problems for sample in range(self.samples)]
+        return [(*problem, sample) for problem in self._problems for sample in range(self.samples)]
 
     @cached_property
     def _problems(self) -> dict[tuple[str, int], tuple[ProblemSet, Problem]]:
@@ -28,35 +27,27 @@ class Questions:
         }
 
     def problem(self, key: Key) -> Problem:
-        """The problem that an answer is to."""
+        """Find the problem that an answer is to."""
         return self._problems[key[:2]][1]
 
     def gradable(self, source: str | None = None) -> list[list[Key]]:
-        """The problems of a source, or of all, whose answers can be graded: the keys [problem, sample]."""
+        """List the answers [problem, sample] that can be graded, of a source or of all."""
         return [
-            [(problem.source, problem.index, sample) for sample in range(self.samples)]
-            for problem_set, problem in self._problems.values()
-            if source in (None, problem.source) and problem.index not in problem_set.ungradable
+            [(*problem, sample) for sample in range(self.samples)]
+            for problem, (problem_set, _) in self._problems.items()
+            if source in (None, problem_set.source) and problem[1] not in problem_set.ungradable
         ]
 
     def graded(self, written: Written, seconds: float) -> Answer:
-        """The answer in a completion that took so long."""
+        """Grade a completion that took so long."""
         key, completion, prompt = written
         problem_set, problem = self._problems[key[:2]]
         final, unclosed = final_answer(prompt, completion.text)
-        if final is not None or problem.index in problem_set.ungradable:
-            grade = problem_set.grade(problem, final or "")
-        else:
+        if problem.index in problem_set.ungradable:
+            grade = Grade(None, note=problem_set.ungradable[problem.index])
+        elif final is None:
             grade = Grade(False, note="it didn't end its thinking")
-        return Answer(
-            *key,
-            prompt=prompt,
-            text=completion.text,
-            tokens=completion.tokens,
-            ended=completion.ended,
-            unclosed=unclosed,
-            correct=grade.correct,
-            found=grade.found,
-            note=grade.note,
-            seconds=round(seconds, 3),
-        )
+        else:
+            grade = problem_set.grade(problem, final)
+        made = {"prompt": prompt, **asdict(completion), "unclosed": unclosed, **asdict(grade)}
+        return Answer(*key, **made, seconds=round(seconds, 3))

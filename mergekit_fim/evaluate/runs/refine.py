@@ -1,7 +1,7 @@
-"""A method's runs so far -> the strength at which one more would show most.
+"""A family's runs so far -> the strength at which one more would show most.
 
-Where a merge turns from one model's answers to the other's, and how fast, is different for every method and pair: a
-grid of strengths may step over it. So each further run goes to the middle of the widest gap on the way.
+Every method and pair turns from one model's answers to the other's at another place, and a grid of strengths may step
+over it. So each further run goes to the middle of the widest gap on the way.
 """
 
 import itertools
@@ -27,20 +27,15 @@ class Point:
 
     @staticmethod
     def of(strength: float, answers: Iterable[Answer]) -> "Point":
-        """Where these answers came out."""
-        found = list(answers)
-        return Point(strength, fmean(answer.correct is True for answer in found), fmean(a.tokens for a in found))
+        """Tell where these answers came out."""
+        every = list(answers)
+        return Point(strength, fmean(answer.correct is True for answer in every), fmean(a.tokens for a in every))
 
 
 def next_strength(points: Sequence[Point], base: Point, long: Point) -> float | None:
-    """The middle of the widest gap between neighbours.
+    """Find the middle of the widest gap between neighbours among `points`, of different strengths.
 
-    A gap is how much of the way from base to long it is in tokens, and half of how much it is in accuracy.
-
-    Args:
-        points: the runs, of different strengths, and the models as they are that stand for an end of them.
-        base: for how far apart the two models are.
-        long: likewise.
+    A gap is the part of the way from base to long model that it takes in tokens, and half of the part in accuracy.
 
     Returns:
         A strength between two of the points'; None where no gap is left.

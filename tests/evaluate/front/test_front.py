@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from itertools import combinations, pairwise
 
 import numpy as np
@@ -17,11 +18,14 @@ from hypothesis.extra.numpy import arrays
 
 from benchmarks import fronts
 from mergekit_fim.errors import FimError
-from mergekit_fim.evaluate.front import statistics as front
+from mergekit_fim.evaluate.front import bootstrap
+from mergekit_fim.evaluate.front.bootstrap import Outcomes
 from mergekit_fim.evaluate.front.figure import draw, write_figure
+from mergekit_fim.evaluate.front.fronts import held_out_gain
 from mergekit_fim.evaluate.front.paired import adjusted_interval, enough_problems, score_interval
-from mergekit_fim.evaluate.front.statistics import Outcomes, as_json, mcnemar, summarize, wilson
-from mergekit_fim.evaluate.front.table import recommendation, render_table
+from mergekit_fim.evaluate.front.recommended import recommendation
+from mergekit_fim.evaluate.front.statistics import mcnemar, summarize, wilson
+from mergekit_fim.evaluate.front.table import render_table
 
 
 def outcomes(run, correct, tokens, method=None, seconds=None, **more) -> Outcomes:
@@ -212,7 +216,7 @@ def test_nothing_that_is_not_a_number_leaves(made, twice):
     if twice:
         made = [dataclasses.replace(o, **{n: np.repeat(getattr(o, n), 2, 1) for n in ARRAYS}) for o in made]
     found = summarize(made, "base", "long", resamples=40)
-    content = json.loads(json.dumps(as_json(found), allow_nan=False))
+    content = json.loads(json.dumps(asdict(found), allow_nan=False))
     assert content["runs"][0]["run"] == "base"
     texts = [render_table(found), render_table(found, markdown=True), recommendation(found, 0.05).sentence]
     assert not re.search(r"\b(nan|inf|None)\b", "".join(texts))
@@ -232,11 +236,9 @@ ARRAYS = ("correct", "tokens", "truncated", "unclosed", "empty")
 def test_held_out_gains_by_brute_force():
     """The mixes that are best on one half, at every length there, as accurate as they are on the other half."""
     made = sweep(on_a_chord(["ours"], 3), 12, 5)
-    draws = front._draw(made, 3, 6)
-    found = front._held_out(draws, 0, 1, [2, 3, 4])
+    draws = bootstrap.draw(made, 3, 6)
     gains = []
     accuracy, tokens = (x[:40] for x in draws.halves)
-    draws = dataclasses.replace(draws, halves=(accuracy, tokens))
     for sides in zip(accuracy, tokens, strict=True):
         for one, other in ((0, 1), (1, 0)):
             points = list(zip(sides[1][one], sides[0][one], strict=True))
@@ -245,8 +247,7 @@ def test_held_out_gains_by_brute_force():
             mixes = [best_mix(points, t) for t in np.linspace(low, high, 801)]
             height = np.mean([(1 - share) * heights[i] + share * heights[j] for _, i, j, share in mixes])
             gains.append(height - (heights[0] + heights[1]) / 2)
-    assert front._held_out(draws, 0, 1, [2, 3, 4]).value == pytest.approx(np.mean(gains), abs=2e-3)
-    assert found.low < found.high
+    assert held_out_gain(accuracy, tokens, 0, 1, [2, 3, 4]).mean() == pytest.approx(np.mean(gains), abs=2e-3)
 
 
 @st.composite
@@ -435,15 +436,15 @@ def test_the_bootstrap_is_that_of_scipy():
 
 def test_the_seed_alone_decides(monkeypatch):
     made = sweep(on_a_chord(["ours"], 2), 50, 0)
-    first = as_json(summarize(made, "base", "long", seed=1, resamples=200))
-    assert as_json(summarize(made, "base", "long", seed=1, resamples=200)) == first
-    other = as_json(summarize(made, "base", "long", seed=2, resamples=200))
+    first = asdict(summarize(made, "base", "long", seed=1, resamples=200))
+    assert asdict(summarize(made, "base", "long", seed=1, resamples=200)) == first
+    other = asdict(summarize(made, "base", "long", seed=2, resamples=200))
     assert other["areas"] != first["areas"]
     # the other runs of a sweep don't change what a run's interval is
-    fewer = as_json(summarize(made[:3], "base", "long", seed=1, resamples=200))
+    fewer = asdict(summarize(made[:3], "base", "long", seed=1, resamples=200))
     assert fewer["runs"][2]["above_chord"] == first["runs"][2]["above_chord"]
-    monkeypatch.setattr(front, "_BLOCK", 50 * 7)  # blocks of seven resamples
-    blocks = as_json(summarize(made, "base", "long", seed=1, resamples=200))
+    monkeypatch.setattr(bootstrap, "_BLOCK", 50 * 7)  # blocks of seven resamples
+    blocks = asdict(summarize(made, "base", "long", seed=1, resamples=200))
     for run, whole in zip(blocks["runs"], first["runs"], strict=True):
         assert run["accuracy"] == whole["accuracy"]
     ends = [x["areas"][0]["area"][end] for x in (blocks, first) for end in ("low", "high")]
@@ -683,7 +684,7 @@ def test_more_problems_get_more_decimals():
 def content():
     points = on_a_chord(["fim_ties", "task_arithmetic"], 5, bulge=0.05)
     made = sweep(points, 100, 5)[::-1]  # not in order of strength
-    return as_json(summarize([*made, outcomes("third", [1] * 100, [50] * 100)], *ENDS, resamples=50))
+    return asdict(summarize([*made, outcomes("third", [1] * 100, [50] * 100)], *ENDS, resamples=50))
 
 
 def test_the_figure_shows_every_run_where_it_belongs(content):
@@ -712,7 +713,7 @@ def test_no_label_stands_on_another_or_on_a_point(content, crowded):
         names = ["base", "long", *[f"{method} x=0.{i}" for method in ("a", "b") for i in range(1, 6)]]
         right = [10, 18, 14, 15, 14, 15, 14, 14, 15, 14, 15, 14]
         made = [alike(name, 20 - r, t, 20) for name, r, t in zip(names, right, [10, 100, *range(50, 60)], strict=True)]
-        content = as_json(summarize(made, *ENDS, resamples=20))
+        content = asdict(summarize(made, *ENDS, resamples=20))
     figure = draw(content)
     (panel,) = figure.axes
     assert len(panel.texts) == len(content["runs"])
@@ -725,7 +726,7 @@ def test_no_label_stands_on_another_or_on_a_point(content, crowded):
 def test_lines_join_runs_that_differ_in_their_strength_alone():
     names = [f"ours alpha_mean={a} density={d}" for a in (0.5, 0.2) for d in (0.2, 0.4)]
     made = [*SMALL[:2], *[outcomes(name, [1, 0, 1, 1], [10 + i] * 4) for i, name in enumerate(names)]]
-    (panel,) = draw(as_json(summarize(made, *ENDS, resamples=20))).axes
+    (panel,) = draw(asdict(summarize(made, *ENDS, resamples=20))).axes
     lines = [list(line.get_xdata()) for line in panel.lines if line.get_marker() == "o"]
     assert lines == [[12, 10], [13, 11]]
     assert [text.get_text() for text in panel.texts][:4] == ["0.5, 0.2", "0.5, 0.4", "0.2, 0.2", "0.2, 0.4"]
@@ -746,7 +747,7 @@ def test_the_figure_is_the_same_every_time(content, tmp_path, ending):
 def test_the_figure_of_the_least(tmp_path):
     """One problem, no merges, no chord, names with what matplotlib takes for formulas."""
     made = [outcomes("$base$", [0], [0]), outcomes("long", [0], [0])]
-    write_figure(json.loads(json.dumps(as_json(summarize(made, "$base$", "long")))), str(tmp_path / "a.svg"))
+    write_figure(json.loads(json.dumps(asdict(summarize(made, "$base$", "long")))), str(tmp_path / "a.svg"))
     assert "<!-- $base$ -->" in (tmp_path / "a.svg").read_text()
 
 

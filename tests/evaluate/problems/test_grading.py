@@ -21,7 +21,7 @@ def score(task: str, answer: str, index: int = 0) -> Grade:
 
 
 def made(task: str, index: int = 0) -> dict:
-    return grader.grader().ask("problem", seconds=60, index=index, task=task, config="{}", seed=0, size=4)
+    return grader.problem(index, task=task, config="{}", seed=0, size=4)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_threads_grade_too(monkeypatch):
 
 def test_the_process_that_grades_is_started_again():
     ours = grader.Grader()
-    ask = {"do": "math", "seconds": 60, "expected": "5"}
+    ask = {"do": "math", "expected": "5"}
     assert ours.ask(**ask, answer="5")["correct"]
     ours._process.kill()
     ours._process.wait()
@@ -181,7 +181,7 @@ def test_the_process_that_grades_is_started_again():
 
 def test_an_interrupted_question_leaves_no_reply_for_the_next(monkeypatch):
     ours = grader.Grader()
-    ask = {"do": "math", "seconds": 60, "expected": "5"}
+    ask = {"do": "math", "expected": "5"}
     assert ours.ask(**ask, answer="5")["correct"]
     process = ours._process
 
@@ -199,7 +199,7 @@ def test_a_process_that_cannot_start_is_no_wrong_answer(monkeypatch):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     ours = grader.Grader()
     with pytest.raises(FimError, match="couldn't be started"):
-        ours.ask("math", seconds=60, expected="5", answer="5")
+        ours.ask("math", expected="5", answer="5")
 
 
 # Those of each kind: numbers, words, lists, grids, fractions, code, logic, games, graphs.

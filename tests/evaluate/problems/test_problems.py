@@ -14,8 +14,9 @@ import pytest
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate.problems import grader
-from mergekit_fim.evaluate.problems.sources import FORMS, LONGEST_LINE, open_problems
-from mergekit_fim.evaluate.records import Grade, Problem, ProblemSet
+from mergekit_fim.evaluate.problems.questions import Questions
+from mergekit_fim.evaluate.problems.sources import FORMS, open_problems, warnings_of
+from mergekit_fim.evaluate.records import STOP, Completion, Grade, Problem, ProblemSet
 
 ROWS = [{"question": f"{i} + {i}?", "answer": str(2 * i)} for i in range(9)]
 
@@ -40,6 +41,12 @@ def indices(problems: ProblemSet) -> list[int]:
     return [problem.index for problem in problems.problems]
 
 
+def graded(problem_set: ProblemSet, index: int, text: str) -> Grade:
+    key = (problem_set.source, index, 0)
+    answer = Questions([problem_set], 1).graded((key, Completion(text, 1, STOP), ""), 1.0)
+    return Grade(answer.correct, answer.found, answer.note)
+
+
 # JSONL files
 
 
@@ -50,7 +57,7 @@ def test_a_file(tmp_path):
     assert found.problems == tuple(Problem(path, i, f"{i} + {i}?", str(2 * i)) for i in range(9))
     checksum = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert found.description == {"kind": "file", "path": path, "sha256": checksum, "rows": 9}
-    assert (found.ungradable, found.warnings) == ({}, ())
+    assert (found.ungradable, warnings_of(found)) == ({}, [])
     assert found.grade(found.problems[4], "It is 8.") == Grade(True, "8")
     assert found.grade(found.problems[4], "It is 9.") == Grade(False, "9")
 
@@ -84,36 +91,30 @@ def test_the_fields_of_a_row(tmp_path):
     assert [problem.system for problem in found] == ["Be brief.", "Be brief.", "Say it in French.", "Be brief."]
 
 
-def test_other_fields_do_not_matter(tmp_path):
-    path = tmp_path / "a.jsonl"
-    path.write_text('{"question": "1?", "other": {"x": 1, "x": 2}, "answer": "1"}\n', encoding="utf-8")
-    assert open_problems(str(path), n=0, seed=0).problems[0].answer == "1"
-
-
 def test_what_cannot_be_graded_is_listed(tmp_path):
     rows = [*ROWS[:2], {"question": "Capital of France?", "answer": "Paris"}, {"question": "Why?", "answer": ""}]
     found = open_problems(jsonl(tmp_path / "a.jsonl", rows), n=0, seed=0)
     assert found.ungradable.keys() == {2, 3}
-    assert found.grade(found.problems[2], "Paris") == Grade(None, note=found.ungradable[2])
-    assert found.grade(found.problems[3], "5").correct is None
-    assert found.grade(found.problems[1], "2").correct is True
+    assert graded(found, 2, "Paris") == Grade(None, note=found.ungradable[2])
+    assert graded(found, 3, "5").correct is None
+    assert graded(found, 1, "2").correct is True
     assert "2 of 4 problems can't be graded, the first being problem 2: the expected answer has words" in " ".join(
-        found.warnings
+        warnings_of(found)
     )
 
 
 def test_questions_that_are_there_twice(tmp_path):
     found = open_problems(jsonl(tmp_path / "a.jsonl", [*ROWS, ROWS[0], ROWS[0], ROWS[1]]), n=0, seed=0)
     assert len(found.problems) == 12
-    assert "3 of 12 questions are there before" in " ".join(found.warnings)
+    assert "3 of 12 questions are there before" in " ".join(warnings_of(found))
 
 
-def test_a_million_lines(tmp_path):
+def test_many_lines(tmp_path):
     path = tmp_path / "a.jsonl"
     with path.open("w", encoding="utf-8") as file:
-        file.writelines(f'{{"question": "{i} + 1?", "answer": {i + 1}}}\n' for i in range(1_000_000))
+        file.writelines(f'{{"question": "{i} + 1?", "answer": {i + 1}}}\n' for i in range(100_000))
     found = open_problems(str(path), n=5, seed=0)
-    assert indices(found) == sorted(random.Random(0).sample(range(1_000_000), 5))
+    assert indices(found) == sorted(random.Random(0).sample(range(100_000), 5))
     assert all(problem.question == f"{problem.index} + 1?" for problem in found.problems)
 
 
@@ -125,16 +126,14 @@ GOOD = '{"question": "1?", "answer": "1"}\n'
     [
         (b"", ["expected a problem a line, found an empty file"]),
         (b"\n  \n\r\n", ["found an empty file"]),
-        (GOOD.encode() + b"\n\xff\xfe\n", ["line 3: expected UTF-8, found the byte 0xff"]),
-        (GOOD.encode("utf-16"), ["line 1: expected UTF-8"]),
-        (GOOD.encode() + b"1 + 1?,2\n", ["line 2: expected a JSON object, found something else"]),
-        (GOOD.encode() + b"\n\n[1, 2]\n", ["line 4: expected a JSON object, found a list of 2"]),
-        (b'"a"\n', ["line 1: expected a JSON object, found 'a'"]),
-        (b"null\n", ["line 1: expected a JSON object, found None"]),
-        (b'[\n{"question": "1?", "answer": "1"}\n]\n', ["line 1", "a list begins here", "write one object a line"]),
+        (GOOD.encode() + b"\n\xff\xfe\n", ["line 3: expected a JSON object", "in UTF-8"]),
+        (GOOD.encode("utf-16"), ["line 1: expected a JSON object", "in UTF-8"]),
+        (GOOD.encode() + b"1 + 1?,2\n", ["line 2: expected a JSON object, found '1 + 1?,2'"]),
+        (GOOD.encode() + b"\n\n[1, 2]\n", ["line 4: expected a JSON object, found '[1, 2]'"]),
+        (b'"a"\n', ["line 1: expected a JSON object, found '\"a\"'"]),
+        (b"null\n", ["line 1: expected a JSON object, found 'null'"]),
+        (b'[\n{"question": "1?", "answer": "1"}\n]\n', ["line 1", "write one object a line"]),
         (b'{\n"question": "1?"\n}\n', ["line 1", "write one object a line"]),
-        (b'{"question": "1?", "answer": "1", "answer": "2"}\n', ["line 1: found `answer` twice"]),
-        (b'{"question": "1?", "x": 1, "x": 1, "answer": "2"}\n', ["line 1: found `x` twice"]),
         (b'{"question": "1?"}\n', ["line 1: expected the field `answer`, found question"]),
         (b"{}\n", ["line 1: expected the field `question`, found none"]),
         (b'{"question": 1, "answer": "1"}\n', ["line 1, `question`: expected text, found 1"]),
@@ -142,13 +141,12 @@ GOOD = '{"question": "1?", "answer": "1"}\n'
         (b'{"question": "1?", "answer": null}\n', ["line 1, `answer`: expected text or a number, found None"]),
         (b'{"question": "1?", "answer": true}\n', ["line 1, `answer`: expected text or a number, found True"]),
         (b'{"question": "1?", "answer": ["1"]}\n', ["line 1, `answer`: expected text or a number, found ['1']"]),
-        (b'{"question": "1?", "answer": NaN}\n', ["line 1", "NaN, which isn't finite"]),
+        (b'{"question": "1?", "answer": NaN}\n', ["line 1, `answer`: expected text or a number, found nan"]),
         (b'{"question": "1?", "answer": 1e999}\n', ["line 1, `answer`: expected text or a number, found inf"]),
         (b'{"question": "1?", "answer": "1", "system": 5}\n', ["line 1, `system`: expected text, found 5"]),
-        (b'{"question": "\\ud800", "answer": "1"}\n', ["line 1, `question`", "half of a character"]),
+        (b'{"question": "\\ud800", "answer": "1"}\n', ["line 1: expected a JSON object"]),
         (b'{"question": "1?", "answer": ' + b"9" * 9000 + b"}\n", ["line 1", "expected a JSON object"]),
         (b'{"question": "1?", "answer": ' + b"[" * 99999 + b"}\n", ["line 1", "expected a JSON object"]),
-        (GOOD.encode() + b'{"question": "' + b"a" * LONGEST_LINE + b'"}', ["line 2", "at most 1 MB", "a longer line"]),
     ],
 )
 def test_bad_files(content, words, tmp_path):
@@ -158,21 +156,14 @@ def test_bad_files(content, words, tmp_path):
         refused(str(path), str(path), *words, n=n)
 
 
-def test_a_line_without_end_is_not_read_to_its_end(tmp_path):
-    path = tmp_path / "a.jsonl"
-    with path.open("wb") as file:
-        file.truncate(100 << 30)  # more than memory: a hole, which takes no room
-    refused(str(path), "line 1", "a longer line")
-
-
 @pytest.mark.parametrize("source", ["", "missing.jsonl", "reasoning_gym:chain_sum", "gsm8k", "HF:gsm8k", "a\nb"])
 def test_what_is_no_source(source):
     refused(source, FORMS)
 
 
 def test_a_folder_is_no_file(tmp_path):
-    refused(str(tmp_path), "expected a JSONL file, found a folder")
-    refused("/dev/null", "found something else")
+    refused(str(tmp_path), FORMS, "found a folder")
+    refused("/dev/null", FORMS)
 
 
 def test_a_negative_number_of_problems(tmp_path):
@@ -218,7 +209,7 @@ def test_problems_are_the_same_in_every_process(task):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     found = open_problems(f"reasoning-gym:{task}", n=4, seed=1)
     assert done.stdout.split() == [found.description["fingerprint"]], done.stderr
-    grader.grader().close()  # a new process makes the problem again, to grade the answer
+    grader.GRADER.close()  # a new process makes the problem again, to grade the answer
     assert found.grade(found.problems[2], found.problems[2].answer).correct
 
 
@@ -232,21 +223,20 @@ def test_a_task_without_one_expected_answer():
 def test_a_task_whose_scorer_takes_anything():
     found = open_problems("reasoning-gym:game_of_life_halting", n=2, seed=0)
     assert found.ungradable.keys() == {0, 1}
-    assert found.grade(found.problems[0], "True").correct is None
+    assert graded(found, 0, "True").correct is None
 
 
 @pytest.mark.parametrize(
     ("task", "words"),
     [
-        ("chainsum", ["'chainsum'", "chain_sum"]),
-        ("", ["expected a task of reasoning-gym, found ''"]),
-        ("chain_sum:{", ["expected JSON after the task", "'{'"]),
-        ("chain_sum:[1]", ["expected a JSON object", "a list of 1"]),
-        ("chain_sum:5", ["expected a JSON object", "found 5"]),
-        ('chain_sum:{"min_terms": NaN}', ["isn't finite"]),
-        ('chain_sum:{"terms": 1}', ["expected a configuration", "terms"]),
+        ("chainsum", ["chainsum", "expected a task"]),
+        ("", ["expected a task"]),
+        ("chain_sum:{", ["expected a JSON object", "after the task", "'{'"]),
+        ("chain_sum:[1]", ["expected a JSON object", "'[1]'"]),
+        ("chain_sum:5", ["expected a JSON object", "found '5'"]),
+        ('chain_sum:{"terms": 1}', ["a configuration of reasoning-gym's", "'terms'"]),
         ('chain_sum:{"min_terms": -1}', ["min_terms must be positive"]),
-        ('chain_sum:{"min_terms": "two"}', ["expected a configuration", '"two"']),
+        ('chain_sum:{"min_terms": "two"}', ["a configuration of reasoning-gym's", '"two"']),
         ('chain_sum:{"seed": 1}', ["`seed` is set by"]),
         ('chain_sum:{"size": 1}', ["`size` is set by"]),
         ("composite", ["Must specify at least one dataset"]),

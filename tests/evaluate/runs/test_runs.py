@@ -7,13 +7,12 @@ import safetensors.torch
 import torch
 import yaml
 from mergekit.config import MergeConfiguration
-from mergekit.merge_methods import registry
 from merges import Pair
 
 from mergekit_fim.api import merge as merge_whole
 from mergekit_fim.errors import FimError
-from mergekit_fim.evaluate.runs.families import STRENGTHS, Run, merges, models_as_they_are
-from mergekit_fim.evaluate.runs.varied import parse_settings
+from mergekit_fim.evaluate.runs.families import STRENGTHS, Run
+from mergekit_fim.evaluate.runs.listed import families, models_as_they_are
 
 PAIR = {"merge_method": "fim_ta", "base_model": "b", "models": [{"model": "l"}]}
 THREE = {"merge_method": "fim_ta", "base_model": "b", "models": [{"model": "l"}, {"model": "b"}, {"model": "x/l"}]}
@@ -32,7 +31,8 @@ def configured(content: dict, **changes) -> MergeConfiguration:
 
 
 def made(config: MergeConfiguration, *varied: str, compare: tuple[str, ...] = ()) -> list[Run]:
-    return merges(config, parse_settings(config.merge_method, varied), compare, lambda: 0.3)
+    of = families({"config.yml": config}, varied, compare, lambda: 0.3)
+    return [run for family in of for run in family.runs()]
 
 
 def written(run: Run) -> dict:
@@ -109,9 +109,9 @@ def test_a_setting_holds_wherever_the_config_has_another():
     ("method", "varied", "words"),
     [
         ("fim_ties", "alpha_maen=0.2", ["alpha_maen", "alpha_mean"]),
-        ("fim_ties", "zzz=0.2", ["zzz", "it knows", "sharpness"]),
-        ("ties", "alpha_mean=0.2", ["ties has no parameter", "alpha_mean"]),
-        ("karcher", "weight=1", ["karcher has no parameter `weight`"]),
+        ("fim_ties", "zzz=0.2", ["zzz", "known are", "sharpness"]),
+        ("ties", "alpha_mean=0.2", ["no parameter of ties", "alpha_mean"]),
+        ("karcher", "weight=1", ["no parameter of karcher", "`weight`"]),
         ("fim_ties", "alpha_mean", ["NAME=VALUE", "alpha_mean"]),
         ("fim_ties", "=0.2", ["NAME=VALUE"]),
         ("fim_ties", "alpha_mean=", ["`alpha_mean`", "(0, 1)"]),
@@ -134,7 +134,69 @@ def test_settings_twice():
         made(configured(PAIR), "sharpness=1", "sharpness=2")
 
 
+def test_an_unknown_method():
+    with pytest.raises(FimError, match=r"found 'tise'; name one of .*task_arithmetic"):
+        made(configured(PAIR, merge_method="tise"))
+
+
+# Several configs
+
+
+def several(*varied: str, compare: tuple[str, ...] = (), **configs: dict) -> list[Run]:
+    of = families({f"x/{n}.yml": configured(its) for n, its in configs.items()}, varied, compare, lambda: 0.3)
+    return [run for family in of for run in family.runs()]
+
+
+LINEAR = {"merge_method": "linear", "models": [{"model": "b", "parameters": {"weight": 0.9}}, {"model": "l"}]}
+
+
+def test_every_config_is_a_family_of_its_files_name():
+    runs = several(a=PAIR, b=PAIR | {"merge_method": "slerp"}, c=PAIR | {"merge_method": "karcher"}, d=LINEAR)
+    assert [run.name for run in runs] == [
+        *(f"a alpha_mean={s}" for s in STRENGTHS),
+        *(f"b t={s}" for s in STRENGTHS),
+        "c",
+        *(f"d weight={s}" for s in STRENGTHS),
+    ]
+    assert [run.method for run in runs] == ["a"] * 5 + ["b"] * 5 + ["c"] + ["d"] * 5
+    assert runs[0].at(0.3).name == "a alpha_mean=0.3"
+    assert [its["parameters"]["weight"] for its in written(runs[-1])["models"]] == [0.9, 0.8]
+
+
+def test_a_setting_is_of_the_configs_that_know_it():
+    ours, theirs = PAIR | {"merge_method": "fim_ties"}, PAIR | {"merge_method": "ties"}
+    runs = several("alpha_mean=0.4", "weight=0.3", "density=0.1,0.2", ours=ours, theirs=theirs)
+    assert [run.name for run in runs] == [
+        *(f"ours alpha_mean=0.4 density={d}" for d in (0.1, 0.2)),
+        *(f"theirs weight=0.3 density={d}" for d in (0.1, 0.2)),
+    ]
+    runs = several("lambda=0.5", "alpha_mean=0.4", ours=ours, theirs=theirs, compare=("linear",))
+    assert [run.name for run in runs] == ["ours alpha_mean=0.4 lambda=0.5", "theirs lambda=0.5", "linear weight=0.4"]
+    assert [run.strength for run in runs] == [0.4, 0.5, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (PAIR | {"base_model": "c"}, ["x/b.yml", "the models of x/a.yml", "base b with l", "found c with l"]),
+        (PAIR | {"models": [{"model": "m"}]}, ["x/b.yml", "found b with m"]),
+        (LINEAR | {"models": [{"model": "b"}]}, ["x/b.yml", "no base with none"]),
+    ],
+)
+def test_configs_of_other_models(other, words):
+    with pytest.raises(FimError) as error:
+        several(a=PAIR, b=other)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_configs_of_one_name():
+    with pytest.raises(FimError, match="found ties twice"):
+        several(a=PAIR, ties=PAIR, compare=("ties",))
+
+
 # Twins
+
+WEIGHED = PAIR | {"models": [{"model": "l", "parameters": {"weight": [{"filter": "mlp", "value": 1}, {"value": 0.5}]}}]}
 
 
 def twin_of(config: MergeConfiguration, method: str, *varied: str) -> Run:
@@ -152,30 +214,17 @@ def test_a_twin_has_the_strength_and_what_it_knows_of_the_rest():
         "dtype": "bfloat16",
         "parameters": {"lambda": 0.9, "normalize": False},
     }
-    run = twin_of(config, "slerp")
-    assert (run.name, written(run)["parameters"]) == ("slerp t=0.4", {"t": 0.4})
-    run = twin_of(config, "fim_ties")
-    assert run.name == "fim_ties alpha_mean=0.4"
-    assert written(run)["parameters"] == {"lambda": 0.9, "sharpness": 2, "fisher_samples": 3, "alpha_mean": 0.4}
-    assert twin_of(config, "karcher").name == "karcher"
-
-
-def test_twins_of_fim_kron_lack_what_only_one_of_both_knows():
     own = {"damping": 0.01, "factors": "both", "fisher": "a.safetensors", "fisher_samples": 4, "lambda": 0.9}
     config = configured(PAIR, merge_method="fim_kron", parameters=own)
-    kept = {"fisher_samples": 4, "lambda": 0.9, "alpha_mean": 0.4}
-    assert written(twin_of(config, "fim_ta"))["parameters"] == kept
     assert written(twin_of(config, "task_arithmetic"))["parameters"] == {"lambda": 0.9, "normalize": False}
-    config = configured(PAIR, parameters={"sharpness": 2, "fisher": "a.json", "density": 0.3, "fisher_samples": 4})
-    assert written(twin_of(config, "fim_kron"))["parameters"] == {"fisher_samples": 4, "alpha_mean": 0.4}
 
 
 def test_a_twin_that_trims_has_a_density():
     assert written(twin_of(configured(PAIR), "ties"))["parameters"] == {"normalize": False, "density": 0.3}
-    assert written(twin_of(configured(PAIR), "dare_ties"))["parameters"]["density"] == 0.3
     by_hand = configured(PAIR, merge_method="fim_ties", models=[{"model": "l", "parameters": {"density": 0.6}}])
     assert written(twin_of(by_hand, "ties"))["models"][0]["parameters"] == {"density": 0.6, "weight": 0.4}
-    assert "density" not in written(twin_of(by_hand, "ties"))["parameters"]
+    config = configured(PAIR, merge_method="fim_ties", parameters={"density": 0.5})
+    assert written(twin_of(config, "ties"))["parameters"] == {"normalize": False, "density": 0.5}
     assert written(twin_of(by_hand, "task_arithmetic"))["models"][0]["parameters"] == {"weight": 0.4}
 
 
@@ -212,15 +261,6 @@ def test_several_models_that_are_normalised():
     assert written(twin_of(config, "ties"))["parameters"] == {"normalize": False, "density": 0.3}
 
 
-def test_the_weights_of_a_config_are_kept_in_proportion():
-    weight = [{"filter": "mlp", "value": [1, 2]}, {"value": 0.5}]
-    config = configured(PAIR, models=[{"model": "l", "parameters": {"weight": weight}}])
-    assert written(twin_of(config, "ties"))["models"][0]["parameters"]["weight"] == [
-        {"filter": "mlp", "value": [0.4, 0.8]},
-        {"value": 0.2},
-    ]
-
-
 def test_settings_of_slices_hold_for_their_twins():
     config = configured(SLICES, parameters={"weight": 3, "normalize": False})
     assert config.slices
@@ -250,18 +290,16 @@ def test_a_twin_of_the_strength_in_the_config():
     config = configured(PAIR, parameters={"alpha_mean": 0.7})
     assert twin_of(config, "ties", "sharpness=0,1").name == "ties weight=0.7"
     assert twin_of(configured(PAIR), "ties", "alpha=0.25").name == "ties weight=0.25"
-    assert twin_of(configured(PAIR, merge_method="ties"), "fim_ties", "weight=0.25").name == "fim_ties alpha_mean=0.25"
+    twin = twin_of(configured(PAIR, merge_method="ties"), "linear", "weight=0.25")
+    assert (twin.name, twin.at(0.5).name) == ("linear weight=0.25", "linear weight=0.5")
 
 
 @pytest.mark.parametrize(
     ("content", "method", "varied", "words"),
     [
-        (PAIR, "tise", "alpha_mean=0.4", ["tise", "ties"]),
-        (PAIR, "xyz", "alpha_mean=0.4", ["xyz", "slerp"]),
-        (PAIR, "fim_ta", "alpha_mean=0.4", ["--compare", "fim_ta twice"]),
-        (THREE, "slerp", "alpha_mean=0.4", ["--compare", "slerp", "2"]),
-        (PAIR, "model_stock", "alpha_mean=0.4", ["--compare", "model_stock", "3"]),
-        (PAIR, "passthrough", "alpha_mean=0.4", ["--compare", "passthrough"]),
+        (PAIR, "slerp", "alpha_mean=0.4", ["--compare", "one of task_arithmetic, ties, linear", "slerp"]),
+        (PAIR | {"merge_method": "ties"}, "ties", "weight=0.4", ["--compare", "ties twice"]),
+        (WEIGHED, "ties", "alpha_mean=0.4", ["--compare", "`weight`", "one number"]),
         (PAIR, "ties", "sharpness=0,1", ["--compare", "ties", "alpha_mean", "--set alpha_mean="]),
         (SLICES, "linear", "alpha_mean=0.4", ["--compare", "linear", "models:"]),
     ],
@@ -270,21 +308,6 @@ def test_twins_that_cannot_be(content, method, varied, words):
     with pytest.raises(FimError) as error:
         made(configured(content), varied, compare=(method,))
     assert all(word in str(error.value) for word in words)
-
-
-def test_every_method_of_mergekit_has_a_twin_or_says_why_not():
-    found = {}
-    for method in registry.registered_methods():
-        try:
-            runs = made(configured(PAIR, merge_method="fim_ties"), "alpha_mean=0.4", compare=(method.spec.name,))
-            found[method.spec.name] = runs[-1].name
-        except FimError as error:
-            found[method.spec.name] = str(error)
-    without = {"karcher", "arcee_fusion", "sce", "ram", "ramplus_tl"} & found.keys()
-    refused = {name for name, text in found.items() if "--compare" in text}
-    assert refused == {"nuslerp", "model_stock", "passthrough", "fim_ties"} & found.keys()
-    assert {name for name, text in found.items() if name == text} == without
-    assert all("=0.4" in found[name] for name in found.keys() - refused - without)
 
 
 def tensors(config: MergeConfiguration, folder) -> dict[str, torch.Tensor]:

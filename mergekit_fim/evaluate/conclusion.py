@@ -1,0 +1,79 @@
+"""All runs' answers -> what they show, in `sweep.json`, `sweep.md` and figures."""
+
+import os
+from collections.abc import Iterator, Sequence
+
+from mergekit_fim.evaluate.folder import SweepFolder, note_findings, read_record, taken
+from mergekit_fim.evaluate.front import findings as front
+from mergekit_fim.evaluate.front.figure import write_figure
+from mergekit_fim.evaluate.front.findings import Findings, find, page
+from mergekit_fim.evaluate.one_run import Answers, Asked, answers_so_far
+from mergekit_fim.evaluate.runs.families import Run
+from mergekit_fim.files import write_text
+from mergekit_fim.measurements.record import versions
+
+_MOMENT = 2.0  # seconds for which another process has a run that it only looks at
+
+
+def is_concluded(folder: SweepFolder, runs: Sequence[Run], margin: float) -> bool:
+    """Whether `sweep.json` has what these runs show."""
+    findings = read_record(folder).get("findings")
+    if findings is None:
+        return False
+    known = {run["run"] for run in findings["summary"]["runs"]}
+    return known >= {run.name for run in runs} and findings["recommended"].get("margin") == margin
+
+
+def conclude(
+    asked: Asked, answers: dict[str, Answers], ends: tuple[str, Sequence[str]], seed: int, margin: float
+) -> Findings:
+    """Find out what all runs show; those of other commands that have answered everything are added to `answers`."""
+    entries = read_record(asked.folder)["runs"]
+    answers |= dict(_of_others(asked, [entry["run"] for entry in entries if entry["run"] not in answers]))
+    problem_sets = asked.questions.problem_sets
+    return find(
+        [entry for entry in entries if entry["run"] in answers],
+        answers,
+        {its.source: asked.questions.gradable(its.source) for its in problem_sets},
+        [(its.source, index, why) for its in problem_sets for index, why in its.ungradable.items()],
+        ends,
+        seed,
+        margin,
+    )
+
+
+def _of_others(asked: Asked, names: Sequence[str]) -> Iterator[tuple[str, Answers]]:
+    for name in names:
+        with taken(asked.folder, name, _MOMENT) as free:
+            answers = answers_so_far(asked, name) if free else {}
+        if len(answers) == len(asked.questions.keys):
+            yield name, answers
+
+
+def write_findings(folder: SweepFolder, findings: Findings) -> None:
+    """Write `sweep.json`, `sweep.md`, `sweep.png` and `sweep.svg`.
+
+    Raises:
+        FimError: one of them can't be written.
+    """
+    content = findings.as_json()
+    note_findings(folder, versions(), content)
+    for ending in ("png", "svg"):
+        write_figure(content["summary"], os.path.join(folder.path, f"sweep.{ending}"))
+    text = page(folder.identity, read_record(folder)["runs"], findings, _remedy(folder, findings))
+    write_text(os.path.join(folder.path, "sweep.md"), text)
+
+
+def render(folder: SweepFolder, findings: Findings) -> str:
+    """Show what came out on a terminal."""
+    return front.render(findings, _remedy(folder, findings))
+
+
+def _remedy(folder: SweepFolder, findings: Findings) -> str:
+    """Say how to get the run to keep; empty where it is no merge."""
+    run = findings.recommended.run
+    if findings.summary[run].method is None:
+        return ""
+    if os.path.isdir(folder.model(run)):
+        return f"It is in {folder.model(run)}."
+    return f"To merge it: mergekit-fim merge {folder.config(run)} merged"

@@ -1,0 +1,148 @@
+"""What runs in the process that `grader` starts: making problems, and grading answers. It does so or dies of it."""
+
+import contextlib
+import dataclasses
+import faulthandler
+import functools
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mergekit_fim.errors import FimError, brief, reason
+from mergekit_fim.evaluate.problems import grading
+from mergekit_fim.evaluate.records import Grade
+
+MAKING_SECONDS = 60  # for one problem
+MEMORY = 4 << 30  # bytes of address space, where the system knows such a limit
+_NO_ANSWER = "(no answer)"
+
+# What no scorer needs and code in an answer might, as Python's audit events have them.
+_REFUSED = ("os.", "shutil.", "subprocess.", "socket.", "ctypes.", "pty.", "signal.", "urllib.", "http.", "sqlite3.")
+_IMPORTING = ("os.listdir", "os.scandir")
+
+
+def serve() -> None:
+    """Reply to requests until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides what becomes of Ctrl-C
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what the libraries print is no reply
+    sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    import math_verify  # noqa: F401  (no answer's seconds are for this)
+
+    sys.dont_write_bytecode = True  # or an import while an answer is graded would be refused
+    guard = _Guard()
+    sys.addaudithook(guard.audit)
+    replies.write(b"ready\n")
+    replies.flush()
+    do: dict[str, Callable[..., Any]] = {
+        "why_ungradable": _why_ungradable,
+        "math": _math,
+        "problem": _problem,
+        "score": _score,
+    }
+    for line in requests:
+        request = json.loads(line)
+        guard.seconds = request.pop("seconds")
+        _limit(MAKING_SECONDS)
+        try:
+            reply = {"is": do[request.pop("do")](guard, **request)}
+        except FimError as error:
+            reply = {"error": str(error)}
+        faulthandler.cancel_dump_traceback_later()
+        replies.write(json.dumps(reply).encode() + b"\n")
+        replies.flush()
+
+
+def _limit(seconds: float) -> None:
+    """End the process after so many seconds from now: a thread without Python's lock does, whatever the code is at."""
+    faulthandler.dump_traceback_later(seconds, exit=True)  # its text goes nowhere, as all standard error
+
+
+class _Guard:
+    """Limits an answer in time, and in what code in it may do. No sandbox: what is meant to get out may get out.
+
+    Attributes:
+        seconds: what grading may take.
+        refused: what code in the last answer was kept from; empty if from nothing.
+    """
+
+    def __init__(self) -> None:
+        self.seconds, self.refused, self._is_on = 0.0, "", False
+
+    @contextlib.contextmanager
+    def on(self) -> Iterator[None]:
+        """Guard while an answer is graded."""
+        _limit(self.seconds)
+        self.refused, self._is_on = "", True
+        try:
+            yield
+        finally:
+            self._is_on = False
+
+    def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
+        """Refuse what code in an answer has no business with, as Python tells of it."""
+        if not self._is_on:
+            return
+        writes = event == "open" and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
+        if writes or (event.startswith(_REFUSED) and event not in _IMPORTING):
+            self.refused = event
+            raise PermissionError(f"an answer may not do this: {event}")
+
+
+def _why_ungradable(guard: _Guard, expected: str) -> str | None:
+    _limit(guard.seconds)
+    return grading.why_ungradable(expected)
+
+
+def _math(guard: _Guard, expected: str, answer: str) -> dict[str, Any]:
+    with guard.on():
+        return dataclasses.asdict(grading.grade_math(expected, answer))
+
+
+@functools.lru_cache(maxsize=8)
+def _dataset(task: str, config: str, seed: int, size: int) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(task, seed=seed, size=size, **json.loads(config))
+
+
+@functools.lru_cache(maxsize=4096)
+def _entry(task: str, config: str, seed: int, size: int, index: int) -> tuple[Any, Any, str | None]:
+    """Make a problem: reasoning-gym's dataset and entry, and the expected answer, if there is one."""
+    try:
+        dataset = _dataset(task, config, seed, size)
+        entry = dataset[index]
+    except Exception as error:  # assertions, type errors and others, by task
+        raise FimError(
+            f"reasoning-gym:{task}: expected a task and a configuration of reasoning-gym's, found {brief(config)}; "
+            f"problem {index} of {size} couldn't be made with seed {seed} ({reason(error)}); change the task, its "
+            "configuration, or --seed"
+        ) from error
+    return dataset, entry, None if entry["answer"] is None else str(entry["answer"])
+
+
+def _problem(guard: _Guard, **asked: Any) -> dict[str, Any]:
+    """Make a problem: its question, its answer if it has one, and why answers can't be graded, if so."""
+    _, entry, expected = _entry(**asked)
+    why = None
+    if expected is not None and not _score(guard, expected, **asked)["correct"]:
+        why = "the expected answer isn't right for the task's own scorer"
+    elif _score(guard, _NO_ANSWER, **asked)["correct"]:
+        why = "the task's own scorer takes anything for right"
+    return {"question": str(entry["question"]), "answer": expected, "why": why}
+
+
+def _score(guard: _Guard, answer: str, **asked: Any) -> dict[str, Any]:
+    dataset, entry, expected = _entry(**asked)
+    with guard.on():
+        grade = grading.grade_by_scorer(lambda text: float(dataset.score_answer(text, entry)), expected, answer)
+    if guard.refused:
+        grade = Grade(False, grade.found, f"the answer is code, which was kept from `{guard.refused}`")
+    return dataclasses.asdict(grade)
