@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Threads that spin while they wait take the cores that others could use.
 export OMP_WAIT_POLICY ?= passive
 
-# Empty: the newest versions of everything.
+# Set it to nothing for the newest versions of everything.
 CONSTRAINTS ?= -c constraints.txt
 DEVICE ?= cuda
 SHAPES ?= 1.5b 7b
@@ -27,8 +27,8 @@ test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 	HF_HUB_OFFLINE=1 MERGEKIT_FIM_TEST_DEVICE=cpu $(BIN)/python -m pytest -m gpu -n logical --maxprocesses 4
 
-# The tests for accelerators, then what the pre-pass and the merges cost there, beside what they may cost. About 45 GB of
-# disk for the pair of 7B, which is made on the spot, and what is merged of it.
+# Run the tests for accelerators. Then measure what the pre-pass and the merges cost there, beside what they may cost.
+# The pair of 7B, which is made on the spot, and its merges take about 45 GB of disk.
 gpu: $(VENV)/test.installed
 	@status=0; \
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu -rs || status=1; \
@@ -40,7 +40,8 @@ lint: $(VENV)/test.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Every causal language model of transformers (minutes); goes on where it was stopped, begins anew without the file.
+# Try every causal language model of transformers (minutes). It goes on where it was stopped. Delete the state file to
+# begin anew.
 architectures: $(VENV)/test.installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=tests/helpers $(BIN)/python -m benchmarks.architectures \
 		--state .demo/architectures.jsonl --write docs/architectures.md

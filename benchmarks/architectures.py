@@ -1,10 +1,10 @@
-"""Every language model of the installed transformers, tiny: merged by mergekit's own method and by ours.
+"""Merge a tiny model of every kind in the installed transformers, by mergekit's own method and by ours.
 
     make architectures
-    PYTHONPATH=tests/helpers python -m benchmarks.architectures qwen3_5 jamba   # these, again
+    PYTHONPATH=tests/helpers python -m benchmarks.architectures qwen3_5 jamba   # run these again
 
-Each model runs in a process of its own, so that an error or a hang is a row. Rows are kept as they are made, in a file
-of JSON lines: the same command goes on where it was stopped. `--write docs/architectures.md` puts the table there.
+Each model runs in a process of its own, so an error or a hang becomes a row. Each row is kept at once in a file of JSON
+lines, so the same command goes on where it was stopped. `--write docs/architectures.md` puts the table there.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from mergekit_fim.models.inputs import open_model
 
 ROOT = Path(__file__).parents[1]
 METHODS = ("task_arithmetic", "fim_ta", "fim_ties")
-BY_MODULES = " by modules"  # the same with every module by itself, where a model has several
+BY_MODULES = " by modules"  # every module merged by itself, where a model has several
 SETTINGS = FisherSettings(samples=2, seq_len=8, seed=2)
 SECONDS = 120
 
@@ -51,7 +51,7 @@ def said(error: BaseException) -> str:
 
 
 def modules(folder: Path) -> dict[str, int]:
-    """mergekit's definition of a model: its modules with their numbers of layers."""
+    """Return the modules of mergekit's definition of a model, with their numbers of layers."""
     models = [{"model": str(folder / "long")}]
     config = {"merge_method": "fim_ta", "base_model": str(folder / "base"), "models": models}
     definition = get_architecture_info(MergeConfiguration.model_validate(config), MergeOptions())
@@ -60,7 +60,7 @@ def modules(folder: Path) -> dict[str, int]:
 
 
 def merged(kind: str, folder: Path, auto: Any) -> dict[str, Any]:
-    """A merge by the stock command, and what becomes of it."""
+    """Merge by the stock command, and return what becomes of the merge."""
     method = kind.removesuffix(BY_MODULES)
     config: dict[str, Any] = {"merge_method": method, "base_model": str(folder / "base"), "dtype": "float32"}
     config["models"] = [{"model": str(folder / "long"), "parameters": {} if "fim" in method else {"weight": 0.5}}]
@@ -93,7 +93,7 @@ def merged(kind: str, folder: Path, auto: Any) -> dict[str, Any]:
 
 
 def generates(model: Any) -> str:
-    """The error of generating one token, or nothing."""
+    """Generate one token; return the error, or an empty text."""
     with contextlib.suppress(AttributeError):
         model.generation_config.eos_token_id = None
     try:
@@ -104,7 +104,7 @@ def generates(model: Any) -> str:
 
 
 def unlike(model: Any, folder: Path, auto: Any) -> list[str]:
-    """The tensors that aren't the base's plus a multiple of the task vector, as transformers loads all three."""
+    """Name the tensors that aren't the base's plus a multiple of the task vector, as transformers loads all three."""
     base, long = (auto.from_pretrained(folder / name).state_dict() for name in ("base", "long"))
     found = []
     for name, value in model.state_dict().items():
@@ -117,7 +117,7 @@ def unlike(model: Any, folder: Path, auto: Any) -> list[str]:
 
 
 def difference(folder: Path) -> dict[str, Any]:
-    """The fast engine against the reference engine: the largest relative difference of a squared gradient norm."""
+    """Return the largest relative difference of a squared gradient norm between fast and reference engine."""
     options = MergeOptions(quiet=True)
     LoaderCache().setup(options)
     base = open_model(str(folder / "base"), None, options)
@@ -147,7 +147,7 @@ def difference(folder: Path) -> dict[str, Any]:
 
 
 def row(name: str, tell: Any) -> None:
-    """All that is tried of one model, told as it is found."""
+    """Try one model, and tell each result as soon as it is found."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         os.environ["MERGEKIT_FIM_CACHE"] = str(folder / "cache")
@@ -184,7 +184,7 @@ def row(name: str, tell: Any) -> None:
 
 
 def guarded(name: str, log: Path | None) -> dict[str, Any]:
-    """A row, whatever happens."""
+    """Make the row of a model in a process of its own, whatever happens there."""
     reading, writing = os.pipe()
     start = time.monotonic()
     child = os.fork()
@@ -223,7 +223,7 @@ def versions() -> dict[str, str]:
 
 
 def made_of(found: dict[str, Any] | None, base_generates: str) -> str:
-    """What became of a merge, in a few words."""
+    """Say in a few words what became of a merge."""
     if found is None:
         return "not reached"
     if "error" in found:
@@ -238,7 +238,7 @@ def made_of(found: dict[str, Any] | None, base_generates: str) -> str:
 
 
 def tables(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """All the models as two tables, those that see by themselves, and how many there are of which kind."""
+    """Write two tables, the second of the models that see. Count the models of each kind."""
     by = ", ".join(f"{package} {number}" for package, number in versions().items())
     yield from part({name: found for name, found in rows.items() if name not in zoo.VISION}, f"models ({by})")
     yield ""
@@ -246,7 +246,7 @@ def tables(rows: dict[str, dict[str, Any]]) -> Iterator[str]:
 
 
 def part(rows: dict[str, dict[str, Any]], what: str) -> Iterator[str]:
-    """One of the tables, after a line that counts its rows."""
+    """Write one of the tables, after a line that counts its rows."""
     lines, counts = [], dict.fromkeys(("unmade", "both", "ours", "stock", "neither"), 0)
     for name in sorted(rows):
         found = rows[name]
@@ -292,9 +292,9 @@ def part(rows: dict[str, dict[str, Any]], what: str) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("names", nargs="*", help="model types; by default all that the state file lacks")
+    parser.add_argument("names", nargs="*", help="model types (all that the state file lacks)")
     parser.add_argument("--state", type=Path, default=ROOT / ".demo" / "architectures.jsonl")
-    parser.add_argument("--log", type=Path, help="where the models' own output goes")
+    parser.add_argument("--log", type=Path, help="write the models' own output here")
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table into this page")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()

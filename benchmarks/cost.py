@@ -1,14 +1,14 @@
-"""What the pre-pass and the merges cost, beside the ways that they replace, on a synthetic pair of models.
+"""Measure what the pre-pass and the merges cost, beside the ways that they replace, on a synthetic pair of models.
 
     python benchmarks/cost.py                        # the shape of Qwen2.5-1.5B: 7 GB of disk, about 15 minutes
     python benchmarks/cost.py --shape 7b --only fim_ties,ties
     python benchmarks/cost.py --layers 56 --only fast
-    python benchmarks/cost.py --device cuda          # on a GPU, with the bars that the figures are held against
+    python benchmarks/cost.py --device cuda          # on a GPU, with bars beside the figures
     OMP_WAIT_POLICY=passive python benchmarks/cost.py --busy    # beside a process that keeps one core busy
 
-Every side runs in a process of its own, with the pair in the system's file cache where half the memory holds it. Memory
-is the peak of anonymous pages, sampled every 20 ms: mapped files, which the system can drop at any time, don't count.
-On an accelerator, times are taken when it has done its work, and its memory is the peak of torch's allocator.
+Every side runs in a process of its own. The pair is in the system's file cache if half the memory holds it. Memory is
+the peak of anonymous pages, sampled every 20 ms. Mapped files don't count: the system can drop them at any time. On an
+accelerator, times are taken when it has done its work. Its memory is the peak of torch's allocator.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SIDES += ["fim_kron", "fim_kron_8x64", "fim_kron_both"]  # on its own default of
 KRON_BARS = {"fim_kron": 0.75, "fim_kron_8x64": 0.75, "fim_kron_both": 1.0}
 KRON_MEMORY = {"1.5b": 5.0, "7b": 7.0}
 KRON_MINUTES = {"7b": 8.0}
-# On an accelerator also: the base by transformers, and the pre-pass with weights streamed to 8 GB.
+# An accelerator also loads the base by transformers, and does the pre-pass with weights streamed to 8 GB.
 ON_ACCELERATORS = ["load", "streamed"]
 MEASURING = ["matmul", "paper", "reference", "fast", *ON_ACCELERATORS]
 LITTLE_MEMORY = 8e9
@@ -102,7 +102,7 @@ def make_pair(folder: Path, shape: dict, dtype_name: str) -> None:
 
 
 def worker(side: str, folder: Path, dtype_name: str, device: str) -> dict:
-    """One side, in its own process: seconds without start and imports, and [layer, sequence] squared norms."""
+    """Run one side in its own process: seconds without start and imports, squared norms [layer, sequence]."""
     import torch
     import transformers
 
@@ -127,7 +127,7 @@ def worker(side: str, folder: Path, dtype_name: str, device: str) -> dict:
     if side == "reference":
         found = measure(model, layers, settings, engine=autograd_engine, quiet=True)
         norms = [layer.squared_norms for layer in found.layers]
-    else:  # as the paper describes it, with what PyTorch offers
+    else:  # as the paper describes it, by plain PyTorch
         columns = []
         for ids in draw_samples(settings, model.config.vocab_size).input_ids.to(device):
             model.zero_grad()
@@ -138,7 +138,7 @@ def worker(side: str, folder: Path, dtype_name: str, device: str) -> dict:
 
 
 def now(device: str) -> float:
-    """Seconds, when the device has done what it was given."""
+    """Return the clock's seconds once the device has done its work."""
     import torch
 
     if device != "cpu":
@@ -147,7 +147,7 @@ def now(device: str) -> float:
 
 
 def on_device(device: str) -> dict:
-    """Which accelerator it was, and the peak of its memory in GB."""
+    """Return the accelerator's name, and the peak of its memory in GB."""
     import torch
 
     if torch.device(device).type != "cuda":
@@ -156,7 +156,7 @@ def on_device(device: str) -> dict:
 
 
 def fast(folder: Path, dtype_name: str, device: str, side: str = "fast") -> dict:
-    """The pre-pass; `run` is the measurement without loading, which for streamed weights can't be told apart."""
+    """Run the pre-pass. `run` is the measurement without loading; streamed weights are loaded while it runs."""
     import torch
     from mergekit.io.tasks import LoaderCache
     from mergekit.options import MergeOptions
@@ -172,7 +172,7 @@ def fast(folder: Path, dtype_name: str, device: str, side: str = "fast") -> dict
     LoaderCache().setup(options)
     where = placement(options)
     if device != "cpu":
-        torch.zeros(1, device=device)  # the driver's own start
+        torch.zeros(1, device=device)  # start the driver before the clock
     if side == "streamed" and device != "cpu":
         module = torch.get_device_module(device)
         module.set_per_process_memory_fraction(LITTLE_MEMORY / module.mem_get_info()[1])
@@ -200,7 +200,7 @@ def fast(folder: Path, dtype_name: str, device: str, side: str = "fast") -> dict
 
 
 def rate(folder: Path, dtype: "object", device: str) -> float:
-    """GFLOP/s of the MLP's product for all the tokens: the best of many."""
+    """Return the GFLOP/s of the MLP's product for all the tokens, the best of many."""
     import torch
 
     config = json.loads((folder / "base" / "config.json").read_text())
@@ -217,7 +217,7 @@ def rate(folder: Path, dtype: "object", device: str) -> float:
 
 
 def floor_flops(shape: dict) -> tuple[float, float]:
-    """Operations of one forward and one backward pass to activations, without and with recomputing the layers."""
+    """Return the operations of a forward and a backward pass to activations, without and with recomputed layers."""
     kv = shape["hidden"] // shape["heads"] * shape["kv"]
     layer = shape["hidden"] * (2 * shape["hidden"] + 2 * kv + 3 * shape["inter"])
     tokens = SEQUENCES * LENGTH
@@ -227,7 +227,7 @@ def floor_flops(shape: dict) -> tuple[float, float]:
 
 @contextlib.contextmanager
 def one_core_busy() -> Iterator[None]:
-    """While this lasts, a process computes without end."""
+    """Run a process that computes without end."""
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as process:
         try:
             yield
@@ -236,7 +236,7 @@ def one_core_busy() -> Iterator[None]:
 
 
 def run(command: list[str], log: Path) -> tuple[float, float]:
-    """Seconds, and the peak of anonymous memory in GB."""
+    """Run a command. Return its seconds, and the peak of its anonymous memory in GB."""
     begin, peak = time.perf_counter(), 0
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
@@ -255,7 +255,7 @@ def anonymous(pid: int) -> int:
         return 0
 
 
-# What a merge is made with; `by_hand` is stock `ties` by this package, without a pre-pass.
+# The model's parameters in each merge. `by_hand` is stock `ties` by this package, without a pre-pass.
 OWN = {
     "ties": "{density: 0.2, weight: 1.0}",
     "fim_ties": "{density: 0.2}",
@@ -286,7 +286,7 @@ def merge_config(side: str, folder: Path, dtype: str) -> str:
 
 
 def warm(folder: Path) -> bool:
-    """Bring the pair into the system's file cache, so that no side pays for the disk; False where it doesn't fit."""
+    """Bring the pair into the system's file cache, so no side pays for the disk. Return False if it doesn't fit."""
     files = [path for which in ("base", "long") for path in (folder / which).glob("*.safetensors")]
     if sum(path.stat().st_size for path in files) > psutil.virtual_memory().total / 2:
         return False
@@ -317,7 +317,7 @@ def measure_side(side: str, folder: Path, args: argparse.Namespace) -> dict:
 
 
 def difference(found: list, expected: list) -> float:
-    """Largest relative difference of a layer's Fisher information."""
+    """Return the largest relative difference of a layer's Fisher information."""
     return max(abs(sum(a) / sum(b) - 1) for a, b in zip(found, expected, strict=True))
 
 
@@ -364,7 +364,7 @@ def table(results: dict, shape: dict, device: str, name: str) -> str:
 
 
 def kron_bars(results: dict, name: str) -> list[str]:
-    """What fim_kron takes beside what it may; of the sides that were run, on the whole shapes."""
+    """List what fim_kron takes beside its bars, for the sides that were run, on the whole shapes."""
     lines = []
     for side in KRON_BARS.keys() & results.keys():
         found, said = results[side], []
@@ -384,7 +384,7 @@ def _held(found: float, most: float | None) -> str:
 
 
 def bars(results: dict) -> list[str]:
-    """What was measured on an accelerator beside what it may be; of the sides that were run."""
+    """List what was measured on an accelerator beside the bars, for the sides that were run."""
     rows = []
 
     def row(text: str, found: float, bar: float | None, unit: str) -> None:
@@ -410,7 +410,7 @@ def bars(results: dict) -> list[str]:
 
 
 def sides(device: str) -> list[str]:
-    """All that make sense on a device, which is there."""
+    """Return the sides that make sense on a device. Check that the device is there."""
     if device == "cpu":
         return SIDES
     import torch
@@ -428,11 +428,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--only", help="some of " + ",".join([*SIDES, *ON_ACCELERATORS]))
-    parser.add_argument("--folder", type=Path, help="where to make the pair, or where one is (kept)")
+    parser.add_argument("--folder", type=Path, help="where to make the pair, or where one is; it is kept")
     parser.add_argument(
-        "--json", type=Path, help="write the figures here too, and the norms of every layer and sequence"
+        "--json", type=Path, help="write the figures here, too, with the norms of every layer and sequence"
     )
-    parser.add_argument("--busy", action="store_true", help="beside a process that keeps one core busy")
+    parser.add_argument("--busy", action="store_true", help="run beside a process that keeps one core busy")
     parser.add_argument("--worker", choices=MEASURING, help=argparse.SUPPRESS)
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"

@@ -1,13 +1,16 @@
-"""Does a signal predict what moving a part of the model does? Measured KL against each signal, of a pair.
+"""Does a signal predict what moving a part of the model does? Compare the measured KL with each signal, on a pair.
 
     python -m benchmarks.fidelity KIND SEED FOLDER [--texts 24]
 
-FOLDER is a pair that `python -m benchmarks.evidence` has answered; what is found joins what that kept of the pair. One
-layer is moved, or one block of one (attention or MLP), all the way to the other model, or all layers at once by
-coefficients drawn at random; what is measured is the mean KL divergence of the next token's distribution from the
-unmoved model's, on the answers of base and long to the problems. A cell is the correlation of ln KL with ln signal, the
-mean of that at the base and at the long model: of layers / of blocks / of all at once. The ceiling is the correlation
-of ln KL on base's answers with that on long's.
+FOLDER is a pair that `python -m benchmarks.evidence` has answered. The result joins what that kept of the pair.
+
+- A move takes one layer all the way to the other model, or one block of a layer (attention or MLP), or all layers at
+  once by coefficients drawn at random.
+- The mean KL divergence of the next token's distribution from the unmoved model's is measured, on the answers of base
+  and long to the problems.
+- A cell has the correlation of ln KL with ln signal, of layers / of blocks / of all at once. It is the mean of the
+  correlations at the base and at the long model.
+- The ceiling is the correlation between ln KL on base's answers and ln KL on long's.
 """
 
 import argparse
@@ -35,11 +38,11 @@ INPUTS = (
     Inputs(labels="sampled", samples=64),
     Inputs(text="own", labels="sampled", samples=64),
 )
-DRAWS = 24  # of coefficients for all layers at once
+DRAWS = 24  # draws of coefficients for all layers at once
 
 
 def texts(pair: Path, name: str, count: int) -> list[torch.Tensor]:
-    """Prompts with what base or long answered [text] [token]."""
+    """Return prompts with what base or long answered [text] [token]."""
     tokenizer = AutoTokenizer.from_pretrained(pair / name)
     lines = (pair / "answers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
     some = [json.loads(line) for line in lines[:: max(1, len(lines) // count)]]
@@ -51,7 +54,7 @@ def texts(pair: Path, name: str, count: int) -> list[torch.Tensor]:
 
 @torch.inference_mode()
 def divergence(model: Any, expected: Sequence[torch.Tensor], some: Sequence[torch.Tensor]) -> float:
-    """Mean KL of a model's next-token distributions from log-probabilities of another's."""
+    """Return the mean KL of a model's next-token distributions from another's, which are log-probabilities."""
     total, count = 0.0, 0
     for ids, logs in zip(some, expected, strict=True):
         found = model(input_ids=ids, use_cache=False).logits[0].log_softmax(-1)
@@ -61,7 +64,7 @@ def divergence(model: Any, expected: Sequence[torch.Tensor], some: Sequence[torc
 
 
 def measured(pair: Path, at: int, moves: Sequence[dict[str, float]], count: int) -> np.ndarray:
-    """KL [text of base or long, move] from the model at one end, a move being the coefficients of tensors."""
+    """Measure KL [text of base or long, move] from the model at one end. A move is the coefficients of tensors."""
     models = [
         AutoModelForCausalLM.from_pretrained(pair / name, dtype=torch.float32).eval() for name in ("base", "long")
     ]
@@ -82,7 +85,7 @@ def measured(pair: Path, at: int, moves: Sequence[dict[str, float]], count: int)
 
 
 def predicted(its: Signals, at: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Every signal [group]."""
+    """Return every signal [group]."""
     yield "F · ‖δ‖²", its.fisher(at) * its.moved
     yield "E[⟨∇L, δ⟩²]", its.quadratic(at)
 
@@ -92,7 +95,7 @@ def correlation(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def rows(pair: Path, count: int) -> dict[str, dict[str, list[float]]]:
-    """Correlations at base and long [signal] [what is moved] [end]."""
+    """Return correlations [signal] [what is moved] [end], at base and at long."""
     first = signals(pair, INPUTS[0])
     parts: dict[str, Callable[[str], object]] = {"layers": mappings.whole, "blocks": mappings.block}
     grouped = {name: mappings.groups_by(first.tensors, part) for name, part in parts.items()}
@@ -132,8 +135,8 @@ def main() -> None:
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("seed", type=int)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--one-sided", type=int, metavar="STEPS", help="of a pair that was made so")
-    parser.add_argument("--texts", type=int, default=24, help="answers of each of the two models (24)")
+    parser.add_argument("--one-sided", type=int, metavar="STEPS", help="the pair is one-sided, made with so many steps")
+    parser.add_argument("--texts", type=int, default=24, help="how many answers of each of the two models (24)")
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     kept = KEPT / f"{file_of(arguments.kind, arguments.seed, arguments.one_sided)}.json"

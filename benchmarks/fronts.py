@@ -1,9 +1,9 @@
-"""What the statistics of a sweep make of simulated runs, whose fronts are known: docs/sweep.md's figures.
+"""Run a sweep's statistics on simulated runs whose fronts are known. This gives the figures of docs/sweep.md.
 
     python benchmarks/fronts.py [--sweeps 100]
 
 Problems differ in how hard they are, and runs answer each by chance. The long model's answers are ten times as long as
-the base's; merges lie at equal steps of length between them, and are as accurate as one of the `SHAPES` says.
+the base's. Merges lie at equal steps of length between them. One of the `SHAPES` gives their accuracy.
 """
 
 import argparse
@@ -21,15 +21,15 @@ from mergekit_fim.evaluate.front.statistics import summarize
 HARDNESS, RESAMPLES, MARGIN = 2.0, 200, 0.05
 BASE, LONG = 30.0, 300.0  # mean tokens
 
-# A run's accuracy at the share of the way from the base's tokens to the long model's. A front of it takes the best, so
-# what is above the long model stays there.
+# A run's accuracy at a share of the way from the base's tokens to the long model's. A front takes the best run so far,
+# so it stays above the long model once it is there.
 SHAPES: Mapping[str, Callable[[float], float]] = {
     "on the chord": lambda share: 0.5 + 0.3 * share,
     "concave": lambda share: 0.5 + 0.3 * share + 0.3 * share * (1 - share),
     "saturated half-way": lambda share: 0.2 + 0.6 * min(1.0, 2 * share),
     "above the long model": lambda share: min(0.5 + 0.6 * share, 0.9) if share < 1 else 0.8,
 }
-# How much the lengths of a run's answers differ: the standard deviation of their logarithm.
+# The standard deviation of the logarithm of a run's lengths of answers.
 EVEN, UNEVEN = 0.6, 1.2
 LINES = [
     *((shape, EVEN, n) for shape in ("on the chord", "concave") for n in (60, 100, 200, 500, 1319)),
@@ -41,7 +41,7 @@ RUNS = 5  # of each method
 
 @functools.cache
 def ease(accuracy: float) -> float:
-    """What a run has beside the hardness of a problem, so that its chances have this mean."""
+    """Return the ease that, added to the hardness of problems, gives chances with this mean."""
     hardness, weights = np.polynomial.hermite_e.hermegauss(60)
     low, high = -20.0, 20.0
     for _ in range(60):
@@ -52,12 +52,12 @@ def ease(accuracy: float) -> float:
 
 
 def solves(rng: np.random.Generator, hardness: np.ndarray, accuracy: float) -> np.ndarray:
-    """Which problems a run solves."""
+    """Draw which problems a run solves."""
     return rng.random(hardness.shape) < 1 / (1 + np.exp(-(ease(accuracy) + HARDNESS * hardness)))
 
 
 def sweep(rng: np.random.Generator, shape: str, spread: float, problems: int, runs: int) -> list[Outcomes]:
-    """Base, long, and two methods that are equally good."""
+    """Simulate base, long, and two methods that are equally good."""
     hardness = rng.normal(size=problems)
     no = np.zeros((problems, 1), dtype=bool)
 
@@ -72,15 +72,15 @@ def sweep(rng: np.random.Generator, shape: str, spread: float, problems: int, ru
 
 
 def true_areas(shape: str, runs: int) -> tuple[float, float]:
-    """The mean height of the front of such runs, and of the chord."""
+    """Return the mean heights of the front of such runs, and of the chord."""
     heights = [SHAPES[shape](i / (runs + 1)) for i in range(runs + 2)]
     chord = (heights[0] + heights[-1]) / 2
-    heights = np.maximum.accumulate(heights).tolist()  # these are concave then
+    heights = np.maximum.accumulate(heights).tolist()  # now they are concave
     return sum((one + other) / 2 for one, other in pairwise(heights)) / (runs + 1), chord
 
 
 def luck(sweeps: int) -> None:
-    """Print what merges on the chord gain by luck alone."""
+    """Print how much merges on the chord gain by luck alone."""
     runs = (1, 5, 10)
     print(f"\nGains of merges on the chord by luck, {2 * sweeps} sweeps")
     print(f"\n| problems | {' | '.join(f'runs: {x}' for x in runs)} |\n|{' --- |' * (len(runs) + 1)}")
@@ -94,7 +94,7 @@ def luck(sweeps: int) -> None:
 
 
 def gains(sweeps: int) -> None:
-    """Print what the areas and the gains come out as."""
+    """Print the areas and gains that the statistics find."""
     columns = [
         *("merges", "spread of lengths", "problems", "true gain", "gain, luck included", "held out", "± of that"),
         *("its interval covers", "is above 0", "area's interval covers", "difference differs from 0", "± of it"),

@@ -1,13 +1,14 @@
-"""How fast completions are made, beside plain `generate` of transformers, by a model of random weights.
+"""Compare the speed of completions with plain `generate` of transformers, on a model of random weights.
 
     python benchmarks/generation.py                     # the shape of SmolLM2-135M: 1 GB of disk, about 10 minutes
     python benchmarks/generation.py --shape small --rows 8
     python benchmarks/generation.py --device cuda --dtype bfloat16 --rows 64 --problems 512
 
-Two tasks. In `equal`, one full batch of prompts and answers of one length: what it costs to look at the rows. In
-`mixed`, prompts of 40 to 120 tokens whose answers take 20 to 400, log-normal, as those of a short-answering and of a
-long-reasoning model do; the plain loop takes them in the given order, a batch after another, each until its last answer
-ends. Where an answer ends is laid down for each prompt, and brought about alike on both sides, which run by turns.
+There are two tasks. `equal` has one full batch of prompts and answers of one length. It shows what it costs to look at
+the rows. `mixed` has prompts of 40 to 120 tokens. Their answers take 20 to 400, log-normal, as those of a
+short-answering and of a long-reasoning model do. The plain loop takes the prompts in the given order, batch after
+batch. Each batch runs until its last answer ends. The length of each answer is fixed, and both sides end it in the same
+way. The sides run by turns.
 """
 
 import argparse
@@ -33,7 +34,7 @@ SHAPES = {
     "small": {"vocab": 8192, "hidden": 256, "inter": 768, "layers": 12, "heads": 4, "kv": 2},
     "135m": {"vocab": 49152, "hidden": 576, "inter": 1536, "layers": 30, "heads": 9, "kv": 3},
 }
-PAD, END = 0, 1  # of the vocabulary, that no prompt has; `complete` pads with 0 too
+PAD, END = 0, 1  # tokens that no prompt has; `complete` pads with 0, too
 EQUAL_PROMPT, EQUAL_ANSWER = 80, 128
 
 
@@ -60,9 +61,9 @@ def make_model(folder: Path, shape: dict) -> None:
 
 
 class Task:
-    """Prompts, by whose first token one can tell which they are, and how many tokens the answers take.
+    """Prompts, and how many tokens their answers take. The first token of a prompt says which one it is.
 
-    It is the logits processor, too, that ends them there.
+    A task is also the logits processor that ends the answers there.
     """
 
     def __init__(self, lengths: list[tuple[int, int]], vocabulary: int, device: torch.device) -> None:
@@ -81,7 +82,7 @@ class Task:
 
 
 def plain(model: LanguageModel, task: Task, rows: int) -> list[int]:
-    """Fixed batches, each until all its answers have ended: how many tokens those take."""
+    """Run fixed batches, each until all its answers have ended. Return how many tokens the answers take."""
     counts = []
     for at in range(0, len(task.ids), rows):
         ids = task.ids[at : at + rows]
@@ -105,7 +106,7 @@ def ours(model: LanguageModel, task: Task, rows: int | None) -> list[int]:
 
 
 def ended_by(model: LanguageModel, task: Task) -> None:
-    """Let `task` end the answers in all that the model generates from now on."""
+    """Let `task` end all answers that the model generates from now on."""
     generate = type(model.model).generate
 
     def ending(*arguments: object, logits_processor: list | None = None, **options: object) -> object:
@@ -131,7 +132,7 @@ def measure(model: LanguageModel, task: Task, args: argparse.Namespace) -> dict[
             counts = run(model, task, args.rows)
             seconds[side].append(clock() - begin)
             if counts != task.answers:
-                raise SystemExit(f"{side} gave answers of other lengths")
+                raise SystemExit(f"{side}: expected answers of the lengths that the task sets, found others")
             print(f"{side}: {seconds[side][-1]:.1f} s", file=sys.stderr)
     return seconds
 
@@ -141,14 +142,14 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="135m")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rows", type=int, default=16, help="at once, on both sides")
-    parser.add_argument("--problems", type=int, default=64, help="of the mixed task")
+    parser.add_argument("--rows", type=int, default=16, help="how many run at once, on both sides (16)")
+    parser.add_argument("--problems", type=int, default=64, help="how many the mixed task has (64)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--busy", action="store_true", help="one thread and its time on the CPU, for a machine that others use, too"
+        "--busy", action="store_true", help="use one thread and its time on the CPU: for a machine that others use, too"
     )
     parser.add_argument("--only", default="equal,mixed", help="some of equal,mixed")
-    parser.add_argument("--json", type=Path, help="write the figures here too")
+    parser.add_argument("--json", type=Path, help="write the figures here, too")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     transformers.utils.logging.disable_progress_bar()

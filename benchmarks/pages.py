@@ -1,24 +1,24 @@
-"""Tables into pages of docs/, each between the two comments that name its command."""
+"""Write tables into pages of docs/, each between the two comments that name its command."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 
 def line(*cells: str) -> str:
-    """A row of a table."""
+    """Return a row of a table."""
     return f"| {' | '.join(cells)} |"
 
 
 def head(*cells: str) -> list[str]:
-    """The first two lines of one."""
+    """Return the first two lines of a table."""
     return [line(*cells), line(*["---"] * len(cells))]
 
 
 def put(page: Path, command: str, lines: Sequence[str]) -> None:
-    """Replace what stands between `<!-- command: begin -->` and `<!-- command: end -->`.
+    """Replace the text between `<!-- command: begin -->` and `<!-- command: end -->`.
 
     Raises:
-        ValueError: the page lacks one of them.
+        ValueError: the page lacks one of the two comments.
     """
     begin, end = f"<!-- {command}: begin -->", f"<!-- {command}: end -->"
     text = page.read_text(encoding="utf-8")

@@ -1,9 +1,9 @@
-"""What a merge costs at sizes and on machines that were not at hand: the table of docs/scale.md, from a cost model.
+"""Estimate what a merge costs at sizes and on machines that were not at hand: the table of docs/scale.md.
 
     python benchmarks/scale.py
 
-Nothing is run here. The constants come from benchmarks/cost.py on two CPU cores; the machines' rates are assumptions,
-printed with the table.
+Nothing is run here. The constants come from benchmarks/cost.py on two CPU cores. The machines' rates are assumptions;
+docs/scale.md has them.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from mergekit_fim.tools.explain import PRE_PASS_MEMORY, PROGRAM_MEMORY, activati
 GB = 1e9
 SEQUENCES, LENGTH, WIDTH = 8, 64, 2  # the default settings, in bfloat16
 
-# How much longer than its arithmetic the pre-pass takes: 1.3 to 1.4 at 1.5B and 1.6 at 7B, which waits for its disk.
+# The pre-pass takes this many times as long as its arithmetic: 1.3 to 1.4 at 1.5B, 1.6 at 7B, which waits for its disk.
 OVER_ARITHMETIC = 1.4
-# fim_ties beside reading and writing: seconds of a CPU core per GB of each model. (35.3 − 19.6) s × 2 cores / 3.1 GB at
-# 1.5B, (135.2 − 83.3) s × 2 cores / 15.2 GB at 7B.
+# Seconds of a CPU core that fim_ties takes per GB of each model, without reading and writing:
+# (35.3 − 19.6) s × 2 cores / 3.1 GB at 1.5B, (135.2 − 83.3) s × 2 cores / 15.2 GB at 7B.
 MERGE_CORE_SECONDS = 8.0
 
 
@@ -32,17 +32,17 @@ class Shape:
 
     @property
     def layer(self) -> int:
-        """Parameters of a decoder layer, its norms and biases left out."""
+        """Return the parameters of a decoder layer, without norms and biases."""
         return self.hidden * (2 * self.hidden + 2 * self.kv + 3 * self.intermediate)
 
     @property
     def size(self) -> float:
-        """Bytes of the model, untied."""
+        """Return the bytes of the model, untied."""
         return WIDTH * (self.layers * self.layer + 2 * self.vocab * self.hidden)
 
     @property
     def operations(self) -> float:
-        """Of the pre-pass: forward, recomputed forward and backward to activations, the head without recomputing."""
+        """Return the pre-pass's: forward, recomputed, and backward to activations. The head isn't recomputed."""
         return SEQUENCES * LENGTH * (6 * self.layers * self.layer + 4 * self.vocab * self.hidden)
 
 
@@ -71,8 +71,8 @@ MACHINES = [
     Machine("eight 80 GB GPUs, 64 cores", 8, 80 * GB, 350e12, 64, 5 * GB, 40 * GB),
 ]
 
-# What was run: the arithmetic's rate there is the one at which the pair of 1.5B would take 10.8 s, the disk's that at
-# which the pair of 7B was read. Seconds of the pre-pass and of the merge after it, imports included.
+# The machine of what was run. At its rate of arithmetic the pair of 1.5B would take 10.8 s. At its rate of the disk the
+# pair of 7B was read. MEASURED has seconds of the pre-pass and of the merge after it, imports included.
 SMALL = Shape("1.5B", 28, 1536, 8960, 256, 151936)
 AS_MEASURED = Machine("two cores, 24 GB, no GPU", 0, 0, SMALL.operations / 10.8, 2, 1.6 * GB, 0)
 MEASURED = {"7B": (83.3, 135.2 - 83.3)}
@@ -87,11 +87,13 @@ class Estimate:
 
 
 def estimate(shape: Shape, machine: Machine) -> Estimate:
-    """Seconds and bytes of one merge of a base and one fine-tuned model by `fim_ties`, nothing in the file cache.
+    """Return seconds and bytes of a merge of a base and one fine-tuned model by `fim_ties`. The file cache is empty.
 
-    The base is read once where it stays on the accelerators, else twice, for the forward and for the backward pass;
-    the fine-tuned model once. What is read goes over the bus, of one GPU where weights are streamed, else of all at
-    once. GPUs that hold the model together work in turn. Merging is on the CPU.
+    - The base is read once where it stays on the accelerators. Else it is read twice, for forward and backward pass.
+    - The fine-tuned model is read once.
+    - What is read goes over the bus: of one GPU where weights are streamed, else of all GPUs at once.
+    - GPUs that hold the model together work in turn.
+    - Merging is on the CPU.
     """
     activations = activation_memory(shape.layers, shape.hidden, shape.intermediate, SEQUENCES * LENGTH, WIDTH)
     room = max(0.0, (machine.gpu - RESERVE) / (1 + RESERVED_PART))

@@ -1,8 +1,8 @@
-"""What the start-up hook costs every Python interpreter of an environment: `python -c pass` with it and without.
+"""Measure what the start-up hook costs every Python interpreter: `python -c pass` with it and without.
 
     python benchmarks/startup.py [--runs 200]
 
-Two bare virtual environments, one of them with the package and its .pth file copied in; the runs alternate.
+It makes two bare virtual environments, and copies the package and its .pth file into one. The runs alternate.
 """
 
 import argparse

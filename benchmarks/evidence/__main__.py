@@ -1,10 +1,11 @@
-"""Answer, for a pair, and sum it up: `python -m benchmarks.evidence KIND SEED FOLDER [VARIANT...]`.
+"""Let a pair answer, and sum it up: `python -m benchmarks.evidence KIND SEED FOLDER [VARIANT...]`.
 
-From the repository's root. The pair is made first, unless it is there; with `--one-sided STEPS` its long model is
-trained from the base. Without names, all variants are run, in their order. The answers of all that have been run by
-then are kept in docs/evidence/KIND-SEED.npz, or KIND-SEED-one-sided-STEPS.npz, and what they show beside them, as JSON;
-docs/evidence.md is made of these files by `python -m benchmarks.evidence.tables`. Seeds of development are kept in
-docs/evidence/development instead, and are asked what is explored, too.
+Run it from the repository's root. It makes the pair first, unless it is there. With `--one-sided STEPS` it trains the
+long model from the base. Without names it runs all variants, in their order.
+
+It keeps the answers of all variants run so far in docs/evidence/KIND-SEED.npz, or KIND-SEED-one-sided-STEPS.npz. What
+they show goes beside them, as JSON. `python -m benchmarks.evidence.tables` makes docs/evidence.md from these files.
+Seeds of development go to docs/evidence/development instead, and also run what is explored.
 """
 
 import argparse
@@ -23,21 +24,21 @@ from benchmarks.evidence.variants import EXPLORED, LISTED, VARIANTS
 from benchmarks.pairs.recipes import KINDS, make, seconds
 from mergekit_fim.prepass.measured import measured_once
 
-SEEDS_OF_DEVELOPMENT = (7, 8)  # of pairs that methods are made on: what they show is no evidence
+SEEDS_OF_DEVELOPMENT = (7, 8)  # methods are made on these pairs, so what they show is no evidence
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("seed", type=int)
-    parser.add_argument("folder", type=Path, help="outside the repository")
+    parser.add_argument("folder", type=Path, help="a folder outside the repository")
     parser.add_argument("variants", nargs="*")
     parser.add_argument(
-        "--one-sided", type=int, metavar="STEPS", help="train the long model from the base, so many steps"
+        "--one-sided", type=int, metavar="STEPS", help="train the long model from the base, in so many steps"
     )
-    parser.add_argument("--n", type=int, default=200, help="problems (200)")
+    parser.add_argument("--n", type=int, default=200, help="how many problems (200)")
     parser.add_argument("--runs", type=int, default=RUNS, help=f"merges of each variant ({RUNS})")
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="of the two files (docs/evidence)")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="keep the two files here (docs/evidence)")
     arguments = parser.parse_intermixed_args()
     develops = arguments.seed in SEEDS_OF_DEVELOPMENT
     known = {**VARIANTS, **(EXPLORED if develops else {})}
@@ -45,7 +46,9 @@ def main() -> None:
     if unknown := ", ".join(set(names) - set(known)):
         parser.error(f"expected some of {', '.join(known)}, found {unknown}")
     if arguments.runs < RUNS and arguments.keep is None:
-        parser.error(f"expected at least {RUNS} merges of each variant, found {arguments.runs}; or keep them elsewhere")
+        parser.error(
+            f"expected at least {RUNS} merges of each variant, found {arguments.runs}; name a folder by --keep"
+        )
     transformers.utils.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
     kind = KINDS[arguments.kind]

@@ -1,10 +1,10 @@
-"""What a pair's models and merges answered, in a small file: all that the pair's statistics rest on.
+"""Keep what a pair's models and merges answered, in a small file. All of the pair's statistics rest on it.
 
-A file is of arrays alone, `docs/evidence/NAME.npz`, and is read without pickle:
+A file, `docs/evidence/NAME.npz`, holds only arrays, and is read without pickle:
 
-- `runs`, `variants`, `strengths`: a run's name, its variant and strength [run]; "" and NaN for a model as it is;
+- `runs`, `variants`, `strengths`: a run's name, variant and strength [run]. A model as it is has "" and NaN;
 - `correct`: whether an answer is right, eight problems a byte [run, byte];
-- `tokens`: how long it is [run, problem];
+- `tokens`: how long an answer is [run, problem];
 - `prose`: what an unrelated text costs, in nats a token; NaN where not measured [run].
 """
 
@@ -26,7 +26,7 @@ class Answers:
     Attributes:
         models: base, long and, where there is one, parent.
         fronts: every variant's runs, by strength.
-        prose: what an unrelated text costs a run, in nats a token; only those that were asked.
+        prose: what an unrelated text costs a run, in nats a token. Runs that weren't asked are missing.
     """
 
     models: Mapping[str, Outcomes]
@@ -35,7 +35,7 @@ class Answers:
 
 
 def save_answers(path: Path, answers: Answers) -> None:
-    """Keep all that is computed from: whether an answer is right, and how long it is."""
+    """Keep all that figures are computed from: whether an answer is right, and how long it is."""
     runs = [*answers.models.values(), *(run for front in answers.fronts.values() for run in front)]
     tokens = np.stack([run.tokens[:, 0] for run in runs])
     np.savez_compressed(
@@ -50,7 +50,7 @@ def save_answers(path: Path, answers: Answers) -> None:
 
 
 def load_answers(path: Path) -> Answers:
-    """What `save_answers` kept. How an answer ended wasn't, and says False: no area rests on it."""
+    """Read what `save_answers` kept. How an answer ended wasn't kept, and says False: no area rests on it."""
     with np.load(path) as file:
         kept = {name: file[name] for name in file.files}
     tokens = kept["tokens"].astype(np.int64)

@@ -1,10 +1,10 @@
-"""Why does a merge by the inputs' second moments work? The same merge with one thing changed at a time.
+"""Ask why a merge by the inputs' second moments works: make the same merge with one thing changed at a time.
 
 A linear layer's inputs have second moments A0 at the base and A1 at the long model, on the same tokens. Their
-generalised eigenvalues, the ratios r of A1 to A0, say how much more of each direction the long model has. Merging by
-inputs alone (RegMean, arXiv 2212.09849, with weights; `fim_kron`) multiplies δ by α = βr / ((1 − β) + βr) in each. Here
-all of it is dense and in float64, for models whose layers are a few hundred wide; what isn't nn.Linear or Conv1D
-moves uniformly.
+generalised eigenvalues are the ratios r of A1 to A0. They say how much more of each direction the long model has.
+Merging by inputs alone (RegMean, arXiv 2212.09849, with weights; `fim_kron`) multiplies δ by α = βr / ((1 − β) + βr) in
+each direction. Here all of it is dense and in float64, for models whose layers are a few hundred wide. What isn't
+nn.Linear or Conv1D moves uniformly.
 """
 
 import functools
@@ -23,11 +23,11 @@ from benchmarks.evidence.signals import BASE, LONG, Inputs, sequences
 from benchmarks.pairs.training import layer_of
 
 Moved = Callable[[Tensor, float], Tensor]  # ratios [direction] and strength -> coefficients [direction]
-Rows = Mapping[str, Tensor]  # what each linear layer is given [token, input], by the name of its weight
+Rows = Mapping[str, Tensor]  # the inputs of each linear layer [token, input], by the name of its weight
 
 
 def power(sharpness: float) -> Moved:
-    """α = βrˢ / ((1 − β) + βrˢ), so that logit α = logit β + s · ln r; 1 is the merge itself."""
+    """Return α = βrˢ / ((1 − β) + βrˢ): logit α = logit β + s · ln r. A sharpness s of 1 is the merge itself."""
 
     def found(ratios: Tensor, strength: float) -> Tensor:
         raised = ratios**sharpness
@@ -37,7 +37,7 @@ def power(sharpness: float) -> Moved:
 
 
 def share(ratios: Tensor, strength: float) -> Tensor:
-    """All of δ in the directions with the largest ratios, nothing in the others; the strength is how many these are."""
+    """Move all of δ in the directions with the largest ratios, nothing in the others. The strength is their share."""
     count = round(strength * len(ratios))
     found = torch.zeros_like(ratios)
     found[ratios.argsort(descending=True)[:count]] = 1
@@ -45,12 +45,12 @@ def share(ratios: Tensor, strength: float) -> Tensor:
 
 
 def changed(before: Callable[[Tensor], Tensor]) -> Moved:
-    """The merge itself with other ratios."""
+    """Make the merge itself with other ratios."""
     return lambda ratios, strength: power(1)(before(ratios), strength)
 
 
 def permuted(ratios: Tensor) -> Tensor:
-    """The same ratios, each at another direction."""
+    """Give each direction another direction's ratio."""
     return ratios[torch.randperm(len(ratios), generator=torch.Generator().manual_seed(len(ratios)))]
 
 
@@ -59,13 +59,13 @@ class Directions:
     """One such merge.
 
     Attributes:
-        inputs: the tokens; their labels have no part in it.
+        inputs: the tokens. Their labels play no part.
         moved: the coefficients.
-        damping: of each model's second moments, in parts of their own mean diagonal.
-        rows: what is made of the inputs of both models before their second moments are taken.
-        basis: "ratios", the generalised eigenvectors; "inputs", single inputs, with the ratios of their mean squares;
-            "random", an orthonormal basis that has nothing to do with either, with the ratios of "ratios".
-        part: a pattern of the names of weights that are merged so; the others move uniformly.
+        damping: added to each model's second moments, in parts of their own mean diagonal.
+        rows: changes the inputs of both models before their second moments are taken.
+        basis: "ratios" has the generalised eigenvectors; "inputs" has single inputs, with the ratios of their mean
+            squares; "random" has an orthonormal basis that has nothing to do with either, with the ratios of "ratios".
+        part: a pattern of the names of weights that are merged so. The others move uniformly.
     """
 
     inputs: Inputs = Inputs()  # noqa: RUF009 (it is frozen)
@@ -76,7 +76,7 @@ class Directions:
     part: str = ""
 
     def __call__(self, pair: Path, strength: float) -> PreTrainedModel:
-        """The merge of a pair at a strength."""
+        """Make the merge of a pair at a strength."""
         _, deltas = weights(pair)
         found = {name: strength * delta for name, delta in deltas.items()}
         for name, (left, right, ratios) in _bases(pair, self).items():
@@ -88,7 +88,11 @@ class Directions:
 
 @functools.lru_cache(maxsize=1)
 def _bases(pair: Path, how: Directions) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Of every linear layer δR [output, direction], L [direction, input] with RL = I, and the ratios [direction]."""
+    """Split each linear layer's δ into directions.
+
+    Returns:
+        By the weight's name δR [output, direction], L [direction, input] with RL = I, and the ratios [direction].
+    """
     _, deltas = weights(pair)
     low, high = how.rows(*recorded(pair, how.inputs))
     found = {}
@@ -120,7 +124,7 @@ def _moments(rows: Tensor, damping: float) -> Tensor:
 
 @functools.lru_cache(maxsize=4)
 def recorded(pair: Path, inputs: Inputs) -> tuple[Rows, Rows]:
-    """What the linear layers of base and long model are given on the same tokens."""
+    """Record the inputs of the linear layers of base and long model on the same tokens."""
     models = [load(pair, name) for name in ("base", "long")]
     ids = torch.stack(list(sequences(pair, models, inputs)))
     return _given(models[BASE], ids), _given(models[LONG], ids)
@@ -149,46 +153,46 @@ def _transposed(pair: Path) -> frozenset[str]:
 
 
 def _is_transposed(pair: Path, name: str) -> bool:
-    """Whether a weight is stored as [input, output]."""
+    """Say whether a weight is stored as [input, output]."""
     return name in _transposed(pair)
 
 
-# What is made of the rows of both models
+# Changes to the rows of both models
 
 
 def reversed_(low: Rows, high: Rows) -> tuple[Rows, Rows]:
-    """Base and long model in each other's place."""
+    """Put base and long model in each other's place."""
     return high, low
 
 
 def centred(low: Rows, high: Rows) -> tuple[Rows, Rows]:
-    """Without the mean input."""
+    """Subtract the mean input."""
     return tuple({name: x - x.mean(0) for name, x in rows.items()} for rows in (low, high))  # type: ignore[return-value]
 
 
 def drifted(times: float) -> Callable[[Rows, Rows], tuple[Rows, Rows]]:
-    """As if the long model's inputs had drifted from the base's by so many times as much."""
+    """Let the long model's inputs drift from the base's by so many times as much."""
     return lambda low, high: (low, {name: x + times * (high[name] - x) for name, x in low.items()})
 
 
 def even_base(low: Rows, high: Rows) -> tuple[Rows, Rows]:
-    """The base's inputs spread evenly over all directions: what the long model's alone say."""
+    """Spread the base's inputs evenly over all directions: only the long model's count."""
     return {name: _even(x) for name, x in low.items()}, high
 
 
 def even_long(low: Rows, high: Rows) -> tuple[Rows, Rows]:
-    """Likewise the long model's: what the base's alone say."""
+    """Spread the long model's inputs evenly over all directions: only the base's count."""
     return low, {name: _even(x) for name, x in high.items()}
 
 
 def unpaired(low: Rows, high: Rows) -> tuple[Rows, Rows]:
-    """The base on the first half of the tokens, the long model on the second."""
+    """Take the base on the first half of the tokens, the long model on the second."""
     half = {name: len(x) // 2 for name, x in low.items()}
     return {n: x[: half[n]] for n, x in low.items()}, {n: x[half[n] :] for n, x in high.items()}
 
 
 def of_base_alone(low: Rows, high: Rows) -> tuple[Rows, Rows]:
-    """The base on either half of the tokens: chance alone."""
+    """Take the base on either half of the tokens: chance alone."""
     half = {name: len(x) // 2 for name, x in low.items()}
     return {n: x[: half[n]] for n, x in low.items()}, {n: x[half[n] :] for n, x in low.items()}
 

@@ -1,6 +1,6 @@
-"""Merges of a pair that treat single entries or directions of the task vector apart: what others propose.
+"""Make merges that treat single entries or directions of the task vector apart, as others propose.
 
-All of it in memory, for models that are small; everything outside the decoder layers' matrices moves uniformly.
+All of it is in memory: the models are small. Everything outside the decoder layers' matrices moves uniformly.
 """
 
 import contextlib
@@ -25,14 +25,14 @@ Weights = dict[str, torch.Tensor]
 
 @functools.lru_cache(maxsize=2)
 def weights(pair: Path) -> tuple[Weights, Weights]:
-    """Base's weights, and the task vector δ."""
+    """Return the base's weights, and the task vector δ."""
     base, long = (dict(load(pair, name).named_parameters()) for name in ("base", "long"))
     own = {name: tensor.detach() for name, tensor in base.items()}
     return own, {name: long[name].detach() - own[name] for name in own}
 
 
 def model_of(pair: Path, task_vector: Mapping[str, torch.Tensor]) -> PreTrainedModel:
-    """The base moved by a task vector."""
+    """Move the base by a task vector."""
     model = load(pair, "base")
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -41,13 +41,13 @@ def model_of(pair: Path, task_vector: Mapping[str, torch.Tensor]) -> PreTrainedM
 
 
 def scaled(make: Callable[[Path], Weights]) -> Callable[[Path, float], PreTrainedModel]:
-    """A family of merges: what `make` leaves of δ, times the strength."""
+    """Make a family of merges: what `make` leaves of δ, times the strength."""
     made = functools.lru_cache(maxsize=1)(make)
     return lambda pair, strength: model_of(pair, {name: strength * tensor for name, tensor in made(pair).items()})
 
 
 def top_singular_pair(pair: Path, density: float | None = None) -> Weights:
-    """Of every matrix of δ the first singular pair, u₁σ₁v₁ᵀ; of that the largest entries, if a density is given."""
+    """Keep the first singular pair u₁σ₁v₁ᵀ of every matrix of δ. With a density keep its largest entries only."""
     _, deltas = weights(pair)
 
     def first(delta: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ def top_singular_pair(pair: Path, density: float | None = None) -> Weights:
 
 
 def arcee_fusion(pair: Path) -> Weights:
-    """What mergekit's method of that name leaves of δ: it has a density of its own, and no strength."""
+    """Return what mergekit's method of that name leaves of δ. It has its own density, and no strength."""
     config = MergeConfiguration.model_validate(
         {
             "merge_method": "arcee_fusion",
@@ -76,7 +76,7 @@ def arcee_fusion(pair: Path) -> Weights:
 
 
 def by_saliency(pair: Path, inputs: Inputs, density: float) -> Weights:
-    """Of every tensor the entries with the largest δ²/(F + mean F), F the base's diagonal Fisher information."""
+    """Keep each tensor's entries with the largest δ²/(F + mean F). F is the base's diagonal Fisher information."""
     _, deltas = weights(pair)
     fisher = diagonal_fisher(pair, inputs)[BASE]
     return {
@@ -86,9 +86,9 @@ def by_saliency(pair: Path, inputs: Inputs, density: float) -> Weights:
 
 
 def diagonal_fisher_merge(pair: Path, strength: float, inputs: Inputs, damping: float = 1e-3) -> PreTrainedModel:
-    """Fisher merging (arXiv 2111.09832) of both ends with weights: α = βF1/((1 − β)F0 + βF1), entry by entry.
+    """Merge both ends by Fisher merging (arXiv 2111.09832) with weights: α = βF1/((1 − β)F0 + βF1), entry by entry.
 
-    Each F is damped by a part of its own tensor's mean.
+    Damping adds a part of its own tensor's mean to each F.
     """
     _, deltas = weights(pair)
     ends = diagonal_fisher(pair, inputs)
@@ -97,12 +97,12 @@ def diagonal_fisher_merge(pair: Path, strength: float, inputs: Inputs, damping: 
     return model_of(pair, {name: alphas[name] * delta for name, delta in deltas.items()})
 
 
-_LEAST = 1e-30  # where a tensor has no Fisher information at all
+_LEAST = 1e-30  # for a tensor without any Fisher information
 
 
 @functools.lru_cache(maxsize=2)
 def diagonal_fisher(pair: Path, inputs: Inputs) -> tuple[Weights, Weights]:
-    """E[(∂L/∂θ)²] of every entry, at base and long model, a sequence at a time."""
+    """Return E[(∂L/∂θ)²] of every entry, at base and long model, a sequence at a time."""
     models = [load(pair, name) for name in ("base", "long")]
     ids = list(sequences(pair, models, inputs))
     found = []
@@ -119,7 +119,7 @@ def diagonal_fisher(pair: Path, inputs: Inputs) -> tuple[Weights, Weights]:
 
 
 def largest(values: torch.Tensor, by: torch.Tensor, density: float) -> torch.Tensor:
-    """The entries of a tensor that are the largest by something, the others 0."""
+    """Keep the entries of a tensor for which `by` is largest, and set the others to 0."""
     count = max(1, int(density * values.numel()))
     kept = torch.zeros(values.numel(), dtype=torch.bool)
     kept[by.flatten().topk(count).indices] = True
@@ -131,6 +131,6 @@ def _is_matrix(name: str, tensor: torch.Tensor) -> bool:
 
 
 def load(pair: Path, name: str) -> PreTrainedModel:
-    """A model of a pair, in float32."""
+    """Load a model of a pair, in float32."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(pair / name, dtype=torch.float32)
     return model.eval()

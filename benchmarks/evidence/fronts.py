@@ -1,8 +1,10 @@
 """A pair and its problems -> the answers of base, long model and every variant, at strengths chosen as they come.
 
-A run's answers are kept once they are all there; what stops goes on at the next run. The strengths are found, not
-given: where a merge turns from one model to the other, and how fast, is different for every method, so each gets the
-same number of merges, and each of these goes to the widest gap that is left on its way from base to long.
+A run's answers are kept once they are all there. After a stop the same command goes on at the next run.
+
+The strengths are found, not given. Every method turns from one model to the other at another strength, and at another
+pace. So each method gets the same number of merges, and each merge goes to the widest gap that is left on the way from
+base to long.
 """
 
 import contextlib
@@ -41,8 +43,8 @@ from mergekit_fim.norms import squared_distance, squared_norm
 from mergekit_fim.tools.whole import merge_whole
 
 RUNS = 8  # merges of a variant
-ROWS = 200  # at once: all of a small model's, which takes three quarters of the time of 128
-WHOLE = re.compile(r"0|-?[1-9][0-9]{0,8}")  # a number as it is written but one way
+ROWS = 200  # answers at once: all of a small model's, in three quarters of the time of 128
+WHOLE = re.compile(r"0|-?[1-9][0-9]{0,8}")  # a whole number that can be written in one way only
 OPTIONS = MergeOptions(quiet=True, write_model_card=False)
 
 ByKey = Mapping[Key, Answer]
@@ -52,9 +54,9 @@ class Pair:
     """A pair under test.
 
     Args:
-        folder: where it is made; answers and signals are kept there too.
+        folder: where the pair is; answers and signals are kept there, too.
         kind: its recipe.
-        n: problems, of all sources together.
+        n: how many problems, of all sources together.
     """
 
     def __init__(self, folder: Path, kind: Kind, n: int) -> None:
@@ -70,15 +72,15 @@ class Pair:
         }
 
     def front(self, name: str, variant: Variant, runs: int) -> list[Outcomes]:
-        """The runs of a variant, by strength."""
+        """Run a variant, and return its runs by strength."""
         return self._front(name, variant, runs, known=False)
 
     def known(self, name: str, variant: Variant, runs: int) -> list[Outcomes]:
-        """Those of a variant that has been run; none where it hasn't."""
+        """Return the runs of a variant that has been run; none if it hasn't."""
         return self._front(name, variant, runs, known=True)
 
     def answers(self, fronts: Mapping[str, list[Outcomes]]) -> Answers:
-        """All that statistics take: of the models, and of some variants' runs."""
+        """Return all that statistics take: the answers of the models, and of some variants' runs."""
         models = {name: self._outcomes(name, None, None, its) for name, its in self.models.items()}
         prose = {line["run"]: line["nats"] for line in noted(self.folder) if line["nats"] is not None}
         return Answers(models, fronts, prose)
@@ -109,7 +111,7 @@ class Pair:
         return self._known.get(run, {})
 
     def _run(self, name: str, load: Callable[[], LanguageModel], strength: float | None = None) -> ByKey:
-        """A model's answers, which are kept once they are all there."""
+        """Return a model's answers, and keep them once they are all there."""
         if len(found := self._answered(name)) == len(self.questions.keys):
             return found
         began = time.time()
@@ -128,12 +130,12 @@ class Pair:
         return self._known[name]
 
     def _loaded(self, name: str) -> LanguageModel:
-        """One of the pair's models."""
+        """Load one of the pair's models."""
         folder = str(self.folder / name)
         return load_model(name, folder, load_tokenizer(name, folder, None, False), OPTIONS, torch.float32)
 
     def _merged(self, run: str, variant: Variant, strength: float) -> LanguageModel:
-        """A merge, which takes its tokenizer from the base, as mergekit's do."""
+        """Make a merge. It takes its tokenizer from the base, as mergekit's merges do."""
         made = variant.merged(self.folder, strength)
         model = self._by_mergekit(run, made) if isinstance(made, MergeConfiguration) else made
         model.eval()
@@ -142,7 +144,7 @@ class Pair:
 
     @functools.cached_property
     def _as_base(self) -> functools.partial[LanguageModel]:
-        """How a model of the base's architecture is run; the base's own weights aren't held."""
+        """Return how to run a model of the base's architecture, without holding the base's weights."""
         base = self._loaded("base")
         names = ("tokenizer", "stop", "context", "joins", "pads", "row_bytes", "token_bytes")
         return functools.partial(LanguageModel, **{name: getattr(base, name) for name in names})
@@ -160,9 +162,9 @@ class Pair:
 
 
 def quickly(grade: Callable[[Problem, str], Grade]) -> Callable[[Problem, str], Grade]:
-    """The same grades, with fewer questions to the process that grades.
+    """Give the same grades, but ask the process that grades less often.
 
-    A front's merges end in the same answers over and over, and of most problems in whole numbers where one is expected.
+    A front's merges give the same answers over and over. Most are whole numbers where a whole number is expected.
     """
 
     def found(problem: Problem, answer: str) -> Grade:
@@ -178,7 +180,7 @@ def quickly(grade: Callable[[Problem, str], Grade]) -> Callable[[Problem, str], 
 
 
 def distance(pair: Path) -> float:
-    """‖δ‖ / ‖θ0‖ of a pair's decoder layers."""
+    """Return ‖δ‖ / ‖θ0‖ of a pair's decoder layers."""
     base, long = (
         dict(AutoModelForCausalLM.from_pretrained(pair / name, dtype=torch.float32).named_parameters())
         for name in ("base", "long")
@@ -192,7 +194,7 @@ def distance(pair: Path) -> float:
 
 @torch.inference_mode()
 def prose(model: Any, tokenizer: Any) -> float:
-    """What an unrelated text costs a model, in nats a token: Verne's, which reasoning-gym carries."""
+    """Return what an unrelated text costs a model, in nats a token. The text is Verne's; reasoning-gym carries it."""
     import reasoning_gym
 
     path = Path(reasoning_gym.__file__).parent / "data" / "in_the_year_2889.txt"
@@ -200,5 +202,5 @@ def prose(model: Any, tokenizer: Any) -> float:
     return float(model(input_ids=ids, labels=ids, use_cache=False).loss)
 
 
-SEED = 1_000_000  # of the problems of reasoning-gym
+SEED = 1_000_000  # the seed of the problems of reasoning-gym
 SCRATCH = "/dev/shm" if os.path.isdir("/dev/shm") else None

@@ -1,6 +1,6 @@
-"""What both models of a pair say of each tensor, on tokens that need no data: what every mapping here starts from.
+"""Measure what both models of a pair say of each tensor, on tokens that need no data. Every mapping starts from it.
 
-By plain autograd, a sequence at a time: these models are small, and nothing here has to be trusted but torch.
+It runs plain autograd, a sequence at a time. The models are small, and so only torch has to be trusted.
 """
 
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ class Inputs:
     """The tokens on which gradients are taken.
 
     Attributes:
-        text: "random", uniform over the vocabulary as in the paper; or "own", which the two models write themselves,
-            half of the sequences each, at a temperature of 1 from a single random token.
+        text: "random" is uniform over the vocabulary, as in the paper. "own" is text that the two models write
+            themselves, half of the sequences each, at a temperature of 1 from a single random token.
         labels: "inputs", the next token; or "sampled" from the model's own distribution.
-        samples: sequences.
-        length: tokens of each.
+        samples: how many sequences.
+        length: tokens of each sequence.
     """
 
     text: str = "random"
@@ -39,12 +39,12 @@ class Inputs:
 
 @dataclass(frozen=True, eq=False)
 class Signals:
-    """Of one pair, on one kind of inputs.
+    """The signals of one pair, on one kind of inputs.
 
     Attributes:
-        tensors: the names of what the models' task vector has.
+        tensors: the names of the task vector's tensors.
         squares: ‖∇L‖² at the base and at the long model [2, sequence, tensor].
-        dots: ⟨∇L, δ⟩, likewise.
+        dots: ⟨∇L, δ⟩ at the base and at the long model [2, sequence, tensor].
         sizes: entries of each tensor [tensor].
         moved: ‖δ‖² [tensor].
     """
@@ -56,7 +56,7 @@ class Signals:
     moved: np.ndarray
 
     def grouped(self, groups: list[list[int]]) -> "Signals":
-        """The same of groups of tensors, which then stand for tensors."""
+        """Sum over groups of tensors. Each group then stands for a tensor."""
         member = np.zeros((len(self.tensors), len(groups)))
         for group, tensors in enumerate(groups):
             member[tensors, group] = 1
@@ -64,16 +64,16 @@ class Signals:
         return Signals(names, self.squares @ member, self.dots @ member, self.sizes @ member, self.moved @ member)
 
     def fisher(self, at: int) -> np.ndarray:
-        """Mean diagonal Fisher information per entry [tensor]."""
+        """Return the mean diagonal Fisher information per entry [tensor]."""
         return self.squares[at].mean(axis=0) / self.sizes
 
     def quadratic(self, at: int) -> np.ndarray:
-        """q = E[⟨∇L, δ⟩²] [tensor]."""
+        """Return q = E[⟨∇L, δ⟩²] [tensor]."""
         return np.square(self.dots[at]).mean(axis=0)
 
 
 def signals(pair: Path, inputs: Inputs) -> Signals:
-    """Measure a pair, or read what was measured."""
+    """Measure a pair, or read its earlier measurement."""
     kept = pair / "signals" / f"{inputs}.npz"
     if not kept.exists():
         kept.parent.mkdir(exist_ok=True)
@@ -113,7 +113,7 @@ def _measure(pair: Path, inputs: Inputs) -> dict[str, Any]:
 
 
 def backward(model: Any, ids: torch.Tensor, labels: str, drawn: torch.Generator) -> None:
-    """Leave the gradients of a sequence's mean loss in the model; `labels` as in `Inputs`, sampled ones by `drawn`."""
+    """Leave the gradients of a sequence's mean loss in the model. `drawn` draws sampled labels; see `Inputs`."""
     model.zero_grad(set_to_none=True)
     logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
     expected = ids[1:]
@@ -123,7 +123,7 @@ def backward(model: Any, ids: torch.Tensor, labels: str, drawn: torch.Generator)
 
 
 def sequences(pair: Path, models: list[Any], inputs: Inputs) -> Iterator[torch.Tensor]:
-    """The tokens [position] of each sequence, which both models are shown."""
+    """Return the tokens [position] of each sequence. Both models are shown them."""
     vocabulary = models[BASE].config.vocab_size
     if inputs.text == "random":
         generator = torch.Generator().manual_seed(0)

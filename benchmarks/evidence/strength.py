@@ -2,10 +2,10 @@
 
     python -m benchmarks.evidence.strength KIND FOLDER
 
-Of a pair that has been run: how far its merges are on the way from base to long, in tokens, against what each measure
-says of their coefficients. Merges by mappings of different shapes are taken together; a measure that holds for all has
-one curve for all. Printed is how far they are from the rising curve that fits best, and from the measure itself, both
-as root mean squares, in parts of the way.
+The pair must have been run. Compare how far its merges are on the way from base to long, in tokens, with what each
+measure says of their coefficients. Merges by mappings of different shapes are taken together: a measure that holds for
+all of them has one curve for all. The command prints how far the merges are from the rising curve that fits best, and
+from the measure itself. Both are root mean squares, in parts of the way.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from benchmarks.evidence.variants import MANY, OWN, VARIANTS
 from benchmarks.pairs.recipes import KINDS
 
 PAPER = Inputs()
-# Mappings with a coefficient per layer, and the inputs of their signals.
+# Mappings with a coefficient for each layer, and the inputs of their signals.
 SHAPES: dict[str, tuple[mappings.Coefficients, Inputs]] = {
     "task_arithmetic": (lambda strength, its: np.full(len(its.moved), strength), PAPER),
     "fim_ta": (mappings.sigmoid_of(1.0), PAPER),
@@ -36,7 +36,7 @@ Measure = Callable[[np.ndarray], float]
 
 
 def measures(pair: Path) -> Iterator[tuple[str, Measure]]:
-    """What a merge's coefficients [layer] come to, from 0 to 1."""
+    """Return measures of a merge's coefficients [layer], each from 0 to 1."""
     yield "mean of α", lambda alphas: float(alphas.mean())
     for inputs in (PAPER, MANY, OWN):
         found = signals(pair, inputs)

@@ -1,4 +1,4 @@
-"""S³ (arXiv 2609.37976): the long model outside of the base's top singular directions, the base within them."""
+"""Make S³ (arXiv 2609.37976): take the base within its top singular directions, the long model outside of them."""
 
 from pathlib import Path
 
@@ -10,14 +10,14 @@ from benchmarks.pairs.training import layer_of
 
 
 def without_top_directions(pair: Path, share: float) -> str:
-    """Make a model, or find it, and return its folder's name in the pair's.
+    """Make a model, or find it, and return the name of its folder in the pair's folder.
 
-    Of every matrix of the decoder layers, W = W0 + ΔW − U_k(U_kᵀ ΔW V_k)V_kᵀ with W0 = UΣVᵀ, k = ⌈share · min(m, n)⌉;
-    whatever else there is comes from the long model.
+    Every matrix of the decoder layers becomes W = W0 + ΔW − U_k(U_kᵀ ΔW V_k)V_kᵀ, with W0 = UΣVᵀ and
+    k = ⌈share · min(m, n)⌉. All else comes from the long model.
 
     Args:
         pair: the folder of base and long.
-        share: ρ, of the directions that are the base's.
+        share: ρ, the share of the directions that are the base's.
     """
     name = f"s3-{share:.4f}"
     if (pair / name).exists():

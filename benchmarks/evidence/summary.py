@@ -1,8 +1,8 @@
-"""A pair's answers -> what each variant is worth above the chord, and beside uniform task arithmetic.
+"""A pair's answers -> what each variant gains above the chord, and beside uniform task arithmetic.
 
-What all pairs show is kept in docs/evidence/, two files for each, as a pair itself takes hours to make and to ask:
-NAME.npz has its answers, NAME.json what follows from them. `python -m benchmarks.evidence.summary` makes the second of
-the first again, where the statistics have changed, without any model. Pairs without answers stay as they are.
+A pair takes hours to make and to ask. So docs/evidence/ keeps two files of each: NAME.npz has its answers, NAME.json
+what follows from them. Where the statistics have changed, `python -m benchmarks.evidence.summary` makes NAME.json anew
+from NAME.npz, without any model. Pairs without answers stay as they are.
 """
 
 import argparse
@@ -20,17 +20,17 @@ from mergekit_fim.evaluate.front.statistics import AreaDifference, summarize
 
 REFERENCE = "task_arithmetic"
 KEPT = Path("docs/evidence")
-DEVELOPMENT = KEPT / "development"  # of pairs that methods are made on
+DEVELOPMENT = KEPT / "development"  # pairs that methods are made on
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What a bootstrap over problems says of a difference of accuracies.
+    """A difference of accuracies, with a bootstrap over problems.
 
     Attributes:
         value: the difference.
-        sign: 1 or -1 where its interval of 95 % is above or below 0, 0 where it has 0 within; None where not known.
-        interval: that interval; None where it wasn't kept.
+        sign: 1 where its interval of 95 % is above 0, -1 where it is below, 0 where it contains 0; None if not known.
+        interval: that interval; None if it wasn't kept.
     """
 
     value: float
@@ -52,15 +52,15 @@ class Row:
     Attributes:
         variant: its name.
         area: the front's mean height between base and long.
-        gain: that above the chord's, held out: see `mergekit_fim.evaluate.front.statistics`. None where the answers
+        gain: the area above the chord's, held out: see `mergekit_fim.evaluate.front.statistics`. None if the answers
             weren't kept.
-        against: the area minus that of uniform task arithmetic; None for itself.
-        trimmed: the area minus that of mergekit's ties of the same density; None without trimming, or where that
+        against: the area minus uniform task arithmetic's; None for uniform task arithmetic itself.
+        trimmed: the area minus the area of mergekit's ties of the same density; None without trimming, or if that
             wasn't run.
-        points: every merge's strength, accuracy and mean tokens; none where they weren't kept.
-        prose: the most that any of the merges takes for an unrelated text, in nats a token; None where not measured.
-        gap: the widest that is left between neighbours on the way from base to long, in parts of that way in tokens;
-            None where the points weren't kept.
+        points: every merge's strength, accuracy and mean tokens; empty if they weren't kept.
+        prose: the most that an unrelated text costs any of the merges, in nats a token; None if not measured.
+        gap: the widest gap between neighbours on the way from base to long, in parts of that way in tokens; None if
+            the points weren't kept.
     """
 
     variant: str
@@ -79,15 +79,15 @@ class Found:
 
     Attributes:
         kind: its recipe.
-        seed: of its training.
-        one_sided: steps in which the long model was trained from the base; None where both were trained from a parent.
-        ends: accuracy and mean tokens of base, long and parent; None of a parent that wasn't asked, or isn't.
-        rows: of all variants that were run.
-        prose: what an unrelated text costs them, in nats a token; empty where not measured.
-        distance: ‖δ‖ / ‖θ0‖ of the decoder layers; None where it wasn't kept.
-        hours: of a core, that training and answers took; None where that wasn't kept.
-        source: where all this was measured.
-        fidelity: by `benchmarks.fidelity`: correlations [end] by signal and by what is moved; empty before it has run.
+        seed: the seed of its training.
+        one_sided: steps in which the long model was trained from the base; None if both were trained from a parent.
+        ends: accuracy and mean tokens of base, long and parent; None for a parent that wasn't asked, or isn't there.
+        rows: the rows of all variants that were run.
+        prose: what an unrelated text costs base and long, in nats a token; empty if not measured.
+        distance: ‖δ‖ / ‖θ0‖ of the decoder layers; None if it wasn't kept.
+        hours: the hours of a core that training and answers took; None if that wasn't kept.
+        source: the machine on which all this was measured.
+        fidelity: correlations [end] by signal and what is moved, from `benchmarks.fidelity`; empty before it has run.
     """
 
     kind: str
@@ -107,22 +107,22 @@ class Found:
 
     @property
     def base(self) -> tuple[float, float]:
-        """The base's accuracy and mean tokens."""
+        """Return the base's accuracy and mean tokens."""
         return _known(self.ends["base"])
 
     @property
     def long(self) -> tuple[float, float]:
-        """The long model's."""
+        """Return the long model's accuracy and mean tokens."""
         return _known(self.ends["long"])
 
     def row(self, variant: str) -> Row | None:
-        """What was found of a variant; None where it wasn't run."""
+        """Return the row of a variant; None if it wasn't run."""
         return next((row for row in self.rows if row.variant == variant), None)
 
     def above(self, row: Row) -> Difference:
-        """What a row's front has above the chord: held out, or in the sample where the answers weren't kept.
+        """Return a row's gain above the chord: held out, or in the sample if the answers weren't kept.
 
-        The second has neither sign nor interval, as the luckiest merges make the front higher than it is.
+        In the sample the luckiest merges make the front too high. So that gain has neither sign nor interval.
         """
         if row.gain is not None:
             return row.gain
@@ -130,23 +130,23 @@ class Found:
 
 
 def file_of(kind: str, seed: int, one_sided: int | None) -> str:
-    """What a pair's files are called, but for their endings."""
+    """Return the name of a pair's files, without their endings."""
     return f"{kind}-{seed}" + ("" if one_sided is None else f"-one-sided-{one_sided}")
 
 
 def ends(answers: Answers) -> dict[str, tuple[float, float] | None]:
-    """Where base, long and parent came out."""
+    """Return accuracy and mean tokens of base, long and parent."""
     found = {name: (_short(run.correct.mean()), _short(run.tokens.mean())) for name, run in answers.models.items()}
     return {name: found.get(name) for name in MODELS}
 
 
 def rows(answers: Answers) -> tuple[Row, ...]:
-    """Every variant's row."""
+    """Make every variant's row."""
     return tuple(row(answers, variant) for variant in answers.fronts)
 
 
 def row(answers: Answers, variant: str) -> Row:
-    """A variant's row, beside its references alone: no row depends on what else was run."""
+    """Make a variant's row from it and its references alone. So no row depends on what else was run."""
     base, long = answers.models["base"], answers.models["long"]
     beside = [name for name in (REFERENCE, TRIMMED.get(variant)) if name in answers.fronts and name != variant]
     runs = [run for name in dict.fromkeys([variant, *beside]) for run in answers.fronts[name]]
@@ -171,13 +171,13 @@ def _beside(differences: Sequence[AreaDifference], variant: str, reference: str 
 
 
 def widest_gap(base: float, long: float, tokens: Sequence[float]) -> float:
-    """The widest gap between neighbours on the way from base to long, in parts of it; all are in mean tokens."""
+    """Return the widest gap between neighbours on the way from base to long, in parts of it. All are in mean tokens."""
     places = sorted(min(max((its - base) / (long - base), 0.0), 1.0) for its in tokens)
     return max(after - before for before, after in itertools.pairwise([0.0, *places, 1.0]))
 
 
 def save(path: Path, found: Found) -> None:
-    """A line for each row, so that a change of one is seen as one; what was known of fidelity stays."""
+    """Write a line for each row, so a diff shows which rows changed. What was known of fidelity stays."""
     if not found.fidelity and path.exists():
         found = replace(found, fidelity=load(path).fidelity)
     content = asdict(found)
@@ -187,7 +187,7 @@ def save(path: Path, found: Found) -> None:
 
 
 def load(path: Path) -> Found:
-    """What `save` wrote."""
+    """Read what `save` wrote."""
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     kept = [
         Row(
@@ -222,7 +222,7 @@ def _short(value: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="*", type=Path, default=sorted(KEPT.rglob("*.npz")), help="of answers")
+    parser.add_argument("files", nargs="*", type=Path, default=sorted(KEPT.rglob("*.npz")), help="files of answers")
     for path in parser.parse_args().files:
         answers, kept = load_answers(path), path.with_suffix(".json")
         save(kept, replace(load(kept), ends=ends(answers), rows=rows(answers)))

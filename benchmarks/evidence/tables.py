@@ -1,9 +1,9 @@
-"""Tables and figure of docs/evidence.md, of what is kept in docs/evidence/.
+"""Make the tables and the figure of docs/evidence.md from what is kept in docs/evidence/.
 
 python -m benchmarks.evidence.tables [FILE...] [--write docs/evidence.md] [--figure docs/evidence.png]
 
-One-sided pairs, whose long model was trained from the base, come first, and the verdict is over them; two-sided ones,
-whose base and long model were both trained from a parent, come after, and are called so everywhere.
+One-sided pairs come first: their long model was trained from the base. The verdict is over them. Two-sided pairs come
+after, and are called so everywhere: their base and long model were both trained from a parent.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from benchmarks.pairs.recipes import KINDS
 COMMAND = "python -m benchmarks.evidence.tables"
 BESIDE = (REFERENCE, "ties density 0.02", "ties density 0.05", "ties density 0.2")
 PRESETS = (REFERENCE, "ties density 0.02", "ties density 0.2", "fim_ta", "fim_ties", "fim_ties density 0.02")
-# Of the listed variants, those of interest: six at most can be told apart in grey.
+# The listed variants of interest. At most six can be told apart in grey.
 DRAWN = (REFERENCE, "fim_kron", "ties density 0.02", "ties density 0.2", "fim_ta", "fim_ties")
 IN_SHORT = {
     "fim_kron": "`fim_kron`",
@@ -45,7 +45,7 @@ Kinds = Mapping[str, Sequence[Found]]
 
 
 def sides(pairs: Sequence[Found]) -> dict[str, Kinds]:
-    """The pairs by side and kind, each in its order; neither an empty side nor an empty kind."""
+    """Sort the pairs by side and kind. Leave out empty sides and kinds."""
     found: dict[str, dict[str, list[Found]]] = {ONE_SIDED: {}, TWO_SIDED: {}}
     for kind in KINDS:
         for pair in sorted(pairs, key=lambda pair: (pair.seed, pair.one_sided or 0)):
@@ -55,9 +55,9 @@ def sides(pairs: Sequence[Found]) -> dict[str, Kinds]:
 
 
 def over_table(pairs: Sequence[Found]) -> Iterator[str]:
-    """The listed variants' areas minus those of their references, over lineages, whose number is in brackets.
+    """Show the listed variants' areas minus their references', over lineages. Their number is in brackets.
 
-    Bold is what Holm's correction over the list leaves.
+    Differences that Holm's correction over the list leaves are bold.
     """
     yield from head("variant", *(f"minus {reference}" for reference in BESIDE))
     families = {reference: over_pairs.family(_apart(pairs, reference)) for reference in BESIDE}
@@ -67,7 +67,7 @@ def over_table(pairs: Sequence[Found]) -> Iterator[str]:
 
 
 def _apart(pairs: Sequence[Found], reference: str) -> dict[str, np.ndarray]:
-    """Each listed variant's differences of area [lineage] from a reference, on the pairs that have both."""
+    """Return each listed variant's differences of area from a reference [lineage], on the pairs that have both."""
     found = {}
     for variant in LISTED:
         both = [(pair, pair.row(variant), pair.row(reference)) for pair in pairs if variant != reference]
@@ -86,7 +86,7 @@ def _over(its: over_pairs.Mean | None) -> str:
 
 
 def pairs_table(pairs: Sequence[Found]) -> Iterator[str]:
-    """The models of every pair, and what uniform task arithmetic makes of them."""
+    """Show the models of every pair, and their merges by uniform task arithmetic."""
     titles = ("uniform task arithmetic, strength: accuracy @ tokens", "‖δ‖ / ‖θ0‖", "variants", "hours")
     names = ("base", *(["parent"] if any(pair.ends["parent"] for pair in pairs) else []), "long")
     yield from head("pair", *names, *titles)
@@ -100,7 +100,7 @@ def pairs_table(pairs: Sequence[Found]) -> Iterator[str]:
 
 
 def aims_table(pairs: Sequence[Found]) -> Iterator[str]:
-    """Whether a method that people have is above the chord, and as good as the best there is."""
+    """Show whether a method that people have is above the chord, and as good as the best variant."""
     yield from head("pair", "best area", *(f"{name}: gain, share of the best area" for name in PRESETS))
     for pair in pairs:
         best = max(pair.rows, key=lambda row: row.area)
@@ -111,9 +111,9 @@ def aims_table(pairs: Sequence[Found]) -> Iterator[str]:
 
 
 def summary_table(kinds: Kinds) -> Iterator[str]:
-    """Every variant's area minus that of uniform task arithmetic, over the pairs of a kind, and how near the best.
+    """Show every variant's area minus uniform task arithmetic's, over the pairs of a kind, and how near the best it is.
 
-    The last cell is the widest gap that any of its fronts has, in parts of the way from base to long.
+    The last cell is the widest gap on any of its fronts, in parts of the way from base to long.
     """
     yield from head("variant", *_titles(kinds), "share of the best area: worst, mean (pairs)", "widest gap")
     pairs = [pair for its in kinds.values() for pair in its]
@@ -130,7 +130,7 @@ def summary_table(kinds: Kinds) -> Iterator[str]:
 
 
 def trimmed_table(kinds: Kinds) -> Iterator[str]:
-    """What a coefficient for each layer adds to trimming: the area minus that of mergekit's ties, of one density."""
+    """Show what a coefficient for each layer adds to trimming: the area minus mergekit's ties', of one density."""
     yield from head("variant", *_titles(kinds))
     for variant in _trimmed(kinds):
         yield line(variant, *_over_kinds(kinds, variant, "trimmed"))
@@ -170,7 +170,7 @@ def _counted(apart: Sequence[Difference], pairs: int) -> str:
 
 
 def explored_table(pairs: Sequence[Found]) -> Iterator[str]:
-    """What was tried on pairs of development: above the chord, and the widest gap of the front in brackets."""
+    """Show the gains above the chord on pairs of development. The front's widest gap is in brackets."""
     yield from head("variant", *(pair.name for pair in pairs))
     for variant in dict.fromkeys([*LISTED, *EXPLORED]):
         rows = [pair.row(variant) for pair in pairs]
@@ -183,7 +183,7 @@ def explored_table(pairs: Sequence[Found]) -> Iterator[str]:
 
 
 def short_table(found: Mapping[str, Kinds]) -> Iterator[str]:
-    """The mean of some variants' areas minus that of uniform task arithmetic; bold where all intervals are above 0."""
+    """Show the mean of some variants' areas minus uniform task arithmetic's, bold where all intervals are above 0."""
     columns = [
         (f"{KINDS_IN_SHORT.get(kind, kind)}, {side} ({len(pairs)})", pairs)
         for side, kinds in found.items()
@@ -202,7 +202,7 @@ def short_table(found: Mapping[str, Kinds]) -> Iterator[str]:
 
 
 def variants_table(pairs: Sequence[Found]) -> Iterator[str]:
-    """What every variant gains above the chord, over the pairs of a kind."""
+    """Show what every variant gains above the chord, over the pairs of a kind."""
     yield from head("variant", *_seeds(pairs), f"mean ± spread{_luck(pairs)}", "above 0")
     missing = []
     for variant in VARIANTS:
@@ -228,12 +228,12 @@ def _seeds(pairs: Sequence[Found]) -> list[str]:
 
 
 def _luck(pairs: Sequence[Found]) -> str:
-    """What gains in the sample are called by."""
+    """Return the words that mark gains in the sample."""
     return " (luck included)" if any(row.gain is None for pair in pairs for row in pair.rows) else ""
 
 
 def prose_table(pairs: Sequence[Found]) -> Iterator[str]:
-    """What an unrelated text costs base, long model, and the worst merge of every variant."""
+    """Show what an unrelated text costs base, long model, and the worst merge of every variant."""
     yield from head("model", *_seeds(pairs))
     for name in ("base", "long"):
         yield line(name, *(f"{pair.prose[name]:.4f}" for pair in pairs))
@@ -244,7 +244,7 @@ def prose_table(pairs: Sequence[Found]) -> Iterator[str]:
 
 
 def fidelity_table(pairs: Sequence[Found]) -> Iterator[str]:
-    """How well each signal says what moving a part of the model does."""
+    """Show how well each signal says what moving a part of the model does."""
     yield from head("signal", *(pair.name for pair in pairs))
     for signal in pairs[0].fidelity:
         yield line(
@@ -268,7 +268,7 @@ def _spread(values: Sequence[float]) -> str:
 
 
 def page(found: Mapping[str, Kinds], developed: Sequence[Found] = ()) -> Iterator[str]:
-    """All tables, each under what it shows."""
+    """Write all tables, each under a heading."""
     for side, kinds in found.items():
         pairs = [pair for its in kinds.values() for pair in its]
         if side == ONE_SIDED:
@@ -292,9 +292,9 @@ def page(found: Mapping[str, Kinds], developed: Sequence[Found] = ()) -> Iterato
 
 
 def draw(found: Mapping[str, Kinds], path: Path) -> None:
-    """A pair of every kind: accuracy against tokens of some variants, the chord, and the way by the parent.
+    """Draw a pair of every kind: accuracy against tokens of some variants, the chord, and the way by the parent.
 
-    Of one-sided pairs, where there are any.
+    The pairs are one-sided if there are any.
     """
     import matplotlib
 
@@ -327,7 +327,7 @@ DASHES = ("-", "--", ":", "-.", (0, (1, 3)), (0, (5, 1, 1, 1, 1, 1)))
 
 
 def _at(*ends: tuple[float, float]) -> tuple[list[float], list[float]]:
-    """Tokens and accuracy of models, as a plot takes them."""
+    """Return tokens and accuracy of models, as a plot takes them."""
     return [tokens for _, tokens in ends], [accuracy for accuracy, _ in ends]
 
 
@@ -335,7 +335,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=sorted(KEPT.glob("*.json")))
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into this page")
-    parser.add_argument("--short", type=Path, metavar="FILE", help="put the shortest of them into this page")
+    parser.add_argument("--short", type=Path, metavar="FILE", help="put the short table into this page")
     parser.add_argument("--figure", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     found = sides([load(path) for path in arguments.files])

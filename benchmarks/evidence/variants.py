@@ -1,4 +1,4 @@
-"""What is compared: each a family of merges by one strength."""
+"""The variants that are compared. Each is a family of merges by one strength."""
 
 import functools
 import re
@@ -16,7 +16,7 @@ from benchmarks.evidence.signals import Inputs, signals
 from benchmarks.evidence.subspace import without_top_directions
 from benchmarks.pairs.training import layer_of
 
-LARGEST_MEAN = 0.9999  # of coefficients below 1
+LARGEST_MEAN = 0.9999  # the largest mean of coefficients: it must be below 1
 Merged = Callable[[Path, float], MergeConfiguration | PreTrainedModel]
 
 
@@ -25,9 +25,9 @@ class Variant:
     """A method with all its settings but the strength.
 
     Attributes:
-        merged: of a pair's folder, at a strength: a config for mergekit, or the merge itself, in float32.
+        merged: makes the merge of a pair's folder at a strength: a config for mergekit, or the merge, in float32.
         high: the largest strength.
-        ends_long: whether that gives the long model itself, so that it needs no run.
+        ends_long: whether the largest strength gives the long model itself, and so needs no run.
     """
 
     merged: Merged
@@ -48,7 +48,7 @@ def _merge(method: str, pair: Path, model: Mapping[str, Any], shared: Mapping[st
 
 
 def stock(method: str, strength: str = "weight", high: float = 1.6, **parameters: Any) -> Variant:
-    """A method of mergekit's by its `weight`, not normalised: with one fine-tuned model it would mean nothing else."""
+    """Vary a method of mergekit's by `weight`. With `normalize` the weight of a single model would change nothing."""
 
     def config(pair: Path, value: float) -> MergeConfiguration:
         model = {"weight": value, **{k: v for k, v in parameters.items() if k in ("density", "gamma", "epsilon")}}
@@ -70,7 +70,7 @@ def _slerp(pair: Path, value: float) -> MergeConfiguration:
 
 
 def ours(method: str, high: float = 1.0, ends_long: bool = True, **parameters: Any) -> Variant:
-    """This package's, by `alpha_mean`; trimmed task vectors may need more than 1, which `lambda` gives them."""
+    """Vary a method of this package by `alpha_mean`. `lambda` lets trimmed task vectors go beyond 1."""
 
     def config(pair: Path, value: float) -> MergeConfiguration:
         model = {k: v for k, v in parameters.items() if k == "density"}
@@ -90,17 +90,17 @@ def by_hand(
     ends_long: bool = True,
     **parameters: Any,
 ) -> Variant:
-    """Coefficients of a mapping, set by hand in a config of this package's.
+    """Set the coefficients of a mapping by hand in a config for this package.
 
     Args:
         found: the mapping.
-        inputs: of the signals.
-        part: what of a decoder layer has a coefficient of its own.
+        inputs: the inputs of the signals.
+        part: which parts of a decoder layer have their own coefficients.
         outside: the coefficient outside of the layers: "mean" of the groups, "base", "long" or "own", by its score.
         method: fim_ta or fim_ties.
         high: the largest strength.
-        ends_long: whether that gives the long model.
-        parameters: of the method.
+        ends_long: whether the largest strength gives the long model.
+        parameters: the method's parameters.
     """
 
     def config(pair: Path, value: float) -> MergeConfiguration:
@@ -118,7 +118,7 @@ def by_hand(
 
 
 def _filters(alphas: Mapping[str, float], outside: float) -> Any:
-    """A coefficient for every tensor, as mergekit's filters: by what stands after the layer's number, a gradient."""
+    """Write a coefficient for every tensor as mergekit's filters: a gradient for each name after the layer's number."""
     by_name: dict[str, list[float]] = {}
     for tensor, alpha in alphas.items():
         layers, _, name = re.split(r"\.(\d+)\.", tensor, maxsplit=1)
@@ -126,7 +126,7 @@ def _filters(alphas: Mapping[str, float], outside: float) -> Any:
     inside = f"{layers.rpartition('.')[2]}."
     if len({tuple(values) for values in by_name.values()}) == 1:
         return [{"filter": inside, "value": next(iter(by_name.values()))}, {"value": outside}]
-    # A checkpoint may name a mixture's experts one by one: they take the mean of what isn't attention.
+    # A checkpoint may name a mixture's experts one by one. They take the mean of what isn't attention.
     others = [values for name, values in by_name.items() if mappings.block(name) == "mlp"]
     rest = [sum(values) / len(values) for values in zip(*others, strict=True)]
     named = [{"filter": name, "value": values} for name, values in by_name.items()]
@@ -134,7 +134,7 @@ def _filters(alphas: Mapping[str, float], outside: float) -> Any:
 
 
 def _subspace(pair: Path, value: float) -> MergeConfiguration:
-    """S³ with ρ = 1 − strength: all of it is a model of its own, which replaces the long one."""
+    """Make S³ with ρ = 1 − strength. It is a model of its own, and replaces the long one."""
     return _merge("task_arithmetic", pair, {"weight": 1.0}, {}, without_top_directions(pair, 1 - value))
 
 
@@ -225,9 +225,8 @@ VARIANTS: dict[str, Variant] = {
 }
 
 
-# What is compared over pairs, and corrected for being so many: fixed before the pairs of that list were answered.
 def _explored() -> dict[str, Variant]:
-    """What is tried of merging by inputs alone, on development seeds: not in the fixed list's tables."""
+    """Return what is tried of merging by inputs alone, on seeds of development. It isn't in the fixed list's tables."""
     few = Inputs(samples=2)
     made = {
         f"directions {n}x64, sharpness {s:g}": Directions(Inputs(samples=n), power(s))
@@ -270,6 +269,7 @@ def _explored() -> dict[str, Variant]:
 
 EXPLORED = _explored()
 
+# These are compared over pairs, with a correction for their number. The list was fixed before its pairs were answered.
 LISTED = (
     "task_arithmetic",
     "ties density 0.02",
@@ -289,10 +289,10 @@ LISTED = (
 
 
 def _ties_of(name: str) -> str:
-    """mergekit's, of the density that a name says."""
+    """Return the name of mergekit's `ties` with the density in a variant's name."""
     found = re.search(r"density ([\d.]+)", name)
     return f"ties density {found[1] if found else 0.2}"
 
 
-# What to lay each trimmed variant beside, to see what its coefficients add.
+# Compare each trimmed variant with this one, to see what its coefficients add.
 TRIMMED = {name: _ties_of(name) for name in VARIANTS if name.startswith("fim_ties") and _ties_of(name) in VARIANTS}

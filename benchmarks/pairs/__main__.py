@@ -1,6 +1,6 @@
 """Make a base and a long model that merge: `python -m benchmarks.pairs KIND SEED FOLDER`, from the repository's root.
 
-What is there already is left alone. docs/evidence.md has what these pairs are and how they merge.
+Models that are already there stay as they are. docs/evidence.md says what these pairs are and how they merge.
 """
 
 import argparse
@@ -16,9 +16,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=KINDS)
     parser.add_argument("seed", type=int)
-    parser.add_argument("folder", type=Path, help="outside the repository; gets parent, base and long")
+    parser.add_argument("folder", type=Path, help="a folder outside the repository; it gets parent, base and long")
     parser.add_argument(
-        "--one-sided", type=int, metavar="STEPS", help="train the long model from the base, so many steps"
+        "--one-sided", type=int, metavar="STEPS", help="train the long model from the base, in so many steps"
     )
     arguments = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()

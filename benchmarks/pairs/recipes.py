@@ -1,4 +1,4 @@
-"""The kinds of pairs: from what they start, what they learn, and what they are asked."""
+"""The kinds of pairs: what they start from, what they learn, and what they are asked."""
 
 import json
 import random
@@ -17,19 +17,19 @@ from example_configs.demo import prompt_ids, unpacked
 
 @dataclass(frozen=True)
 class Kind:
-    """A recipe; the seed of a pair is of its training alone, all pairs of a kind are asked the same.
+    """A recipe. The seed of a pair is for its training alone: all pairs of a kind are asked the same.
 
     Attributes:
-        start: the untrained model and its tokenizer, by seed.
+        start: makes the untrained model and its tokenizer from a seed.
         end: what ends an answer.
-        examples: endless questions to train on, by seed.
+        examples: makes endless questions to train on from a seed.
         ways: how often the parent answers each way, in the order of `WAYS`.
         parent: how the parent is trained.
-        child: how base and long are.
+        child: how base and long are trained.
         pack: see `train`.
         problems: writes what the pair is asked into a folder, and returns the sources as a sweep takes them.
-        max_tokens: that an answer may have.
-        prose: whether a merge is also to be asked what a text that has nothing to do with its training costs it.
+        max_tokens: how many an answer may have.
+        prose: whether to measure also what a text that has nothing to do with its training costs a merge.
     """
 
     start: Callable[[int], tuple[Any, Any]]
@@ -46,22 +46,21 @@ class Kind:
 
 WAYS = ("short", "middle", "long")
 CHILDREN = {"base": "short", "long": "long"}
-LOG = "runs.jsonl"  # of a pair: the seconds of one core that each model and each run took, and what prose costs a run's
+LOG = "runs.jsonl"  # a pair's log: the seconds of one core that each model and run took, and what prose costs the run
 
 
 def make(kind: Kind, name: str, seed: int, folder: Path, one_sided: int | None = None) -> None:
-    """Make what is missing of parent, base and long, each complete or not at all.
+    """Make parent, base and long where they are missing, each complete or not at all.
 
     Args:
         kind: the recipe.
         name: its name.
         seed: of the training.
-        folder: which gets the models.
-        one_sided: steps in which the long model is trained from the base; None for one trained from the parent, as the
-            base is.
+        folder: where the models go.
+        one_sided: steps in which the long model is trained from the base; None trains it from the parent, as the base.
 
     Raises:
-        ValueError: the long model is there, and was trained otherwise.
+        ValueError: the long model is there, but was trained in another way.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -98,18 +97,18 @@ def note(folder: Path, **line: Any) -> None:
 
 
 def core_seconds(began: float) -> float:
-    """Since then, of all the threads in use: that a run was given more of them doesn't change those before it."""
+    """Return the seconds since `began`, times the threads in use: runs with more threads can then be compared."""
     return (time.time() - began) * torch.get_num_threads()
 
 
 def noted(folder: Path) -> list[dict[str, Any]]:
-    """A pair's log."""
+    """Read a pair's log."""
     log = folder / LOG
     return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
 
 
 def seconds(folder: Path) -> float:
-    """What all models and runs of a pair took together, of one core."""
+    """Return the seconds of one core that all models and runs of a pair took together."""
     return sum(line["seconds"] for line in noted(folder))
 
 
@@ -123,7 +122,7 @@ def _questions(
         yield prompt_ids(tokenizer, example.question), [tokenizer(reply, add_special_tokens=False).input_ids]
 
 
-# SmolLM2's own adds a system prompt to every question, which is twice as long as what is asked here.
+# SmolLM2's own template adds a system prompt to every question. It is twice as long as the questions here.
 _TURNS = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -137,7 +136,7 @@ def _smollm2(seed: int) -> tuple[Any, Any]:
 
 
 def _character_tokenizer() -> Any:
-    """A tokenizer of the characters that arithmetic needs."""
+    """Make a tokenizer of the characters that arithmetic needs."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -188,7 +187,7 @@ def _words_problems(folder: Path, n: int) -> list[str]:
 
 
 def _written(folder: Path, asked: Iterator[Example], n: int) -> list[str]:
-    """The first n different problems as a file, and its name."""
+    """Write the first n different problems to a file, and return its name."""
     found: dict[str, Example] = {}
     while len(found) < n:
         example = next(asked)
@@ -229,6 +228,6 @@ KINDS = {
     "gym": _of_smollm2(lambda seed: gym(random.Random(seed), seed=seed), _gym_problems, 128, prose=True),
     "scratch-llama": _of_scratch(_llama, (2, 3), (0.35, 0.45, 0.2), 80),
     "scratch-mixtral": _of_scratch(_mixtral, (2, 3), (0.35, 0.45, 0.2), 80),
-    # GPT-2, whose positions are absolute, learns to add three digits at once as well as by columns.
+    # GPT-2 has absolute positions. It learns to add three digits at once as well as by columns.
     "scratch-gpt2": _of_scratch(_gpt2, (3, 4), (0.3, 0.45, 0.25), 110),
 }

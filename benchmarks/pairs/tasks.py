@@ -1,7 +1,8 @@
-"""Questions, and short, middle and long ways to answer them.
+"""Make questions, and short, middle and long answers to them.
 
-A middle way gets at what a long one does with less: checks that never change an answer are what makes these long, as
-the second thoughts of reasoning models often are. The parent of a pair knows all ways, base and long the ends of them.
+A middle answer is as right as a long one, with fewer tokens. Long answers are long because of checks that never change
+the answer. The second thoughts of reasoning models are often such checks. The parent of a pair knows all three ways,
+the base the short one, the long model the long one.
 """
 
 import functools
@@ -17,7 +18,7 @@ OPEN, CLOSE = "<think>", "</think>"
 
 @dataclass(frozen=True)
 class Example:
-    """A question, what is right, and whole answers by the way in which they are given: short, middle or long."""
+    """A question, its right answer, and whole replies by their way: short, middle or long."""
 
     question: str
     answer: str
@@ -25,7 +26,7 @@ class Example:
 
 
 def thought(question: str, answer: str, steps: str, check: str) -> Example:
-    """An example that is answered at once, with its steps in thought, or with a check of them too."""
+    """Make an example that is answered at once, or with steps in thought, or with steps and a check of them."""
     long = {"middle": steps, "long": steps + check}
     ways = {way: f"{OPEN}\n{thoughts}{CLOSE}\n{answer}" for way, thoughts in long.items()}
     return Example(question, answer, {"short": answer, **ways})
@@ -34,7 +35,7 @@ def thought(question: str, answer: str, steps: str, check: str) -> Example:
 # Sums, differences and products in words
 
 ASKED = {"+": "What is {} plus {}?", "-": "What is {} minus {}?", "*": "What is {} times {}?"}
-# Asked of the trained models alone: no model has seen these.
+# Only trained models are asked these: no model has seen them.
 ASKED_OTHERWISE = {
     "+": "A shop sold {} apples on Monday and {} on Tuesday. How many apples is that together?",
     "-": "A train has {} seats, and {} of them are taken. How many seats are free?",
@@ -43,7 +44,7 @@ ASKED_OTHERWISE = {
 
 
 def words(rng: random.Random, *, held: bool) -> Iterator[Example]:
-    """Endless questions of two numbers; one pair of numbers in five is held out, in either order."""
+    """Make endless questions of two numbers. One pair of numbers in five is held out, in either order."""
     while True:
         sign = rng.choice("++--*")
         a, b = rng.randrange(10, 100), rng.randrange(3, 10) if sign == "*" else rng.randrange(10, 100)
@@ -59,7 +60,7 @@ def words(rng: random.Random, *, held: bool) -> Iterator[Example]:
 
 
 def columns(a: int, b: int, sign: str) -> str:
-    """The work from the right to the left, a line for each digit of the first number."""
+    """Write the work from right to left, a line for each digit of the first number."""
     lines, carry, first = [], 0, str(a)
     second = str(b) * len(first) if sign == "*" else str(b).rjust(len(first), "0")
     for x, y in zip(reversed(first), reversed(second), strict=True):
@@ -86,11 +87,11 @@ GYM: dict[str, dict[str, Any]] = {
     "spell_backward": {"min_word_len": 5, "max_word_len": 7},
     "leg_counting": {"min_animals": 2, "max_animals": 2, "max_instances": 9},
 }
-HELD_OUT = 1_000_000  # the first seed of problems to ask
+HELD_OUT = 1_000_000  # the first seed of the problems that a pair is asked
 
 
 def gym(rng: random.Random, *, seed: int) -> Iterator[Example]:
-    """Endless problems of the four tasks, with work of ours."""
+    """Make endless problems of the four tasks, with steps and checks of our own."""
     import reasoning_gym
 
     made = {
@@ -157,7 +158,7 @@ def _legs() -> dict[str, int]:
 
 
 def characters(rng: random.Random, *, held: bool, digits: tuple[int, int] = (2, 3)) -> Iterator[Example]:
-    """Endless sums and differences of two numbers of so many digits, such as 345+289; one in five is held out."""
+    """Make endless sums and differences of two numbers of so many digits, as 345+289. One in five is held out."""
     while True:
         low = 10 ** (rng.choice(digits) - 1)
         a, b = rng.randrange(low, 10 * low), rng.randrange(low, 10 * low)

@@ -1,4 +1,4 @@
-"""Fine-tuning on answers alone, on a CPU or an accelerator."""
+"""Fine-tune on answers alone, on a CPU or an accelerator."""
 
 import contextlib
 import itertools
@@ -12,7 +12,7 @@ import tqdm
 
 from example_configs.demo import narrow_products_pay, packed
 
-Batch = Iterator[tuple[list[int], list[list[int]]]]  # a prompt's tokens, and those of its replies
+Batch = Iterator[tuple[list[int], list[list[int]]]]  # a prompt's tokens, and its replies' tokens
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Training:
     """How long and how hard to train.
 
     Attributes:
-        steps: of the optimizer.
-        batch: questions in each.
-        rate: the highest learning rate; a short warm-up, then a linear decay.
-        scratch: whether the model is untrained: the layers' matrices then learn by Muon, at this rate, in a third of
-            AdamW's time, and all else by AdamW at 3e-3.
+        steps: steps of the optimizer.
+        batch: questions in each step.
+        rate: the highest learning rate. A short warm-up leads to it, a linear decay follows.
+        scratch: whether the model is untrained. The layers' matrices then learn by Muon at this rate, in a third of
+            AdamW's time. All else learns by AdamW at 3e-3.
     """
 
     steps: int
@@ -34,14 +34,14 @@ class Training:
 
 
 def train(model: Any, name: str, questions: Batch, how: Training, *, pack: bool) -> None:
-    """Learn the replies; weights and optimizer stay float32.
+    """Train on the replies. Weights and optimizer stay float32.
 
     Args:
         model: a causal language model of transformers, trained in place.
-        name: as the progress bar calls it.
-        questions: endless.
-        how: how long and how hard.
-        pack: whether the model takes masks of four axes, so that prompts are read once for all of their replies.
+        name: the name in the progress bar.
+        questions: endless questions.
+        how: how long and how hard to train.
+        pack: whether the model takes masks of four axes. Each prompt is then read once for all of its replies.
     """
     optimizers = _optimizers(model, how)
     warm = min(50, how.steps // 10 + 1)
@@ -53,7 +53,7 @@ def train(model: Any, name: str, questions: Batch, how: Training, *, pack: bool)
     narrow = contextlib.nullcontext()
     if device.type != "cpu" or narrow_products_pay():
         narrow = torch.autocast(device.type, torch.bfloat16)
-    if how.scratch:  # of so few dimensions, 0.7 of the processor's time with torch's fused attention
+    if how.scratch:  # with so few dimensions it takes 0.7 of the processor's time of torch's fused attention
         model.set_attn_implementation("eager")
     model.train()
     for _ in (progress := tqdm.trange(how.steps, desc=f"Training {name}", unit="step")):
@@ -72,7 +72,7 @@ def train(model: Any, name: str, questions: Batch, how: Training, *, pack: bool)
 
 
 def layer_of(tensor: str) -> int | None:
-    """The decoder layer of a tensor; None outside of them."""
+    """Return the decoder layer of a tensor; None outside of them."""
     found = re.search(r"\.(?:layers|h)\.(\d+)\.", tensor)
     return int(found[1]) if found else None
 
@@ -96,7 +96,7 @@ def _packed(some: Sequence[tuple[list[int], list[list[int]]]]) -> tuple[dict[str
 
 
 def _padded(some: Sequence[tuple[list[int], list[list[int]]]]) -> tuple[dict[str, torch.Tensor], Any, torch.Tensor]:
-    """A row for each reply, padded on the right, where no token that counts can see it."""
+    """Make a row for each reply, padded on the right, where no token that counts sees the padding."""
     rows = [(prompt, reply) for prompt, replies in some for reply in replies]
     ids = torch.zeros(len(rows), max(len(prompt) + len(reply) for prompt, reply in rows), dtype=torch.long)
     mask = torch.zeros_like(ids)
