@@ -7,7 +7,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import click
@@ -31,9 +31,8 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 def main() -> None:
     """Merge coefficients from Fisher information, for mergekit's merge methods fim_ties, fim_ta and fim_kron.
 
-    Merges themselves are made by mergekit-yaml as ever. These commands measure a base model once, to be kept or
-    published; show what a merge will do before it is made; write its coefficients as a config for stock mergekit; and
-    draw and compare measurements.
+    mergekit-yaml makes the merges, as ever. These commands measure a base model once, to keep or publish the result;
+    show what a merge will do; write its coefficients as a config for stock mergekit; and draw and compare measurements.
 
     Completion, in bash and likewise in zsh and fish:
 
@@ -113,7 +112,7 @@ def _config(path: str, no_cache: bool) -> tuple[Any, str]:
     return config, text
 
 
-_SETTINGS = ("samples", "seq_len", "seed", "labels")  # the fields of FisherSettings
+_SETTINGS = tuple(field.name for field in fields(FisherSettings))
 
 
 def _setting(name: str) -> Callable[..., Any]:
@@ -200,14 +199,12 @@ def fisher(
 ) -> None:
     """Measure the Fisher information of MODEL's decoder layers on random tokens, and write it to a file.
 
-    With --factors, write the Kronecker factors of each linear layer, some numbers for each token; without --samples, of
-    fim_kron's default of 2 samples.
+    With --factors, write the Kronecker factors of each linear layer instead, some numbers for each token, by default of
+    2 samples as in fim_kron. MODEL is a folder or a model on the Hub, with an adapter as in mergekit: model+adapter.
 
-    MODEL is a folder or a model on the Hub, with an adapter as in mergekit: model+adapter. A merge uses the file
-    instead of measuring with `parameters: {fisher: FILE}` in its config.
-
-    Weights are read as they are needed: the memory of one decoder layer will do. A measurement that an earlier command
-    or merge has kept is used again; --no-cache measures anew.
+    With `parameters: {fisher: FILE}` in its config, a merge uses the file and doesn't measure. Weights are read as they
+    are needed: the memory of one decoder layer will do. A measurement that an earlier command or merge has kept is used
+    again; --no-cache measures anew.
 
     Several processes share the work:
 
@@ -278,14 +275,14 @@ def _write_factors(result: Any, model: str, output: str) -> str:
 @click.option("--json", "json_file", type=click.Path(), help="Write the figures as JSON, too.")
 @_loading
 def delta(base: str, model: str, json_file: str | None, dtype: str | None, **options: Any) -> None:
-    """Measure the task vector of MODEL, what fine-tuning changed in BASE: in a minute, before any merge.
+    """Measure the task vector of MODEL, what fine-tuning changed in BASE, in a minute and before any merge.
 
-    Prints for every kind of tensor in the decoder layers, for all of them, and for what is outside: the share of exact
+    Print, for every kind of tensor in the decoder layers, for all of them, and for what is outside: the share of exact
     zeros, the norm, the kurtosis, the share of the squared norm in the largest 2 % of the entries, and the first
     singular value beside that of noise. BASE and MODEL are folders or models on the Hub, with an adapter as in
     mergekit: model+adapter, and with a revision: user/model@revision.
 
-    Tensors are read one after the other: the memory of the largest one, of both models, will do.
+    Tensors are read one after the other: memory for the largest one, of both models, will do.
     """
     from mergekit_fim.measurements.file import model_files
     from mergekit_fim.tools.delta import measure_delta, render
@@ -306,8 +303,8 @@ def delta(base: str, model: str, json_file: str | None, dtype: str | None, **opt
 def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: bool, options: Any) -> None:
     """Run everything of the merge in CONFIG_FILE up to its coefficients, and merge nothing.
 
-    Prints the table that the merge prints, and what the merge will do that can't be seen in the config: densities,
-    gate protection, output heads, config keys in which the models differ, and what it will read, write and hold.
+    Print the table that the merge prints, and what the config doesn't show: densities, gate protection, output heads,
+    config keys in which the models differ, and what the merge will read, write and hold.
     """
     from mergekit_fim.report.figure import check_figure, write_figure
     from mergekit_fim.report.record import as_json
@@ -344,9 +341,8 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
 def export(config_file: str, output: str, check: bool, no_cache: bool, options: Any) -> None:
     """Write the merge in CONFIG_FILE as one that needs no plug-in: with mergekit's `ties` or `task_arithmetic`.
 
-    The coefficients become filtered weights, gate protection included. What stock mergekit can't do the same way is
-    said, and by how much the result differs: the largest difference of a merged tensor, which takes as long as two
-    merges (--no-check leaves it out).
+    The coefficients become filtered weights, gate protection included. Say what stock mergekit can't do the same way,
+    and the largest difference of a merged tensor. That takes as long as two merges (--no-check leaves it out).
     """
     from mergekit_fim.tools import export as exporting
     from mergekit_fim.tools.plan import resolve
@@ -379,8 +375,8 @@ def export(config_file: str, output: str, check: bool, no_cache: bool, options: 
 def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None:
     """Do the merge in CONFIG_FILE, and write the merged model to the folder OUT_PATH.
 
-    The same as mergekit-yaml, but that the model is in OUT_PATH whole or not at all. Also for places where Python reads
-    no .pth files, so that mergekit-yaml doesn't know the methods: `python -S`, and installs by `pip install --target`.
+    As mergekit-yaml, but the model is in OUT_PATH whole or not at all. It works also where Python reads no .pth files
+    and mergekit-yaml doesn't know the methods: `python -S`, and installs by `pip install --target`.
 
     A model that is in OUT_PATH already is replaced when the new one is complete; until then both are on the disk.
     """
@@ -511,12 +507,12 @@ def plot(report: str, output: str) -> None:
 def compare(first: str, second: str, count: int) -> None:
     """Compare two measurements or two files of factors, FIRST and SECOND, made with other settings or of other models.
 
-    Prints the correlation of their ranks (Spearman) and of their logarithms (Pearson), and the layers that moved most,
-    each with its shift in standard errors: what is beyond two of them isn't chance. A factor common to all layers
-    changes no merge coefficient, so shifts are counted from the mean.
+    Print the correlation of their ranks (Spearman) and of their logarithms (Pearson), and the layers that moved most,
+    each with its shift in standard errors: more than two of them isn't chance. A factor common to all layers changes no
+    merge coefficient, so shifts are counted from the mean.
 
-    Of two files that `fisher --factors` wrote: how alike the factors of each layer's tensors are, 1 where they are the
-    same but for a number.
+    Of two files that `fisher --factors` wrote, print how alike the factors of each layer's tensors are: 1 where they
+    are the same but for a number.
     """
     from mergekit_fim.measurements.compare import render_comparison
     from mergekit_fim.measurements.factors import FactorsFile, is_factors, render_factors

@@ -6,7 +6,7 @@ every value is checked as the user wrote it.
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mergekit.architecture import ModelArchitecture
@@ -156,14 +156,10 @@ def read_settings(config: MergeConfiguration) -> Settings:
         if parameter.scope is Scope.MERGE
     }
     try:
-        mapping = coefficients.Mapping(
-            values["sharpness"], values["alpha_min"], values["alpha_max"], values["alpha_mean"], values["mapping"]
-        )
+        mapping = coefficients.Mapping(**{field.name: values[field.name] for field in fields(coefficients.Mapping)})
     except ValueError as error:
         raise FimError(f"the top-level parameters: {error}; change one of them") from None
-    fisher = FisherSettings(
-        values["fisher_samples"], values["fisher_seq_len"], values["fisher_seed"], values["fisher_labels"]
-    )
+    fisher = FisherSettings(**{field.name: values[f"fisher_{field.name}"] for field in fields(FisherSettings)})
     by_user = frozenset(name for name in vars(fisher) if f"fisher_{name}" in given)
     kron = None
     if config.merge_method == "fim_kron":
