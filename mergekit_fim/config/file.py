@@ -31,7 +31,7 @@ def read_config(path: str) -> tuple[MergeConfiguration, str]:
         if len(text) > _LARGEST_CONFIG:
             most = _LARGEST_CONFIG >> 20
             raise FimError(f"{path}: expected a merge config of at most {most} MB, found more; check the name")
-        content = yaml.load(text, _Loader)
+        content = _Loader(text).get_single_data()
     except OSError as error:
         raise FimError(f"{path}: can't be read ({error.strerror or error}); check the name") from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # of odd tags, numbers
