@@ -2,9 +2,9 @@
 
 Importing this package makes mergekit accept the merge methods `fim_ties`, `fim_ta` and `fim_kron`. mergekit 0.1.5
 discovers no plug-ins, so `mergekit_fim.pth` (or, from Python 3.15 on, `mergekit_fim.start`, PEP 829) in site-packages
-does that at interpreter start-up. All that happens then is that one finder is put on `sys.meta_path`. When, much later,
-mergekit's own modules named in `_TARGETS` have been imported, ours that build on them are imported too. Interpreters
-that never import mergekit pay for this file only, so it imports nothing that Python has not loaded already.
+imports it when the interpreter starts. That only puts a finder on `sys.meta_path`. Later, after a module named in
+`_TARGETS` is imported, ours that builds on it is imported too. Interpreters that never import mergekit pay for this
+file only, so it imports nothing that Python has not loaded already.
 
 Set the environment variable MERGEKIT_FIM_DISABLE to a non-empty value to switch the hook off.
 """
@@ -20,36 +20,31 @@ if TYPE_CHECKING:
 
     from mergekit_fim.api import *  # noqa: F403
 
-# mergekit's module -> ours that is imported right after it, and does its work on being imported. (Not by a call from
-# here: where ours is imported first, and in turn imports mergekit's, it isn't complete at that moment.)
+_REGISTRY = "mergekit.merge_methods.registry"
+# A module -> ours that is imported right after it, and does its work on being imported. (Not by a call from here: where
+# ours is imported first, and in turn imports mergekit's, it isn't complete at that moment.)
 _TARGETS = {
-    "mergekit.merge_methods.registry": "mergekit_fim.hook.methods",
-    # Where this is imported first, it imports the registry: what it is needed for has to wait until it is complete.
+    _REGISTRY: "mergekit_fim.hook.methods",
     "mergekit_fim.merging.methods": "mergekit_fim.hook.methods",
     "mergekit.plan": "mergekit_fim.hook.planner",
     "mergekit.merge": "mergekit_fim.hook.run_merge",
 }
-_warned = False
-_under_way: "set[str]" = set()  # which of these are being imported
+_warned = False  # one warning is enough
 
 # The Python API, and where each name comes from when it is first asked for: records of numbers need no torch.
-_API = {
-    "FactorsFile": "measurements.factors",
-    "FimError": "errors",
-    "FisherSettings": "config.parameters",
-    "Mapping": "coefficients",
-    "Measurement": "measurements.record",
-    "compare_factors": "measurements.factors",
-    "importance_scores": "coefficients",
-    "measure": "api",
-    "measure_delta": "api",
-    "measure_factors": "api",
-    "merge": "api",
-    "merge_coefficients": "coefficients",
-    "read_measurement": "measurements.store",
-    "resolve": "api",
-    "write_measurement": "measurements.file",
+_MODULES = {
+    "api": ("measure", "measure_factors", "merge"),
+    "coefficients": ("Mapping", "importance_scores", "merge_coefficients"),
+    "config.parameters": ("FisherSettings",),
+    "errors": ("FimError",),
+    "measurements.factors": ("FactorsFile", "compare_factors"),
+    "measurements.file": ("write_measurement",),
+    "measurements.record": ("Measurement",),
+    "measurements.store": ("read_measurement",),
+    "tools.delta": ("measure_delta",),
+    "tools.plan": ("resolve",),
 }
+_API = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> "Any":
@@ -65,7 +60,7 @@ def __dir__() -> list[str]:
 
 
 class _AfterImport:
-    """A loader that runs mergekit's own loader, then our hook. It leaves the module as the original loader made it."""
+    """Run a module's own loader, then our hook. The module stays as its own loader made it."""
 
     def __init__(self, loader: "Any") -> None:
         self.loader = loader
@@ -75,12 +70,9 @@ class _AfterImport:
 
     def exec_module(self, module: "Any") -> None:
         module.__spec__.loader = module.__loader__ = self.loader
-        _under_way.add(module.__name__)
-        try:
-            self.loader.exec_module(module)
-        finally:
-            _under_way.discard(module.__name__)
-        if _TARGETS[module.__name__] != "mergekit_fim.hook.methods" or "mergekit_fim.merging.methods" not in _under_way:
+        self.loader.exec_module(module)
+        # Where our methods are there before the registry, they are importing it, and the hook waits for them.
+        if module.__name__ != _REGISTRY or "mergekit_fim.merging.methods" not in sys.modules:
             _run_hook(module.__name__)
 
 
@@ -100,7 +92,7 @@ class _Finder:
 
 
 def _run_hook(name: str) -> None:
-    """Follow up the import of one of mergekit's modules; never let a failure of ours break mergekit."""
+    """Import what follows a module in `_TARGETS`. A failure of ours never breaks mergekit."""
     try:
         __import__(_TARGETS[name])
     except Exception as error:
@@ -122,9 +114,8 @@ def install(*, always: bool = False) -> None:
 
     MERGEKIT_FIM_DISABLE is about what happens by itself: our own commands hook `always`.
     """
-    if os.environ.get("MERGEKIT_FIM_DISABLE") and not always:
-        return
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+    is_off = os.environ.get("MERGEKIT_FIM_DISABLE") and not always
+    if is_off or any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Finder())
     for name in _TARGETS:

@@ -1,5 +1,6 @@
 """The Python API, importable from `mergekit_fim` itself; docs/python.md has examples of all of it."""
 
+import functools
 import os
 from typing import Any
 
@@ -19,8 +20,8 @@ from mergekit_fim.measurements.store import read_measurement
 from mergekit_fim.models.inputs import open_model
 from mergekit_fim.prepass.factors import measured_factors
 from mergekit_fim.prepass.measured import measured
-from mergekit_fim.tools.delta import Delta, measure_names
-from mergekit_fim.tools.plan import MergePlan, plan_fim_merge
+from mergekit_fim.tools.delta import measure_delta
+from mergekit_fim.tools.plan import resolve
 from mergekit_fim.tools.whole import merge_whole
 
 __all__ = [
@@ -64,32 +65,9 @@ def measure(
     Raises:
         FimError: the model can't be opened or measured.
     """
-    chosen = options or MergeOptions(quiet=True)
-    found = measured(
-        lambda: open_model(os.fspath(model), revision, chosen), settings or FisherSettings(), dtype, chosen, cache=cache
-    )
-    return found.measurement
-
-
-def measure_delta(
-    base: str | os.PathLike[str],
-    model: str | os.PathLike[str],
-    *,
-    dtype: str | None = None,
-    options: MergeOptions | None = None,
-) -> Delta:
-    """Measure what a task vector looks like: zeros, tails, and its first singular values beside those of noise.
-
-    Args:
-        base: the base model, a folder or a name on the Hub, with an adapter as in mergekit: `model+adapter`.
-        model: the fine-tuned model, likewise.
-        dtype: what the weights are read as, as a merge with this `dtype` does; by default the checkpoints' own.
-        options: mergekit's, for the device and for loading; by default on the CPU.
-
-    Raises:
-        FimError: a model can't be opened, they are of different architectures, or a weight isn't finite.
-    """
-    return measure_names(os.fspath(base), os.fspath(model), dtype, options or MergeOptions(quiet=True))
+    options = options or MergeOptions(quiet=True)
+    opened = functools.partial(open_model, os.fspath(model), revision, options)
+    return measured(opened, settings or FisherSettings(), dtype, options, cache=cache).measurement
 
 
 def measure_factors(
@@ -117,32 +95,12 @@ def measure_factors(
         raise FimError(f"kind: expected one of {', '.join(FACTORS)}, found {kind}")
     if vocab_size is not None and vocab_size < 1:
         raise FimError(f"vocab_size: expected a whole number of at least 1, found {vocab_size}")
-    chosen, settings = options or MergeOptions(quiet=True), settings or FisherSettings(KRON_SAMPLES, KRON_SEQ_LEN)
-    found = measured_factors(
-        *(lambda: open_model(os.fspath(model), revision, chosen), settings, dtype, chosen),
-        kind=kind,
-        samples=None if vocab_size is None else draw_samples(settings, vocab_size),
-        cache=cache,
-    )
-    copy_whole(found.file.path, os.fspath(path))
+    options, settings = options or MergeOptions(quiet=True), settings or FisherSettings(KRON_SAMPLES, KRON_SEQ_LEN)
+    opened = functools.partial(open_model, os.fspath(model), revision, options)
+    samples = None if vocab_size is None else draw_samples(settings, vocab_size)
+    factors = measured_factors(opened, settings, dtype, options, kind=kind, samples=samples, cache=cache)
+    copy_whole(factors.file.path, os.fspath(path))
     return FactorsFile.open(path, check=False)
-
-
-def resolve(config: MergeConfiguration | dict[str, Any], options: MergeOptions | None = None) -> MergePlan:
-    """Run everything of a merge by one of this package's methods up to its coefficients, and merge nothing.
-
-    Args:
-        config: the merge config, left as it is.
-        options: as for the merge.
-
-    Returns:
-        The plan: its `config` has the coefficients as mergekit's filtered per-model `alpha`, and its `pre_pass` the
-        numbers that led to them.
-
-    Raises:
-        FimError: the merge would fail before its first tensor.
-    """
-    return plan_fim_merge(_validated(config), options or MergeOptions(quiet=True))[0]
 
 
 def merge(
@@ -158,8 +116,4 @@ def merge(
     Raises:
         FimError: the models can't be merged.
     """
-    merge_whole(_validated(config), None, os.fspath(out_path), options or MergeOptions(quiet=True))
-
-
-def _validated(config: Any) -> MergeConfiguration:
-    return config if isinstance(config, MergeConfiguration) else validated(config, "the config")
+    merge_whole(validated(config, "the config"), None, os.fspath(out_path), options or MergeOptions(quiet=True))

@@ -1,13 +1,13 @@
 """The command line: `mergekit-fim`, the same as `python -m mergekit_fim`.
 
-Whatever is heavy is imported when a command runs, so that help and shell completion are quick. mergekit's own options
-come from mergekit.
+Commands import what is heavy when they run, so that help and shell completion are quick.
 """
 
-import contextlib
+import functools
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from dataclasses import fields, replace
 from typing import Any
 
 import click
@@ -31,9 +31,8 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 def main() -> None:
     """Merge coefficients from Fisher information, for mergekit's merge methods fim_ties, fim_ta and fim_kron.
 
-    Merges themselves are made by mergekit-yaml as ever. These commands measure a base model once, to be kept or
-    published; show what a merge will do before it is made; write its coefficients as a config for stock mergekit; and
-    draw and compare measurements.
+    mergekit-yaml makes the merges, as ever. These commands measure a base model once, to keep or publish the result;
+    show what a merge will do; write its coefficients as a config for stock mergekit; and draw and compare measurements.
 
     Completion, in bash and likewise in zsh and fish:
 
@@ -42,73 +41,69 @@ def main() -> None:
     """
 
 
-@contextlib.contextmanager
-def _one_line_of_options() -> Iterator[None]:
-    """Errors of pydantic, torch and mergekit about the value of an option, in one line."""
-    try:
-        yield
-    except (click.exceptions.Exit, click.Abort):  # RuntimeErrors of click's, as after --help
-        raise
-    except (ValueError, RuntimeError) as error:
-        raise FimError(f"one of the options has a value that can't be used ({reason(error)}); change it") from error
-
-
 class _MergekitCommand(click.Command):
-    """A command with all of mergekit-yaml's options, which it hands on as `options`, mergekit's MergeOptions."""
+    """A command that has all of mergekit-yaml's options too, and gets them as `options`, mergekit's MergeOptions."""
+
+    @functools.cached_property
+    def mergekit_params(self) -> list[click.Parameter]:
+        from mergekit.options import add_merge_options
+
+        return click.command("mergekit")(add_merge_options(lambda **_: None)).params
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
-        """The command's own parameters, and mergekit's as soon as they are asked for."""
-        if "merge_options" not in self.__dict__:
-            from mergekit.options import MergeOptions, add_merge_options
-
-            def make(merge_options: MergeOptions) -> MergeOptions:
-                return merge_options
-
-            self.merge_options: Any = add_merge_options(make)
-            own = {parameter.name for parameter in self.params}
-            theirs = reversed(self.merge_options.__click_params__)
-            self.mergekit_params = [parameter for parameter in theirs if parameter.name not in own]
-        return [*super().get_params(ctx)[:-1], *self.mergekit_params, *super().get_params(ctx)[-1:]]
+        """List the command's own parameters, mergekit's, and --help."""
+        *own, help_option = super().get_params(ctx)
+        return [*own, *self.mergekit_params, help_option]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """As in click; mergekit's own types have errors of their own."""
-        with _one_line_of_options():
-            return super().parse_args(ctx, args)
+        """Parse, and set threads, seeds and logging as mergekit's options say."""
+        from mergekit.options import MergeOptions
 
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command with mergekit's options made one, and with threads, seeds and logging as they say."""
         mergekit_fim.install(always=True)
-        given = {parameter.name: ctx.params.pop(parameter.name) for parameter in self.mergekit_params}
-        with _one_line_of_options():
-            options = self.merge_options(**given)
-            options.apply_global_options()
-        ctx.params["options"] = options
-        return super().invoke(ctx)
+        try:
+            rest = super().parse_args(ctx, args)
+            if not ctx.resilient_parsing:  # as for completion
+                options = MergeOptions(**{name: ctx.params.pop(name) for name in MergeOptions.model_fields})
+                options.apply_global_options()
+                ctx.params["options"] = options
+        except (click.exceptions.Exit, click.Abort):  # RuntimeErrors of click's, as after --help
+            raise
+        except (ValueError, RuntimeError) as error:  # of mergekit, pydantic and torch
+            raise FimError(f"one of the options has a value that can't be used ({reason(error)}); change it") from error
+        return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """mergekit's options in the sections of mergekit-yaml's help."""
+        """Show mergekit's options in the sections of mergekit-yaml's help."""
         from mergekit.options import OPTION_CATEGORIES
 
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
-                is_own = parameter not in self.mergekit_params
-                title = "Options" if is_own else OPTION_CATEGORIES.get(parameter.name or "", "Miscellaneous")
-                sections.setdefault(title, []).append(record)
+                sections.setdefault(OPTION_CATEGORIES.get(parameter.name, "Options"), []).append(record)
         for title, records in sections.items():
             with formatter.section(title):
                 formatter.write_dl(records)
 
 
-def _no_cache(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "--no-cache", is_flag=True, help="Measure anew, and don't keep the measurement for the next merge."
-    )(command)
+def _together(*options: Callable[..., Any]) -> Callable[..., Any]:
+    """Make one decorator of several, which stand in this order in the help."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_no_cache = click.option(
+    "--no-cache", is_flag=True, help="Measure anew, and don't keep the measurement for the next merge."
+)
 
 
 def _config(path: str, no_cache: bool) -> tuple[Any, str]:
-    """The merge config in a file, and its text."""
+    """Read a merge config, and its text."""
     from mergekit_fim.config.file import read_config
 
     config, text = read_config(path)
@@ -117,22 +112,30 @@ def _config(path: str, no_cache: bool) -> tuple[Any, str]:
     return config, text
 
 
-def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options for the parameters of a measurement."""
-    for name in ("labels", "seed", "seq_len", "samples"):
-        parameter = PARAMETERS[f"fisher_{name}"]
-        command = click.option(
-            f"--{name.replace('_', '-')}",
-            default=parameter.default,
-            show_default=True,
-            type=click.Choice(LABELS) if name == "labels" else parameter.type,
-            help=f"{parameter.meaning[:1].upper()}{parameter.meaning[1:]}.",
-            callback=_accepted,
-        )(command)
-    return command
+_SETTINGS = tuple(field.name for field in fields(FisherSettings))
 
 
-_LOADING = (
+def _setting(name: str) -> Callable[..., Any]:
+    """Make the option for a parameter of a measurement."""
+    parameter = PARAMETERS[f"fisher_{name}"]
+
+    def check(_context: click.Context, _option: click.Parameter, value: Any) -> Any:
+        if not parameter.accepts(value):
+            raise click.BadParameter(f"expected {parameter.expected}, found {value}.")
+        return value
+
+    return click.option(
+        f"--{name.replace('_', '-')}",
+        default=parameter.default,
+        show_default=True,
+        type=click.Choice(LABELS) if name == "labels" else parameter.type,
+        help=f"{parameter.meaning[:1].upper()}{parameter.meaning[1:]}.",
+        callback=check,
+    )
+
+
+# What a command needs that reads checkpoints and doesn't merge.
+_loading = _together(
     click.option(
         "--dtype",
         type=click.Choice(FLOAT_DTYPES),
@@ -149,18 +152,18 @@ _LOADING = (
 )
 
 
-def _loading(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Options for what reads checkpoints and doesn't merge."""
-    for option in reversed(_LOADING):
-        command = option(command)
-    return command
+def _options_of_process(options: dict[str, Any], state: Any) -> Any:
+    """Make mergekit's options, with the device that accelerate gave this process unless the user chose one."""
+    from mergekit.options import MergeOptions
+
+    own = "cuda" if options["cuda"] else "cpu" if state is None else str(state.device)
+    quiet = options["quiet"] or (state is not None and not state.is_main_process)
+    return MergeOptions(**{**options, "quiet": quiet, "device": options["device"] or own})
 
 
-def _accepted(_context: click.Context, option: click.Parameter, value: Any) -> Any:
-    parameter = PARAMETERS[f"fisher_{option.name}"]
-    if not parameter.accepts(value):
-        raise click.BadParameter(f"expected {parameter.expected}, found {value}.")
-    return value
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        click.echo(f"Warning: {warning}", err=True)
 
 
 @main.command(short_help="Measure a model's Fisher information, once.")
@@ -180,7 +183,7 @@ def _accepted(_context: click.Context, option: click.Parameter, value: Any) -> A
     help="With --factors: how many tokens the random ones are drawn from; for models of different vocabularies the "
     "smallest. By default this model's.",
 )
-@_settings
+@_together(*map(_setting, _SETTINGS))
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @_no_cache
 @_loading
@@ -189,10 +192,6 @@ def fisher(
     output: str,
     factors: str | None,
     vocab_size: int | None,
-    samples: int,
-    seq_len: int,
-    seed: int,
-    labels: str,
     dtype: str | None,
     revision: str | None,
     no_cache: bool,
@@ -200,23 +199,21 @@ def fisher(
 ) -> None:
     """Measure the Fisher information of MODEL's decoder layers on random tokens, and write it to a file.
 
-    With --factors it is the Kronecker factors of each linear layer that are written, some numbers for each token; of
-    fim_kron's own default number of samples, 2, unless --samples is given.
+    With --factors, write the Kronecker factors of each linear layer instead, some numbers for each token, by default of
+    2 samples as in fim_kron. MODEL is a folder or a model on the Hub, with an adapter as in mergekit: model+adapter.
 
-    MODEL is a folder or a model on the Hub, with an adapter as in mergekit: model+adapter. A merge uses the file
-    instead of measuring with `parameters: {fisher: FILE}` in its config.
+    With `parameters: {fisher: FILE}` in its config, a merge uses the file and doesn't measure. Weights are read as they
+    are needed: the memory of one decoder layer will do. A measurement that an earlier command or merge has kept is used
+    again; --no-cache measures anew.
 
-    Weights are read from the checkpoint as they are needed: the memory of one decoder layer will do. A measurement that
-    an earlier command or merge has kept is used again; --no-cache measures anew.
-
-    Several processes share the work: start them by
+    Several processes share the work:
 
     \b
     accelerate launch --num_processes K -m mergekit_fim fisher MODEL -o FILE
     torchrun --nproc_per_node K -m mergekit_fim fisher MODEL -o FILE    (on CPUs)
     """
     from mergekit_fim.fisher.samples import draw_samples
-    from mergekit_fim.measurements.file import model_files, write_measurement
+    from mergekit_fim.measurements.file import model_files
     from mergekit_fim.models.inputs import InputModel, open_model
     from mergekit_fim.prepass.factors import measured_factors
     from mergekit_fim.prepass.measured import measured
@@ -224,6 +221,13 @@ def fisher(
 
     if vocab_size is not None and factors is None:
         raise click.UsageError("--vocab-size goes with --factors")
+    settings = FisherSettings(*map(options.pop, _SETTINGS))
+    measure: Callable[..., Any] = measured
+    if factors is not None:
+        if click.get_current_context().get_parameter_source("samples") is ParameterSource.DEFAULT:
+            settings = replace(settings, samples=PARAMETERS["fisher_samples"].default_for("fim_kron"))
+        drawn = None if vocab_size is None else draw_samples(settings, vocab_size)
+        measure = functools.partial(measured_factors, kind=factors, samples=drawn)
     with processes() as state:
         is_main = state is None or state.is_main_process
         merge_options = _options_of_process(options, state)
@@ -234,39 +238,35 @@ def fisher(
             return open_model(model, revision, merge_options)
 
         try:
-            default = click.get_current_context().get_parameter_source("samples") is ParameterSource.DEFAULT
-            if factors is not None and default:
-                samples = PARAMETERS["fisher_samples"].default_for("fim_kron")
-            settings = FisherSettings(samples, seq_len, seed, labels)
-            wanted: Any = (open_base, settings, dtype, merge_options)
-            found: Any = None
-            if factors is None:
-                found = measured(*wanted, cache=not no_cache, state=state)
-            else:
-                drawn = None if vocab_size is None else draw_samples(settings, vocab_size)
-                found = measured_factors(*wanted, kind=factors, samples=drawn, cache=not no_cache, state=state)
+            result = measure(open_base, settings, dtype, merge_options, cache=not no_cache, state=state)
         except SharedError:
             if is_main:
                 raise
             sys.exit(1)
-        if not is_main:
-            return
-        if factors is None:
-            write_measurement(found.measurement, output)
-        else:
-            copy_whole(found.file.path, output)
-    if factors is None:
-        warnings, its = found.measurement.fisher.warnings, found.measurement.fisher
-        what = f"{found.measurement.model.num_layers} decoder layers of {model}, in {its.dtype}"
-    else:
-        warnings, its = found.file.warnings, found.file
-        if its.not_reached:
-            warnings += (f"no token reached {len(its.not_reached)} tensors of experts, such as {its.not_reached[0]}",)
-        what = f"factors of {len(its.names)} tensors of {model}, in {its.settings.dtype}, {size(its.size)}"
-    for warning in warnings:
-        click.echo(f"Warning: {warning}", err=True)
-    if not options["quiet"]:
-        click.echo(f"{output}: {what}{f', {found.origin}' if found.origin else ''}")
+    if is_main:
+        what = (_write_measurement if factors is None else _write_factors)(result, model, output)
+        if not options["quiet"]:
+            click.echo(f"{output}: {what}{f', {result.origin}' if result.origin else ''}")
+
+
+def _write_measurement(result: Any, model: str, output: str) -> str:
+    """Write a measurement, and say what it is."""
+    from mergekit_fim.measurements.file import write_measurement
+
+    write_measurement(result.measurement, output)
+    fisher = result.measurement.fisher
+    _warn(fisher.warnings)
+    return f"{len(fisher.layers)} decoder layers of {model}, in {fisher.dtype}"
+
+
+def _write_factors(result: Any, model: str, output: str) -> str:
+    """Write factors, and say what they are."""
+    file = result.file
+    copy_whole(file.path, output)
+    _warn(file.warnings)
+    if file.not_reached:
+        _warn([f"no token reached {len(file.not_reached)} tensors of experts, such as {file.not_reached[0]}"])
+    return f"factors of {len(file.names)} tensors of {model}, in {file.settings.dtype}, {size(file.size)}"
 
 
 @main.command(short_help="Show what a task vector looks like.")
@@ -275,34 +275,24 @@ def fisher(
 @click.option("--json", "json_file", type=click.Path(), help="Write the figures as JSON, too.")
 @_loading
 def delta(base: str, model: str, json_file: str | None, dtype: str | None, **options: Any) -> None:
-    """Measure the task vector of MODEL, what fine-tuning changed in BASE: in a minute, before any merge.
+    """Measure the task vector of MODEL, what fine-tuning changed in BASE, in a minute and before any merge.
 
-    Prints for every kind of tensor in the decoder layers, for all of them, and for what is outside: the share of exact
+    Print, for every kind of tensor in the decoder layers, for all of them, and for what is outside: the share of exact
     zeros, the norm, the kurtosis, the share of the squared norm in the largest 2 % of the entries, and the first
     singular value beside that of noise. BASE and MODEL are folders or models on the Hub, with an adapter as in
     mergekit: model+adapter, and with a revision: user/model@revision.
 
-    Tensors are read one after the other: the memory of the largest one, of both models, will do.
+    Tensors are read one after the other: memory for the largest one, of both models, will do.
     """
     from mergekit_fim.measurements.file import model_files
-    from mergekit_fim.tools.delta import measure_names, render
+    from mergekit_fim.tools.delta import measure_delta, render
 
     if json_file is not None:
         check_writable(json_file, *model_files(base), *model_files(model))
-    found = measure_names(base, model, dtype, _options_of_process(options, None))
-    echo(render(found))
+    statistics = measure_delta(base, model, dtype=dtype, options=_options_of_process(options, None))
+    echo(render(statistics))
     if json_file is not None:
-        write_json(json_file, found.as_json())
-
-
-def _options_of_process(options: dict[str, Any], state: Any) -> Any:
-    """mergekit's own options, with the device that accelerate gave this process unless the user chose one."""
-    from mergekit.options import MergeOptions
-
-    own = "cuda" if options["cuda"] else "cpu" if state is None else str(state.device)
-    device = options.pop("device") or own
-    quiet = options["quiet"] or (state is not None and not state.is_main_process)
-    return MergeOptions(**(options | {"quiet": quiet, "device": device}))
+        write_json(json_file, statistics.as_json())
 
 
 @main.command(cls=_MergekitCommand, short_help="Show what a merge will do, and its coefficients.")
@@ -313,10 +303,14 @@ def _options_of_process(options: dict[str, Any], state: Any) -> Any:
 def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: bool, options: Any) -> None:
     """Run everything of the merge in CONFIG_FILE up to its coefficients, and merge nothing.
 
-    Prints the table that the merge prints, and what the merge will do that can't be seen in the config: densities,
-    gate protection, output heads, config keys in which the models differ, and what it will read, write and hold.
+    Print the table that the merge prints, and what the config doesn't show: densities, gate protection, output heads,
+    config keys in which the models differ, and what the merge will read, write and hold.
     """
     from mergekit_fim.report.figure import check_figure, write_figure
+    from mergekit_fim.report.record import as_json
+    from mergekit_fim.report.table import render
+    from mergekit_fim.tools.explain import explain
+    from mergekit_fim.tools.plan import resolve
 
     if json_file is not None:
         check_writable(json_file, config_file)
@@ -324,20 +318,14 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
         check_writable(figure, config_file, *([json_file] if json_file else []))
         check_figure(figure)
     config, _ = _config(config_file, no_cache)
-    from mergekit_fim.report.record import as_json
-    from mergekit_fim.report.table import render
-    from mergekit_fim.tools.explain import explain
-    from mergekit_fim.tools.plan import plan_fim_merge
-
-    planned, pre_pass = plan_fim_merge(config, options)
-    echo(render(pre_pass) + explain(planned, options))
-    for warning in pre_pass.warnings:
-        click.echo(f"Warning: {warning}", err=True)
-    content = as_json(pre_pass)
+    planned = resolve(config, options)
+    echo(render(planned.pre_pass) + explain(planned, options))
+    _warn(planned.pre_pass.warnings)
+    report = as_json(planned.pre_pass)
     if json_file is not None:
-        write_json(json_file, content)
+        write_json(json_file, report)
     if figure is not None:
-        write_figure(content, config_file, figure)
+        write_figure(report, config_file, figure)
 
 
 @main.command(cls=_MergekitCommand, short_help="Write a merge as a config for stock mergekit.")
@@ -353,32 +341,30 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
 def export(config_file: str, output: str, check: bool, no_cache: bool, options: Any) -> None:
     """Write the merge in CONFIG_FILE as one that needs no plug-in: with mergekit's `ties` or `task_arithmetic`.
 
-    The coefficients become filtered weights, gate protection included. What stock mergekit can't do the same way is
-    said, and by how much the result differs: the largest difference of a merged tensor, which takes as long as two
-    merges (--no-check leaves it out).
+    The coefficients become filtered weights, gate protection included. Say what stock mergekit can't do the same way,
+    and the largest difference of a merged tensor. That takes as long as two merges (--no-check leaves it out).
     """
+    from mergekit_fim.tools import export as exporting
+    from mergekit_fim.tools.plan import resolve
+
     check_writable(output, config_file)
     config, _ = _config(config_file, no_cache)
-    from mergekit_fim.tools import export as exporting
-    from mergekit_fim.tools.plan import plan_fim_merge
-
     exporting.check_exportable(config.merge_method)
-    planned, pre_pass = plan_fim_merge(config, options)
+    planned = resolve(config, options)
     exported = exporting.export(planned, options)
-    for warning in pre_pass.warnings:
-        click.echo(f"Warning: {warning}", err=True)
-    said = [f"not the same as {config.merge_method}: {loss}" for loss in exported.losses]
+    _warn(planned.pre_pass.warnings)
+    notes = [f"not the same as {config.merge_method}: {loss}" for loss in exported.losses]
     if check:
-        said.append(exporting.summary(exporting.compare(planned, exported.config, options)))
+        notes.append(exporting.summary(exporting.compare(planned, exported.config, options)))
     else:
-        said.append("how far apart the two merges are was not measured (--check does)")
-    comment = [f"# {line}" for note in said for line in wrapped(note, 100)]
+        notes.append("how far apart the two merges are was not measured (--check does)")
     instead = f"{exported.config.merge_method} in place of {config.merge_method}"
-    head = f"# {instead}, by mergekit-fim {mergekit_fim.__version__}"
-    write_text(output, "\n".join([head, *comment, exported.config.to_yaml()]) + "\n")
+    head = [f"# {instead}, by mergekit-fim {mergekit_fim.__version__}"]
+    head += [f"# {line}" for note in notes for line in wrapped(note, 100)]
+    write_text(output, "\n".join([*head, exported.config.to_yaml()]) + "\n")
     if not options.quiet:
         click.echo(f"{output}: {instead}")
-    for note in said:
+    for note in notes:
         click.echo("\n".join(wrapped(f"- {note}")), err=bool(exported.losses))
 
 
@@ -389,14 +375,14 @@ def export(config_file: str, output: str, check: bool, no_cache: bool, options: 
 def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None:
     """Do the merge in CONFIG_FILE, and write the merged model to the folder OUT_PATH.
 
-    The same as mergekit-yaml, but that the model is in OUT_PATH whole or not at all. Also for places where Python reads
-    no .pth files, so that mergekit-yaml doesn't know the methods: `python -S`, and installs by `pip install --target`.
+    As mergekit-yaml, but the model is in OUT_PATH whole or not at all. It works also where Python reads no .pth files
+    and mergekit-yaml doesn't know the methods: `python -S`, and installs by `pip install --target`.
 
     A model that is in OUT_PATH already is replaced when the new one is complete; until then both are on the disk.
     """
-    config, text = _config(config_file, no_cache)
     from mergekit_fim.tools.whole import merge_whole
 
+    config, text = _config(config_file, no_cache)
     merge_whole(config, text, out_path, options)
 
 
@@ -521,12 +507,12 @@ def plot(report: str, output: str) -> None:
 def compare(first: str, second: str, count: int) -> None:
     """Compare two measurements or two files of factors, FIRST and SECOND, made with other settings or of other models.
 
-    Prints the correlation of their ranks (Spearman) and of their logarithms (Pearson), and the layers that moved most,
-    each with its shift in standard errors: what is beyond two of them isn't chance. A factor common to all layers
-    changes no merge coefficient, so shifts are counted from the mean.
+    Print the correlation of their ranks (Spearman) and of their logarithms (Pearson), and the layers that moved most,
+    each with its shift in standard errors: more than two of them isn't chance. A factor common to all layers changes no
+    merge coefficient, so shifts are counted from the mean.
 
-    Of two files that `fisher --factors` wrote: how alike the factors of each layer's tensors are, 1 where they are the
-    same but for a number.
+    Of two files that `fisher --factors` wrote, print how alike the factors of each layer's tensors are: 1 where they
+    are the same but for a number.
     """
     from mergekit_fim.measurements.compare import render_comparison
     from mergekit_fim.measurements.factors import FactorsFile, is_factors, render_factors

@@ -1,4 +1,4 @@
-"""What users see when something is wrong: the one exception, and in a line why something of others' failed."""
+"""What users see when something is wrong: the one exception, and helpers for its line."""
 
 import contextlib
 import importlib.util
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 
 class FimError(click.ClickException):
-    """Bad input, said in one line: what was expected, where, what was found, what to do.
+    """Say in one line what was expected, where, what was found, and what to do.
 
     mergekit's commands print a `ClickException` as `Error: ...` and exit with status 1, without a traceback. In
     Python, `str(error)` is the same line.
     """
 
     def __init__(self, message: str) -> None:
-        """Names, values and other libraries' messages may bring line breaks and control characters: not in here."""
+        """Take out line breaks and control characters, which names, values and other libraries' messages may have."""
         super().__init__("".join(c if c.isprintable() else " " for c in message))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: torch has a class for that on accelerators only, and on the CPU nothing but a message."""
+    """Whether memory ran out. torch has a class for that on accelerators; on the CPU only a message says it."""
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):
         return True
     # torch's allocator and its mapping of files, and the C++ library under them; then what CUDA's libraries ask for
@@ -35,7 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def check_own_code(error: Exception) -> None:
-    """See whether transformers' `error` is about a model that can't be loaded without the code that comes with it.
+    """Check whether transformers' `error` is about a model that comes with code of its own.
 
     Raises:
         FimError: it is.
@@ -49,14 +49,14 @@ def check_own_code(error: Exception) -> None:
 
 
 def require(module: str, extra: str) -> None:
-    """See that a library that not everybody needs is there, without importing it.
+    """Check that an optional library is installed, without importing it.
 
     Args:
         module: what is imported of it.
-        extra: of this package, which installs it.
+        extra: the extra of this package that installs it.
 
     Raises:
-        FimError: it isn't there.
+        FimError: it isn't installed.
     """
     package = module.partition(".")[0].replace("_", "-")
     with contextlib.suppress(ModuleNotFoundError):  # the package of a module in it
@@ -66,7 +66,7 @@ def require(module: str, extra: str) -> None:
 
 
 def brief(value: object) -> str:
-    """A value from a file, short enough for a message."""
+    """Shorten a value from a file for a message."""
     try:
         text = value if isinstance(value, str) else repr(value)
     except ValueError:  # Python writes out no numbers of thousands of digits
@@ -76,19 +76,19 @@ def brief(value: object) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value in an error: text in quotes."""
+    """Write a value for an error, text in quotes."""
     return repr(brief(value)) if isinstance(value, str) else brief(value)
 
 
 def reason(error: BaseException) -> str:
-    """Why something of another library's failed, in one short line."""
+    """Say in one short line why another library failed."""
     text = " ".join(str(error).split())[:300]
     name = type(error).__name__
     return f"{name}: {text}" if text and isinstance(error, LookupError) else text or name
 
 
 def misfit(error: "ValidationError", content: Any) -> str:
-    """The first thing in a file's content that has no place in what pydantic was told of it, by where it stands."""
+    """Say which part of a file's content pydantic refused first, by its place there, and why."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = ""
     for part in first["loc"]:

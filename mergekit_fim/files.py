@@ -1,47 +1,42 @@
-"""Files: JSON of ours, and whatever is to be there whole or not at all; what killed processes left goes."""
+"""Read and write files: JSON of ours, and whatever must be there whole or not at all."""
 
 import contextlib
-import hashlib
+import glob
 import json
 import os
-import platform
-import re
 import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mergekit_fim.errors import FimError
+from mergekit_fim.errors import FimError, reason
 
 REPORT_FORMAT = "mergekit-fim/report"  # of a merge's report
 REPORT_NAME = "fim_report.json"
 
-PART = ".mergekit-fim-part"  # how the names of what is unfinished end
-
-# What is unfinished says which process is at it. A file of another machine is given up at this age, in seconds: none of
-# ours takes as long to write. A folder isn't, as a large merge may.
-_PART = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}" + re.escape(PART))
-_STALE = 3600.0
+PART = ".mergekit-fim-part"  # the name of an unfinished file or folder ends like this
+_ABANDONED = 24 * 3600.0  # seconds without a change after which nobody works on one any more
 
 # A measurement of 1,000 sequences on the 126 layers of a 405B model has 3 MB.
 _LARGEST_FILE = 64 << 20
 
 
 def part_path(folder: str, name: str) -> str:
-    """A name in `folder`, of this process's own, for what will become `name`.
-
-    What killed processes left unfinished in the folder is removed.
-    """
-    _remove_abandoned(folder)
-    return os.path.join(folder, f".{name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{PART}")
+    """Choose a unique name in `folder` for the unfinished `name`, and remove what killed processes left there."""
+    for part in glob.glob(os.path.join(glob.escape(folder), f".*{PART}")):
+        with contextlib.suppress(OSError):  # another process was quicker
+            inside = glob.glob(os.path.join(glob.escape(part), "*"))  # a model's folder, which gets its files
+            if time.time() - max(map(os.path.getmtime, (part, *inside))) > _ABANDONED:
+                shutil.rmtree(part) if os.path.isdir(part) else os.remove(part)
+    return os.path.join(folder, f".{name}.{secrets.token_hex(8)}{PART}")
 
 
 @contextlib.contextmanager
 def written_whole(path: str) -> Iterator[str]:
-    """The name of a file to write beside `path`, one of its own, which takes the place of `path` when all went well.
+    """Yield the name of an unfinished file beside `path`, and move it to `path` when all went well.
 
-    What is there and isn't a file, such as a pipe or /dev/null, is written to as it is.
+    If `path` is a pipe or a device, such as /dev/null, yield `path` itself.
 
     Raises:
         FimError: it can't be written.
@@ -56,74 +51,37 @@ def written_whole(path: str) -> Iterator[str]:
                 os.fsync(file.fileno())
             os.replace(part, target)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise FimError(f"{path}: can't be written ({reason}); free some space, or write elsewhere") from error
+        problem = error.strerror or error
+        raise FimError(f"{path}: can't be written ({problem}); free some space, or write elsewhere") from error
     finally:
         if is_file:
             with contextlib.suppress(OSError):
                 os.remove(part)
 
 
-def _machine() -> str:
-    """Where a process number means this process: containers may share a host's name, and have numbers of their own."""
-    parts = [platform.node()]
-    with contextlib.suppress(OSError):  # there are none but on Linux
-        parts.append(os.readlink("/proc/self/ns/pid"))
-        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-            parts.append(file.read())
-    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]
+def read_json(path: str, where: str | None = None) -> Any:
+    """Read a JSON file that is no larger than one of ours can be. NaN and infinity are errors.
 
-
-def _remove_abandoned(folder: str) -> None:
-    names: list[str] = []
-    with contextlib.suppress(OSError):  # a folder that may be written to and not read
-        names = os.listdir(folder)
-    for name in (name for name in names if name.endswith(PART)):
-        path = os.path.join(folder, name)
-        with contextlib.suppress(OSError):  # another process was quicker
-            is_folder = os.path.isdir(path)
-            if _is_of_dead_process(name) or (not is_folder and time.time() - os.path.getmtime(path) > _STALE):
-                shutil.rmtree(path) if is_folder else os.remove(path)
-
-
-def _is_of_dead_process(part: str) -> bool:
-    """Whether the process that was at it is known to have ended: on other machines, and on Windows, it isn't."""
-    match = _PART.fullmatch(part)
-    if match is None or match["machine"] != _machine() or os.name != "posix":
-        return False
-    try:
-        os.kill(int(match["process"]), 0)  # sends nothing
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):  # of another user
-        return False
-    return False
-
-
-def read_json(path: str, where: str) -> Any:
-    """Read a JSON file of a size that one of ours can have, in which NaN and infinity are errors.
+    Args:
+        path: the file.
+        where: what errors call it, by default its path.
 
     Raises:
         FimError: it can't be read.
     """
+    where = path if where is None else where
     try:
-        size = os.path.getsize(path)
         if os.path.isdir(path):
             raise FimError(f"{where}: expected a JSON file, found a folder; name the file in it")
-        if size > _LARGEST_FILE:
-            raise FimError(
-                f"{where}: expected a JSON file of at most {_LARGEST_FILE >> 20} MB, found {size / 2**20:.0f} MB; "
-                "name a file that mergekit-fim wrote"
-            )
+        size, most = os.path.getsize(path) >> 20, _LARGEST_FILE >> 20
+        if size > most:
+            raise FimError(f"{where}: expected a JSON file of at most {most} MB, found {size} MB; check the name")
         with open(path, encoding="utf-8") as file:
             return json.load(file, parse_constant=_refuse)
     except OSError as error:
         raise FimError(f"{where}: can't be read ({error.strerror or error}); check the name") from error
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise FimError(
-            f"{where}: expected a JSON file, found something else ({reason}); name one that mergekit-fim wrote"
-        ) from error
+        raise FimError(f"{where}: expected a JSON file, found no JSON ({reason(error)}); check the name") from error
 
 
 def _refuse(constant: str) -> None:
@@ -131,11 +89,7 @@ def _refuse(constant: str) -> None:
 
 
 def check_writable(path: str, *others: str) -> None:
-    """Check that a file can be written, before the work that it is for.
-
-    Args:
-        path: the file.
-        others: files that it must not take the place of.
+    """Check that a file can be written, before the work for it begins. It must not replace one of the `others`.
 
     Raises:
         FimError: it is a folder, its folder is missing or read-only, or it is one of the others.
@@ -160,7 +114,7 @@ def write_json(path: str, content: Mapping[str, Any]) -> None:
 
 
 def write_text(path: str, text: str) -> None:
-    """Write a file atomically: no reader ever sees half of it.
+    """Write a file at once: no reader ever sees half of it.
 
     Raises:
         FimError: it can't be written.
@@ -170,10 +124,6 @@ def write_text(path: str, text: str) -> None:
 
 
 def copy_whole(source: str, path: str) -> None:
-    """Copy a file atomically.
-
-    Raises:
-        FimError: it can't be written.
-    """
+    """Copy a file as `write_text` writes one."""
     with written_whole(path) as part:
         shutil.copyfile(source, part)

@@ -1,7 +1,7 @@
-"""A merge config's file -> mergekit's config, as `mergekit-yaml` reads it, with errors of one line.
+"""Read a merge config as `mergekit-yaml` does, with errors of one line.
 
-mergekit passes over keys that it doesn't know, and of a key that stands there twice it takes the last; here both are
-errors, the first in merges by this package's methods.
+mergekit ignores keys that it doesn't know. Where a key stands twice, it takes the last. Here both are errors, the first
+only in merges by this package's methods.
 """
 
 import difflib
@@ -29,31 +29,24 @@ def read_config(path: str) -> tuple[MergeConfiguration, str]:
         with open(path, encoding="utf-8") as file:
             text = file.read(_LARGEST_CONFIG + 1)
         if len(text) > _LARGEST_CONFIG:
-            raise FimError(
-                f"{path}: expected a merge config of at most {_LARGEST_CONFIG >> 20} MB, found more; check the name"
-            )
-        loader = _Loader(text)
-        try:
-            content = loader.get_single_data()
-        finally:
-            loader.dispose()
+            most = _LARGEST_CONFIG >> 20
+            raise FimError(f"{path}: expected a merge config of at most {most} MB, found more; check the name")
+        content = _Loader(text).get_single_data()
     except OSError as error:
         raise FimError(f"{path}: can't be read ({error.strerror or error}); check the name") from error
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, RecursionError) as error:  # of odd tags, numbers
-        raise FimError(
-            f"{path}: expected a merge config in YAML, found something else ({reason(error)}); correct it"
-        ) from error
-    if not isinstance(content, dict):
-        raise FimError(f"{path}: expected a merge config in YAML, found {type(content).__name__}; check the name")
+        raise FimError(f"{path}: expected a merge config in YAML ({reason(error)}); correct it") from error
     return validated(content, path), text
 
 
 def validated(content: Any, where: str) -> MergeConfiguration:
-    """Make a merge config of `content`, whatever it is; `where` is what to call it in an error.
+    """Make a merge config of `content`, whatever it is. Errors call it `where`.
 
     Raises:
-        FimError: it isn't a merge config, or has keys that mergekit would pass over.
+        FimError: it isn't a merge config, or has keys that mergekit would ignore.
     """
+    if isinstance(content, MergeConfiguration):
+        return content
     if not isinstance(content, dict):
         raise FimError(f"{where}: expected the mapping of a merge config, found {type(content).__name__}; change it")
     try:
@@ -68,24 +61,23 @@ def validated(content: Any, where: str) -> MergeConfiguration:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as mergekit reads it, but that a key which stands twice in one place is an error."""
+    """Read YAML as mergekit does, but refuse a key that stands twice in one place."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys: set[tuple[str, str]] = set()
-        for key, _ in node.value:
-            name = key.tag, str(key.value)
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge" and name in keys:
+        keys = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.tag != "tag:yaml.org,2002:merge" and (key.tag, key.value) in keys:
                 line = key.start_mark.line + 1
                 raise ValueError(f"{brief(key.value)} stands twice in one place, again in line {line}")
-            keys.add(name)
+            keys.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
 
 
 def _check_keys(content: Any, parsed: Any, config: str, path: str = "") -> None:
-    """Check that mergekit has a place for every key in a part of a config, as YAML has it and as mergekit parsed it.
+    """Check that mergekit knows every key in a part of a config, given as YAML has it and as mergekit parsed it.
 
     Raises:
-        FimError: it has none for one.
+        FimError: it doesn't know one.
     """
     if isinstance(content, Mapping) and isinstance(parsed, BaseModel):
         fields = type(parsed).model_fields

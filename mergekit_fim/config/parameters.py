@@ -1,4 +1,4 @@
-"""Every parameter of the methods: name, type, legal values, default, and whose choice the default is."""
+"""Every parameter of the methods: its name, type, legal values and default, and who chose the default."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -17,8 +17,8 @@ OTHER_MODULES = ("merge", "base", "tuned")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
-# How many tokens fim_kron's factors are of. Fewer did better than 8 x 64 on the pairs that it was developed on
-# (docs/evidence.md), whose layers are 160 to 640 wide; of wider ones nothing is known.
+# The tokens of fim_kron's factors. Fewer did better than 8 x 64 on the pairs that it was developed on
+# (docs/evidence.md), whose layers are 160 to 640 wide. For wider layers nothing is known.
 KRON_SAMPLES, KRON_SEQ_LEN = 2, 64
 
 
@@ -32,7 +32,7 @@ class Scope(Enum):
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter: its name, type, legal values, scope, defaults, and whose choice the default is."""
+    """One parameter: its name, type, legal values, scope and defaults, and who chose the default."""
 
     name: str
     type: type
@@ -50,11 +50,11 @@ class Parameter:
         return self.others.get(method, self.default)
 
     def scope_in(self, method: str) -> Scope:
-        """Where it has a meaning in one of `METHODS`: fim_kron trims what the models' task vectors became together."""
+        """Where it has a meaning in one of `METHODS`. fim_kron trims the merged task vector, not each model's."""
         return Scope.TENSOR if method == "fim_kron" and self.name == "density" else self.scope
 
     def parse(self, value: Any) -> Any:
-        """The checked value.
+        """Check a value, and convert it to the parameter's type.
 
         Raises:
             ValueError: `value` is of the wrong type or out of range.
@@ -91,11 +91,13 @@ def _convert(value: Any, kind: type) -> Any:
 def _parameters() -> dict[str, Parameter]:
     merge, tensor, model = Scope.MERGE, Scope.TENSOR, Scope.MODEL
     kron = ("fim_kron",)
+    finite = (float, "a finite number", math.isfinite)
+    switch = (bool, "true or false", lambda v: True)
     # fmt: off
     table = [
         Parameter("fisher", str, "a file, or user/repo or user/repo/FILE on the Hub", bool, merge, None, "ours",
                   "a saved measurement to use instead of measuring; in fim_kron files of factors, separated by commas"),
-        Parameter("fisher_cache", bool, "true or false", lambda v: True, merge, True, "ours",
+        Parameter("fisher_cache", *switch, merge, True, "ours",
                   "keep the measurement for the next merge of these models, and use what was kept"),
         Parameter("fisher_samples", int, "a whole number of at least 1", lambda v: v >= 1, merge, 8, "paper",
                   "number N of random-token sequences", {"fim_kron": KRON_SAMPLES}),
@@ -111,20 +113,17 @@ def _parameters() -> dict[str, Parameter]:
                   methods=kron),
         Parameter("damping", float, "a number in (0, 1]", lambda v: 0 < v <= 1, merge, 1e-3, "ours",
                   "fim_kron: what is added to the diagonal of every factor, as a part of its mean", methods=kron),
-        Parameter("sharpness", float, "a finite number", math.isfinite, merge, 1.0, "ours",
-                  "slope of the sigmoid; 0 is the uniform merge, a negative one turns the mapping round",
-                  methods=BY_LAYER),
+        Parameter("sharpness", *finite, merge, 1.0, "ours", "slope of the sigmoid; 0 is the uniform merge, a negative "
+                  "one turns the mapping round", methods=BY_LAYER),
         Parameter("mapping", str, "`centred` or `anchored`", lambda v: v in MAPPINGS, merge, "centred", "ours",
                   "where the sigmoid has its middle: at the mean log-score, or at the largest, which leaves that layer "
                   "half-way and the others above (with `alpha_mean` both are the same)", methods=BY_LAYER),
         Parameter("alpha_mean", float, "a number in (0, 1)", lambda v: 0 < v < 1, merge, None, "ours",
                   "moves the sigmoid's centre so that the layers' α average to this; in fim_kron α itself",
                   {"fim_kron": 0.5}),
-        Parameter("alpha_min", float, "a finite number", math.isfinite, merge, 0.0, "ours", "lower end of α",
-                  methods=BY_LAYER),
-        Parameter("alpha_max", float, "a finite number", math.isfinite, merge, 1.0, "ours", "upper end of α",
-                  methods=BY_LAYER),
-        Parameter("alpha_other", float, "a finite number", math.isfinite, merge, None, "ours",
+        Parameter("alpha_min", *finite, merge, 0.0, "ours", "lower end of α", methods=BY_LAYER),
+        Parameter("alpha_max", *finite, merge, 1.0, "ours", "upper end of α", methods=BY_LAYER),
+        Parameter("alpha_other", *finite, merge, None, "ours",
                   "α of the tensors outside the decoder layers (default: the mean of the layers' α)"),
         Parameter("gate_scale", float, "a finite number of at least 0", lambda v: math.isfinite(v) and v >= 0, tensor,
                   0.7, "paper", "gate protection: α of the MLP gate projection is multiplied by this",
@@ -133,23 +132,20 @@ def _parameters() -> dict[str, Parameter]:
                   lambda v: math.isfinite(v) and v >= 0, tensor, 0.05, "paper",
                   "norm calibration: a merged tensor whose norm is off by more than this is rescaled",
                   {"fim_ta": 0.0, "fim_kron": 0.0}),
-        Parameter("lambda", float, "a finite number", math.isfinite, tensor, 1.0, "mergekit",
-                  "factor of the whole merged task vector"),
-        Parameter("normalize", bool, "true or false", lambda v: True, tensor, True, "mergekit",
-                  "divide by the sum of the models' weights", {"fim_ta": False}),
+        Parameter("lambda", *finite, tensor, 1.0, "mergekit", "factor of the whole merged task vector"),
+        Parameter("normalize", *switch, tensor, True, "mergekit", "divide by the sum of the models' weights",
+                  {"fim_ta": False}),
         Parameter("other_modules", str, "`merge`, `base` or `tuned`", lambda v: v in OTHER_MODULES, tensor, "merge",
                   "ours", "what becomes of all that isn't the language model's (vision or audio tower, projector): "
                   "merged, by the α outside the decoder layers, or kept as in the base or in the fine-tuned model"),
-        Parameter("int8_mask", bool, "true or false", lambda v: True, tensor, False, "mergekit",
-                  "accepted for stock configs; it has no effect here"),
+        Parameter("int8_mask", *switch, tensor, False, "mergekit", "accepted for stock configs; it has no effect here"),
         Parameter("rescale", bool, "false (for fim_ties, norm_tolerance takes its place)", lambda v: v is False, tensor,
                   False, "mergekit", "accepted for stock configs when false"),
-        Parameter("weight", float, "a finite number", math.isfinite, model, 1.0, "mergekit",
-                  "the model's weight beside the other fine-tuned models"),
+        Parameter("weight", *finite, model, 1.0, "mergekit", "the model's weight beside the other fine-tuned models"),
         Parameter("density", float, "a number in (0, 1]", lambda v: 0 < v <= 1, model, None, "paper",
                   "fraction of each task vector's entries that is kept (0.2 below 3 billion base parameters, "
                   "else 0.4); in fim_kron of the merged task vector's", {"fim_kron": 1.0}),
-        Parameter("alpha", float, "a finite number", math.isfinite, model, None, "ours",
+        Parameter("alpha", *finite, model, None, "ours",
                   "sets α by hand; with it on every model there is no pre-pass but fim_kron's"),
     ]
     # fmt: on

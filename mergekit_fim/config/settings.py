@@ -1,12 +1,12 @@
-"""The check of a whole merge config before anything expensive begins, and the pre-pass settings read from it.
+"""Check a whole merge config before anything expensive begins, and read the pre-pass settings from it.
 
-mergekit ignores parameter names that it doesn't know, so that a typo would merge with a default unseen. Here every name
-and every value in the config is checked, in the shape in which the user wrote it.
+mergekit ignores a parameter name that it doesn't know, so a typo would silently leave the default. Here every name and
+every value is checked as the user wrote it.
 """
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from mergekit.architecture import ModelArchitecture
@@ -34,7 +34,7 @@ class KronSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of the pre-pass: one value each for the whole merge.
+    """The pre-pass settings: one value each for the whole merge.
 
     Attributes:
         fisher: what determines the measurement.
@@ -55,26 +55,23 @@ class Settings:
     kron: KronSettings | None = None
 
 
-# Where a `parameters:` mapping of a merge config stands, in words; its values; and what may stand there.
+# A `parameters:` mapping of a merge config: its place in words, its values, and which parameters may stand there.
 Block = tuple[str, Mapping[str, Any], Scope]
 
 
 def _parameter_blocks(config: MergeConfiguration) -> Iterator[Block]:
-    """Every `parameters:` mapping in `config`, in reading order."""
+    """Yield every `parameters:` mapping in `config`, in reading order."""
     yield "the top-level parameters", config.parameters or {}, Scope.MERGE
-    yield from _blocks(config.models, config.slices, "")
-    for name, module in (config.modules or {}).items():
-        yield f"modules.{name}.parameters", module.parameters or {}, Scope.TENSOR
-        yield from _blocks(module.models, module.slices, f"modules.{name}.")
-
-
-def _blocks(models: Any, slices: Any, prefix: str) -> Iterator[Block]:
-    for i, model in enumerate(models or []):
-        yield f"{prefix}models[{i}] ({model.model})", model.parameters or {}, Scope.MODEL
-    for i, out_slice in enumerate(slices or []):
-        yield f"{prefix}slices[{i}].parameters", out_slice.parameters or {}, Scope.TENSOR
-        for j, source in enumerate(out_slice.sources):
-            yield f"{prefix}slices[{i}].sources[{j}] ({source.model})", source.parameters or {}, Scope.MODEL
+    modules = [(f"modules.{name}.", module) for name, module in (config.modules or {}).items()]
+    for prefix, module in [("", config), *modules]:
+        if prefix:
+            yield f"{prefix}parameters", module.parameters or {}, Scope.TENSOR
+        for i, model in enumerate(module.models or []):
+            yield f"{prefix}models[{i}] ({model.model})", model.parameters or {}, Scope.MODEL
+        for i, out_slice in enumerate(module.slices or []):
+            yield f"{prefix}slices[{i}].parameters", out_slice.parameters or {}, Scope.TENSOR
+            for j, source in enumerate(out_slice.sources):
+                yield f"{prefix}slices[{i}].sources[{j}] ({source.model})", source.parameters or {}, Scope.MODEL
 
 
 def check_config(config: MergeConfiguration) -> Settings:
@@ -87,24 +84,21 @@ def check_config(config: MergeConfiguration) -> Settings:
     method = config.merge_method
     if config.base_model is None:  # not only per slice: mergekit would take the merged model's config from any model
         raise FimError(f"{method} needs a base model; add `base_model:` to the config, at the top")
-    has_tuned = False
+    models = []
     for module in (config, *(config.modules or {}).values()):
-        has_tuned = has_tuned or any(model.model != config.base_model for model in module.models or [])
+        models += [(model.model, config.base_model) for model in module.models or []]
         for i, out_slice in enumerate(module.slices or []):
             if not out_slice.sources:
                 raise FimError(
                     f"slices[{i}]: expected the base and a fine-tuned model in `sources`, found none; add them"
                 )
-            base = base_of(config, out_slice)
-            has_tuned = has_tuned or any(source.model != base for source in out_slice.sources)
-    if not has_tuned:
-        raise FimError(
-            f"{method} needs at least one fine-tuned model beside the base {config.base_model}; list one in `models:`"
-        )
+            models += [(source.model, base_of(config, out_slice)) for source in out_slice.sources]
+    if all(model == base for model, base in models):
+        raise FimError(f"{method} needs at least one fine-tuned model beside the base; list one in `models:`")
     for name in ("dtype", "out_dtype"):
         value = getattr(config, name)
         if value is not None and value.removeprefix("torch.") not in FLOAT_DTYPES:
-            raise FimError(f"{name}: expected one of {', '.join(FLOAT_DTYPES)}, found {value}")
+            raise FimError(f"{name}: expected one of {', '.join(FLOAT_DTYPES)}, found {value}; change it")
     return settings
 
 
@@ -115,16 +109,13 @@ def check_modules(config: MergeConfiguration, architecture: ModelArchitecture, m
         FimError: it hasn't, or the definition doesn't fit the models.
     """
     names = sorted(architecture.modules)
-    kind = next(iter(model_config.architectures or ()), model_config.model_type)
-    for name in config.modules or {}:
+    given = config.modules or {}
+    for name in given:
         if name not in names:
             raise FimError(f"modules: expected {' or '.join(names)}, found {name}; rename it, or use `models:`")
-    lacking = [name for name in names if config.modules and name not in config.modules]
-    if lacking:
-        raise FimError(
-            f"modules: expected all of {', '.join(names)}, found no {lacking[0]}, without which the merged model isn't "
-            "whole; add it, or use `models:`"
-        )
+    missing = [name for name in names if given and name not in given]
+    if missing:
+        raise FimError(f"modules: expected all of {', '.join(names)}, found no {missing[0]}; add it, or use `models:`")
     if config.slices and len(names) > 1:
         raise FimError(
             f"slices: these models have the modules {', '.join(names)}, and mergekit can't tell which one is "
@@ -134,6 +125,7 @@ def check_modules(config: MergeConfiguration, architecture: ModelArchitecture, m
         try:
             module.architecture.num_layers(model_config)
         except Exception as error:  # mergekit's own
+            kind = next(iter(model_config.architectures or ()), model_config.model_type)
             raise FimError(
                 f"mergekit's definition of {kind} doesn't fit its config.json, which has no "
                 f"{module.architecture.num_layers_config_key()}: this version of mergekit can't merge such a model"
@@ -141,9 +133,9 @@ def check_modules(config: MergeConfiguration, architecture: ModelArchitecture, m
 
 
 def base_of(config: MergeConfiguration, out_slice: OutputSliceDefinition | None = None) -> ModelReference:
-    """The base model of a merge, or of one slice."""
+    """Find the base model of a merge, or of one slice."""
     base = (out_slice.base_model if out_slice else None) or config.base_model
-    assert base is not None  # `check_config` has seen to it
+    assert base is not None  # by `check_config`
     return base
 
 
@@ -151,8 +143,8 @@ def read_settings(config: MergeConfiguration) -> Settings:
     """Check every parameter in `config`, and read the pre-pass settings from it.
 
     Raises:
-        FimError: an unknown or misplaced name, a wrong type, a value out of range, or a per-layer gradient or a filter
-            where only one value makes sense.
+        FimError: an unknown or misplaced name, a wrong type, a value out of range, or a gradient or a filter where
+            only one value makes sense.
     """
     for where, block, scope in _parameter_blocks(config):
         for name, setting in block.items():
@@ -164,14 +156,10 @@ def read_settings(config: MergeConfiguration) -> Settings:
         if parameter.scope is Scope.MERGE
     }
     try:
-        mapping = coefficients.Mapping(
-            values["sharpness"], values["alpha_min"], values["alpha_max"], values["alpha_mean"], values["mapping"]
-        )
+        mapping = coefficients.Mapping(**{field.name: values[field.name] for field in fields(coefficients.Mapping)})
     except ValueError as error:
         raise FimError(f"the top-level parameters: {error}; change one of them") from None
-    fisher = FisherSettings(
-        values["fisher_samples"], values["fisher_seq_len"], values["fisher_seed"], values["fisher_labels"]
-    )
+    fisher = FisherSettings(**{field.name: values[f"fisher_{field.name}"] for field in fields(FisherSettings)})
     by_user = frozenset(name for name in vars(fisher) if f"fisher_{name}" in given)
     kron = None
     if config.merge_method == "fim_kron":
@@ -192,21 +180,15 @@ def _check_parameter(name: str, setting: Any, where: str, scope: Scope, method: 
         hint = f"did you mean `{near[0]}`?" if near else f"{method} knows {', '.join(known)}"
         raise FimError(f"{where}: unknown parameter `{brief(name)}`; {hint}")
     if method not in parameter.methods:
-        raise FimError(
-            f"{where}: `{name}` has no meaning in {method}, only in {' and '.join(parameter.methods)}; leave it out"
-        )
-    if scope is not Scope.MERGE:
-        if parameter.scope is Scope.MERGE:
-            raise FimError(
-                f"{where}: `{name}` is one value for the whole merge; move it to the top-level `parameters:`"
-            )
-        if parameter.scope_in(method) is Scope.TENSOR and scope is Scope.MODEL:
-            raise FimError(f"{where}: `{name}` has no effect on a single model; set it {Scope.TENSOR.value} instead")
+        others = " and ".join(parameter.methods)
+        raise FimError(f"{where}: `{name}` has no meaning in {method}, only in {others}; leave it out")
+    if parameter.scope is Scope.MERGE and scope is not Scope.MERGE:
+        raise FimError(f"{where}: `{name}` is one value for the whole merge; move it to the top-level `parameters:`")
+    if parameter.scope_in(method) is Scope.TENSOR and scope is Scope.MODEL:
+        raise FimError(f"{where}: `{name}` has no effect on a single model; set it {Scope.TENSOR.value} instead")
     if parameter.scope is Scope.MERGE and isinstance(setting, (list, ConditionalParameter)):
-        raise FimError(
-            f"{where}: `{name}` takes one value for the whole merge, {parameter.expected}; "
-            f"found a {'gradient or a list of filters' if isinstance(setting, list) else 'filter'}; give one value"
-        )
+        shape = "gradient or a list of filters" if isinstance(setting, list) else "filter"
+        raise FimError(f"{where}: `{name}` takes one value, {parameter.expected}; found a {shape}; give one value")
     given = [condition.value for condition in conditions(setting)]
     if [] in given:
         raise FimError(f"{where}: `{name}` is an empty list; give a value, a gradient or filters")
@@ -220,7 +202,7 @@ def _check_parameter(name: str, setting: Any, where: str, scope: Scope, method: 
 
 
 def conditions(setting: Any) -> list[ConditionalParameter]:
-    """Any parameter setting as mergekit's list of filters, the first match of which wins."""
+    """Write any parameter setting as mergekit's list of filters, of which the first match wins."""
     if isinstance(setting, ConditionalParameter):
         return [setting]
     if isinstance(setting, Sequence) and setting and isinstance(setting[0], ConditionalParameter):
@@ -229,19 +211,19 @@ def conditions(setting: Any) -> list[ConditionalParameter]:
 
 
 def settings_of(reader: ConfigReader, name: str, model: ModelReference | None = None) -> list[ConditionalParameter]:
-    """The settings of a parameter that hold in a slice, or for a model in it, in mergekit's order of precedence."""
+    """List the settings of a parameter that hold in a slice, or for a model in it, in mergekit's order."""
     scopes = reader.parameter_sources(model)
-    return [c for scope in scopes if scope and name in scope for c in conditions(scope[name])]
+    return [condition for scope in scopes if scope and name in scope for condition in conditions(scope[name])]
 
 
 def as_set(readers: Sequence[ConfigReader], name: str, default: Any, model: ModelReference | None = None) -> Any:
-    """A parameter as the user set it: a value, or a gradient or filters; where slices differ, a list of one per slice.
+    """Find a parameter as the user set it: a value, a gradient or filters; where slices differ, one of these for each.
 
     Args:
-        readers: of the slices.
+        readers: those of the slices.
         name: the parameter.
-        default: what holds where nothing is set; None where that is nothing.
-        model: the model, of a parameter that is per model.
+        default: what holds where nothing is set, if anything does.
+        model: whose parameter it is, if it is per model.
     """
     values = []
     for reader in readers:

@@ -1,4 +1,4 @@
-"""Two measurements -> do they rank the layers alike?"""
+"""Compare two measurements: do they rank the layers alike?"""
 
 import math
 import statistics
@@ -19,7 +19,7 @@ class LayerShift:
 
     Attributes:
         first: the layer in the first measurement.
-        second: in the second.
+        second: the layer in the second.
         shift: ln(F_second / F_first) minus the mean of that over all layers, which changes no coefficient.
     """
 
@@ -29,7 +29,7 @@ class LayerShift:
 
     @property
     def stderr(self) -> float | None:
-        """The standard error of ln(F_second / F_first), the two taken as independent; None of a single sequence."""
+        """The standard error of ln(F_second / F_first), if the two are independent; None for a single sequence."""
         relative = [x.stderr / x.fisher for x in (self.first, self.second) if x.stderr is not None]
         return math.hypot(*relative) if len(relative) == 2 else None
 
@@ -46,8 +46,8 @@ class Comparison:
     Attributes:
         spearman: the rank correlation over the layers; None where a measurement is the same everywhere.
         log_pearson: the correlation of ln F over the layers; likewise.
-        factor: exp of the mean of ln(F_second / F_first): by what the second is larger altogether.
-        layers: every layer that has a Fisher information in both, the one that moved most first.
+        factor: exp of the mean of ln(F_second / F_first): how many times larger the second is.
+        layers: every layer that has Fisher information in both; the one that moved most comes first.
     """
 
     spearman: float | None
@@ -68,7 +68,7 @@ def compare_fisher(first: FisherMeasurement, second: FisherMeasurement) -> Compa
     pairs = [(a, b) for a, b in zip(first.layers, second.layers, strict=False) if a.fisher > 0 and b.fisher > 0]
     if counts[0] != counts[1] or len(pairs) < 2:
         raise FimError(
-            f"these can't be compared: expected the same layers, two at least with Fisher information in both, found "
+            "these can't be compared: expected the same layers, at least two with Fisher information in both, found "
             f"{counts[0]} and {counts[1]} layers, {len(pairs)} with it; name two measurements of models of one shape"
         )
     logs = [[math.log(layer.fisher) for layer in side] for side in zip(*pairs, strict=True)]
@@ -77,58 +77,51 @@ def compare_fisher(first: FisherMeasurement, second: FisherMeasurement) -> Compa
     shifts = [LayerShift(a, b, ratio - mean) for (a, b), ratio in zip(pairs, ratios, strict=True)]
     varies = all(min(values) < max(values) for values in logs)
     return Comparison(
-        statistics.correlation(*(_ranks(values) for values in logs)) if varies else None,
+        statistics.correlation(*map(_ranks, logs)) if varies else None,
         statistics.correlation(*logs) if varies else None,
         math.exp(mean),
-        tuple(sorted(shifts, key=lambda shift: -abs(shift.shift))),
+        tuple(sorted(shifts, key=lambda layer: -abs(layer.shift))),
     )
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1; equal values share the mean of theirs."""
-    return [
-        sum(other < value for other in values) + (sum(other == value for other in values) + 1) / 2 for value in values
-    ]
+    """Rank values, from 1. Equal ones share the mean of their ranks."""
+    return [sum(other < value for other in values) + (values.count(value) + 1) / 2 for value in values]
 
 
 def render_comparison(first: Measurement, second: Measurement, count: int) -> str:
-    """Two measurements side by side, with the `count` layers that moved most.
+    """Show two measurements side by side, with the `count` layers that moved most.
 
     Raises:
         FimError: they have different numbers of layers, or too few to compare.
     """
-    sides = (first.fisher, second.fisher)
-    found = compare_fisher(*sides)
+    comparison = compare_fisher(first.fisher, second.fisher)
     lines = []
-    for name, side in zip(("first", "second"), (first, second), strict=True):
-        settings = side.fisher.settings
-        lines += wrapped(
-            f"{name}: {side.model.id}, {settings.samples} × {settings.seq_len} tokens, seed {settings.seed}, labels: "
-            f"{settings.labels}, in {side.fisher.dtype}"
-        )
+    for name, side in (("first", first), ("second", second)):
+        its = side.fisher.settings
+        tokens = f"{its.samples} × {its.seq_len} tokens, seed {its.seed}, labels: {its.labels}"
+        lines += wrapped(f"{name}: {side.model.id}, {tokens}, in {side.fisher.dtype}")
     difference = first.model.difference(second.model)
     if difference:
         lines += wrapped(f"They are of different models: {difference} differ.")
-    tokens = [(side.vocab_size, side.settings.seed, side.settings.seq_len) for side in sides]
-    if tokens[0] == tokens[1]:
+    drawn = [(side.vocab_size, side.settings.seed, side.settings.seq_len) for side in (first.fisher, second.fisher)]
+    if drawn[0] == drawn[1]:
         lines += wrapped(
-            "They share tokens, having the same seed: the standard errors, which take them for independent, are too "
-            "large, and too many layers are within them; another --seed makes them right."
+            "They share tokens, having the same seed. The standard errors take them for independent and are too large, "
+            "so too many layers are within them; another --seed makes them right."
         )
-    numbers = [("Spearman", found.spearman), ("Pearson of ln F", found.log_pearson)]
+    numbers = [("Spearman", comparison.spearman), ("Pearson of ln F", comparison.log_pearson)]
     lines.append(", ".join(f"{name} {'undefined' if v is None else f'{v:.3f}'}" for name, v in numbers))
-    known = [layer for layer in found.layers if layer.is_beyond is not None]
-    beyond = sum(bool(layer.is_beyond) for layer in known)
-    lines.append(f"the second is {found.factor:.3g} times the first, over all layers")
+    lines.append(f"the second is {comparison.factor:.3g} times the first, over all layers")
+    known = [layer.is_beyond for layer in comparison.layers if layer.is_beyond is not None]
     if known:
-        lines.append(f"{beyond} of {len(known)} layers moved by more than {SIGNIFICANT:g} standard errors from that")
+        moved = f"moved by more than {SIGNIFICANT:g} standard errors from that"
+        lines.append(f"{sum(known)} of {len(known)} layers {moved}")
     if count:
         lines += ["", f"{'layer':>8}{'first':>12}{'second':>12}{'shift':>10}{'± of ln':>10}"]
-    for layer in found.layers[:count]:
+    for layer in comparison.layers[:count]:
         stderr = "" if layer.stderr is None else f"{layer.stderr:.2f}"
         verdict = {None: "", True: "  beyond", False: "  within"}[layer.is_beyond]
-        lines.append(
-            f"{layer.first.index:>8}{layer.first.fisher:>12.3e}{layer.second.fisher:>12.3e}"
-            f"{math.exp(layer.shift):>9.2f}×{stderr:>10}{verdict}"
-        )
+        values = f"{layer.first.fisher:>12.3e}{layer.second.fisher:>12.3e}{math.exp(layer.shift):>9.2f}×"
+        lines.append(f"{layer.first.index:>8}{values}{stderr:>10}{verdict}")
     return "\n".join(lines)

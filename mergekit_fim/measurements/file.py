@@ -1,4 +1,4 @@
-"""A measurement as a file: small JSON that says what was measured, how, and of which model."""
+"""Write and read a measurement's file: small JSON that says what was measured, how, and of which model."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ _AGAIN = "measure again with `mergekit-fim fisher`"
 
 
 def layers_as_json(measurement: FisherMeasurement) -> list[dict[str, Any]]:
-    """The layers, as they stand in a measurement's file and in a merge's report."""
+    """Write the layers as they stand in a measurement's file and in a merge's report."""
     return [
         {
             "index": layer.index,
@@ -26,18 +26,14 @@ def layers_as_json(measurement: FisherMeasurement) -> list[dict[str, Any]]:
             "fisher": layer.fisher,
             "fisher_stderr": layer.stderr,
             "squared_norms": list(layer.squared_norms),
-            **_experts_as_json(layer.experts),
         }
+        | ({"experts": its.count, "experts_not_reached": list(its.not_reached)} if (its := layer.experts) else {})
         for layer in measurement.layers
     ]
 
 
-def _experts_as_json(experts: Experts | None) -> dict[str, Any]:
-    return {} if experts is None else {"experts": experts.count, "experts_not_reached": list(experts.not_reached)}
-
-
 def as_json(measurement: Measurement) -> dict[str, Any]:
-    """A measurement as it is written, with a checksum that tells a changed one."""
+    """Write a measurement, with a checksum that shows later changes."""
     fisher = measurement.fisher
     content = {
         "format": FORMAT,
@@ -90,20 +86,17 @@ class _File(BaseModel):
 
 
 def from_json(content: Any, where: str) -> Measurement:
-    """Check the content of a measurement's file, whatever it is; `where` is what to call it in an error.
+    """Check the content of a measurement's file, whatever it is. Errors call it `where`.
 
     Raises:
         FimError: it isn't a measurement that this version can read, or it was changed after it was written.
     """
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise FimError(f"{where}: expected a measurement (format {FORMAT}), found {brief(found)}; {_AGAIN}")
-    number = content.get("version")
-    if isinstance(number, int) and number > VERSION:
-        raise FimError(
-            f"{where}: expected a measurement of version {VERSION}, found {number}, made by a newer mergekit-fim; "
-            "upgrade mergekit-fim"
-        )
+    its_format = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if its_format != FORMAT:
+        raise FimError(f"{where}: expected a measurement (format {FORMAT}), found {brief(its_format)}; {_AGAIN}")
+    version = content.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise FimError(f"{where}: expected a measurement of version {VERSION}, found {version}; upgrade mergekit-fim")
     try:
         # As JSON, where no type is taken for another, and no number for an infinite one.
         file = _File.model_validate_json(json.dumps(content, allow_nan=False), strict=True)
@@ -115,12 +108,11 @@ def from_json(content: Any, where: str) -> Measurement:
     except FimError as error:
         raise FimError(f"{where}: `settings`: {error}; {_AGAIN}") from None
     shapes = [(layer.index, len(layer.squared_norms)) for layer in file.layers]
-    count, expected = file.model.num_layers, [(index, settings.samples) for index in range(len(shapes))]
-    if not shapes or len(shapes) != count or shapes != expected:
-        raise FimError(
-            f"{where}: `layers`: expected {count} decoder layers in order, with {settings.samples} squared "
-            f"norms each, found {brief(', '.join(f'layer {index} with {count}' for index, count in shapes))}; {_AGAIN}"
-        )
+    count = file.model.num_layers
+    if not shapes or len(shapes) != count or shapes != [(index, settings.samples) for index in range(len(shapes))]:
+        shown = brief(", ".join(f"layer {index} with {norms}" for index, norms in shapes))
+        expected = f"{count} decoder layers in order, with {settings.samples} squared norms each"
+        raise FimError(f"{where}: `layers`: expected {expected}, found {shown}; {_AGAIN}")
     if file.checksum != _checksum(content):
         raise FimError(f"{where}: the measurement was changed after it was written (its checksum differs); {_AGAIN}")
     layers = tuple(layer.record() for layer in file.layers)
@@ -129,7 +121,7 @@ def from_json(content: Any, where: str) -> Measurement:
 
 
 def write_measurement(measurement: Measurement, path: str | os.PathLike[str]) -> None:
-    """Write a measurement atomically: no reader ever sees half of it.
+    """Write a measurement at once: no reader ever sees half of it.
 
     Raises:
         FimError: it can't be written.
@@ -138,14 +130,14 @@ def write_measurement(measurement: Measurement, path: str | os.PathLike[str]) ->
 
 
 def model_files(model: str) -> list[str]:
-    """The files in a model's folder, if it is one, that aren't measurements: what must stay there."""
+    """List the files in a model's folder, if it is one, that must stay there: all but measurements."""
     names = os.listdir(model) if os.path.isdir(model) else []
     return [path for name in names if not _is_measurement(path := os.path.join(model, name))]
 
 
 def _is_measurement(path: str) -> bool:
     try:
-        content = read_json(path, path) if path.endswith(".json") else None
+        content = read_json(path) if path.endswith(".json") else None
     except FimError:
         return False
     return isinstance(content, dict) and content.get("format") == FORMAT

@@ -1,4 +1,4 @@
-"""What a Fisher measurement is: records of numbers, from which all else follows. Reading them needs no torch."""
+"""Records of a Fisher measurement: numbers, from which all else follows. They need no torch."""
 
 import math
 import platform
@@ -16,19 +16,19 @@ class Experts:
 
     Attributes:
         count: how many there are.
-        not_reached: those, from 0, that no token of the measurement was sent to.
+        not_reached: the numbers, from 0, of those to which no token of the measurement was sent.
     """
 
     count: int
     not_reached: tuple[int, ...]
 
     @staticmethod
-    def together(found: Iterable["Experts | None"]) -> "Experts | None":
-        """One layer's on all the tokens that it was seen on in parts; None where nothing was seen."""
-        seen = [experts for experts in found if experts is not None]
-        if not seen:
+    def together(parts: Iterable["Experts | None"]) -> "Experts | None":
+        """Join what parts of the tokens showed of one layer; None where no part showed anything."""
+        known = [part for part in parts if part is not None]
+        if not known:
             return None
-        return Experts(seen[0].count, tuple(sorted(set.intersection(*(set(its.not_reached) for its in seen)))))
+        return Experts(known[0].count, tuple(sorted(set.intersection(*(set(part.not_reached) for part in known)))))
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LayerFisher:
         index: the layer, from 0.
         parameters: P, the number of parameters in the layer, all experts included.
         squared_norms: [sequence], ‖∇_{θ^l} L_n‖², from which all else follows.
-        experts: None where it isn't a mixture of experts, or one whose router's choices can't be seen.
+        experts: None where there are none, or where the choices of their router can't be seen.
     """
 
     index: int
@@ -65,7 +65,7 @@ class LayerFisher:
 
 @dataclass(frozen=True)
 class FisherMeasurement:
-    """Which Fisher: the diagonal one of the mean next-token loss per sequence, squared per sequence, then averaged.
+    """A diagonal Fisher information: the gradient of each sequence's mean next-token loss, squared, then averaged.
 
     Attributes:
         vocab_size: the random tokens were uniform over this many.
@@ -103,17 +103,15 @@ class ModelIdentity:
     fingerprint: str
 
     def difference(self, other: "ModelIdentity") -> str | None:
-        """In what two models that are not the same differ; None for two copies of one model."""
-        if self.fingerprint == other.fingerprint:
-            return None
-        (weights, config), (other_weights, other_config) = (m.fingerprint.partition("-")[::2] for m in (self, other))
-        parts = [("weights", weights, other_weights), ("config.json", config, other_config)]
-        return " and ".join(name for name, a, b in parts if a != b)
+        """Say in what two models differ; None for two copies of one model."""
+        own, others = (model.fingerprint.partition("-")[::2] for model in (self, other))
+        parts = zip(("weights", "config.json"), own, others, strict=True)
+        return " and ".join(name for name, a, b in parts if a != b) or None
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A Fisher measurement with what it is of.
+    """A Fisher measurement and what was measured.
 
     Attributes:
         model: the model.
@@ -127,11 +125,11 @@ class Measurement:
 
     @classmethod
     def of(cls, fisher: FisherMeasurement, model: ModelIdentity) -> "Measurement":
-        """A measurement that was just made."""
+        """Make the record of a measurement that was just taken."""
         return cls(model, fisher, versions())
 
 
 def versions() -> dict[str, str]:
-    """What a measurement or a merge was made with."""
+    """List the versions of the packages that make a measurement or a merge."""
     packages = {name: version(name) for name in ("mergekit", "torch", "transformers", "accelerate")}
     return {"mergekit-fim": mergekit_fim.__version__, **packages, "python": platform.python_version()}

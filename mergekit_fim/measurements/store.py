@@ -1,7 +1,7 @@
-"""Where measurements are had without measuring: from a file, from the Hub, or kept in the user's cache folder.
+"""Get a measurement without measuring: from a file, from the Hub, or from the user's cache folder.
 
-Nothing in the cache is trusted: a file that is not whole, not of this model or not of these settings is measured anew,
-with a warning. What can't be written is not kept, with a warning.
+Nothing in the cache is trusted. If a file is broken, of another model or of other settings, the model is measured anew,
+with a warning. If a measurement can't be written, it is not kept, with a warning.
 """
 
 import hashlib
@@ -52,10 +52,10 @@ def read_measurement(reference: str | os.PathLike[str], cache_dir: str | None = 
 def local_file(
     reference: str, cache_dir: str | None, *, kind: str = "a saved measurement", default: str = DEFAULT_NAME
 ) -> str:
-    """A file here, or downloaded from the Hub.
+    """Find a file here, or download it from the Hub.
 
     Args:
-        reference: see `read_measurement`.
+        reference: as for `read_measurement`.
         cache_dir: likewise.
         kind: what the file holds, for messages.
         default: the file that `user/repo` stands for.
@@ -70,10 +70,8 @@ def local_file(
     # `folder/fisher.json` is a file that is missing; repositories aren't named so.
     extension = os.path.splitext(default)[1]
     if match is None or reference.startswith(".") or (match["file"] is None and match["repo"].endswith(extension)):
-        raise FimError(
-            f"{reference}: expected the file of {kind}, or user/repo or user/repo/FILE on the Hub; "
-            "found no such file; check the name"
-        )
+        expected = f"the file of {kind}, or user/repo or user/repo/FILE on the Hub"
+        raise FimError(f"{reference}: expected {expected}; found no such file; check the name")
     repo, name = match["repo"], match["file"] or default
     on_hub = f"the repository {repo} on the Hub"
     try:
@@ -83,10 +81,8 @@ def local_file(
     except GatedRepoError:
         problem = f"{on_hub} is gated; ask for access on its page, and log in with `hf auth login`"
     except RepositoryNotFoundError:
-        problem = (
-            f"no file of that name here, and on the Hub no repository {repo}, or a private one; check the name, or log "
-            "in with `hf auth login`"
-        )
+        where = f"no file of that name here, and on the Hub no repository {repo}, or a private one"
+        problem = f"{where}; check the name, or log in with `hf auth login`"
     except RevisionNotFoundError:
         problem = f"{on_hub} has no revision {match['revision']}; check it"
     except Exception as error:  # of the Hub's, and of what it connects by
@@ -95,22 +91,20 @@ def local_file(
 
 
 def cache_folder() -> str:
-    """Where measurements are kept: MERGEKIT_FIM_CACHE, or `mergekit-fim` in the user's cache folder (XDG)."""
-    own = os.environ.get("MERGEKIT_FIM_CACHE")
-    if own:
-        return os.path.abspath(os.path.expanduser(own))
+    """Find where measurements are kept: MERGEKIT_FIM_CACHE, or `mergekit-fim` in the user's cache folder (XDG)."""
     general = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    return os.path.join(os.path.abspath(os.path.expanduser(general)), "mergekit-fim")
+    folder = os.environ.get("MERGEKIT_FIM_CACHE") or os.path.join(general, "mergekit-fim")
+    return os.path.abspath(os.path.expanduser(folder))
 
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """The place of one measurement, or one file of factors, in the cache: all that can change its numbers.
+    """The place in the cache of one measurement, or of one file of factors. All that changes the numbers names it.
 
     Attributes:
-        model: what is measured.
-        settings: on which tokens; for factors also how.
-        dtypes: in which the weights are read, and in which the model runs.
+        model: the model that is measured.
+        settings: which tokens it is measured on, and for factors also how.
+        dtypes: what the weights are read as, and what the model runs in.
     """
 
     model: ModelIdentity
@@ -132,25 +126,23 @@ class CacheEntry:
         return os.path.join(cache_folder(), f"{name}.{extension}")
 
     def read(self) -> Measurement | None:
-        """The kept measurement, as one of this model, or None where there is none that can be used."""
+        """Read the kept measurement, as one of this model; None where there is none that can be used."""
         path = self.path
         if not os.path.exists(path):
             return None
         try:
-            kept = from_json(read_json(path, path), path)
+            kept = from_json(read_json(path), path)
+            if kept.model.difference(self.model) or kept.fisher.settings != self.settings:
+                raise FimError(f"{path} is of another model")
         except FimError as error:
             LOG.warning("the cache can't be used, the model is measured anew: %s", error)
-            return None
-        if kept.model.difference(self.model) or kept.fisher.settings != self.settings:
-            LOG.warning("the cache can't be used, the model is measured anew: %s is of another model", path)
             return None
         return replace(kept, model=self.model)  # it may lie elsewhere by now
 
     def write(self, made: Measurement) -> None:
         """Keep a measurement that was just made, if that is possible."""
-        path = self.path
         try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            write_measurement(made, path)
+            os.makedirs(cache_folder(), exist_ok=True)
+            write_measurement(made, self.path)
         except (OSError, FimError) as error:
             LOG.warning("the measurement is not kept for the next merge: %s", error)

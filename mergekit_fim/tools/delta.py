@@ -1,11 +1,12 @@
-"""Two checkpoints -> what the task vector looks like, before any merge: zeros, tails, what stands out of noise."""
+"""Measure what the task vector of two checkpoints looks like: zeros, tails, and what stands out of noise."""
 
 import math
+import os
 import re
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import tqdm
@@ -40,7 +41,7 @@ class DeltaStatistics:
         excess_kurtosis: mean over the tensors in which δ varies, weighted by their entries.
         top_share: the share of ‖δ‖² in the largest 2 % of each tensor's entries by magnitude, as TIES trims it.
         gaussian_top_share: the same of Gaussian tensors with the same zeros and norms.
-        edge_ratio: median of `edge_ratio` over the decoder layers' matrices, of every expert apart.
+        edge_ratio: median of `edge_ratio` over the decoder layers' matrices, each expert's on its own.
         largest_edge_ratio: the largest of these.
     """
 
@@ -75,87 +76,99 @@ class Delta:
     notes: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """All of it for programs."""
+        """Write all of it as JSON."""
         return {"format": "mergekit-fim/delta", "version": 1, **asdict(self), "versions": versions()}
 
 
-@dataclass(frozen=True)
-class TensorSums:
-    """What is added up of a tensor: `values` become `DeltaStatistics` by `summarize`, `ratios` are `edge_ratio`s."""
+class TensorSums(NamedTuple):
+    """What is added up over tensors; `summarize` makes `DeltaStatistics` of it."""
 
-    values: tuple[float, ...] = (0.0,) * 8
-    ratios: tuple[float, ...] = ()
+    ratios: tuple[float, ...] = ()  # `edge_ratio`s
+    entries: float = 0.0
+    zeros: float = 0.0
+    squared: float = 0.0  # ‖δ‖²
+    squared_base: float = 0.0  # ‖θ_base‖²
+    top: float = 0.0  # the part of ‖δ‖² in the largest 2 % of the entries
+    gaussian_top: float = 0.0
+    varying: float = 0.0  # the entries, if δ varies
+    kurtosis: float = 0.0  # times these
 
 
-def measure_names(base_name: str, model_name: str, dtype: str | None, options: MergeOptions) -> Delta:
-    """Measure a fine-tuned model's task vector, tensor by tensor.
+def measure_delta(
+    base: str | os.PathLike[str],
+    model: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    options: MergeOptions | None = None,
+) -> Delta:
+    """Measure what a task vector looks like, tensor by tensor: zeros, tails, and first singular values beside noise's.
 
     Args:
-        base_name: the base model's, as in a merge config.
-        model_name: the fine-tuned model's.
-        dtype: what every tensor is cast to when it is read, or None for the checkpoints' own.
-        options: mergekit's, for the devices, which share the work, and for loading.
+        base: the base model, a folder or a name on the Hub, with an adapter as in mergekit: `model+adapter`.
+        model: the fine-tuned model, likewise.
+        dtype: what the weights are read as, as a merge with this `dtype` does; by default the checkpoints' own.
+        options: mergekit's, for the devices, which share the work, and for loading; by default on the CPU.
 
     Raises:
-        FimError: a model can't be opened, they have other tensors, or one isn't finite.
+        FimError: a model can't be opened, they are of different architectures, or a weight isn't finite.
     """
+    options = options or MergeOptions(quiet=True)
     devices = placement(options).devices()
     LoaderCache().setup(options)
-    base, model = open_named([base_name, model_name], None, options)
-    notes = check_compatible(base, model, vocabulary_aligned=True)
+    old, new = open_named([os.fspath(base), os.fspath(model)], None, options)
+    notes = check_compatible(old, new, vocabulary_aligned=True)
     items = [
         (re.sub(r"\.\d+\.", ".*.", layer.local(t.name)).removesuffix(".weight"), f"decoder layer {layer.index}", t)
-        for layer in base.layout.layers
+        for layer in old.layout.layers
         for t in layer.tensors
     ]
     # Without a head that is tied in both: it is their embeddings.
-    other = [t for t in base.layout.other if any(m.stored_name(t, tied=False) is not None for m in (base, model))]
+    other = [t for t in old.layout.other if any(m.stored_name(t, tied=False) is not None for m in (old, new))]
     items += [("", "outside the decoder layers", tensor) for tensor in other]
 
     def read(numbered: tuple[int, tuple[str, str, WeightInfo]]) -> TensorSums:
-        share, (kind, where, tensor) = numbered
-        reference, tuned = base.load(tensor, dtype), model.load(tensor, dtype)
+        number, (kind, where, tensor) = numbered
+        reference, tuned = old.load(tensor, dtype), new.load(tensor, dtype)
         if reference is None or tuned is None:
             return TensorSums()
         if reference.shape != tuned.shape:
             shapes = f"{list(reference.shape)} and {list(tuned.shape)}"
             notes.append(f"left out, as the vocabularies differ: {tensor.name} ({shapes})")
             return TensorSums()
-        reference, tuned = (values.to(devices[share % len(devices)]) for values in (reference, tuned))
-        sums = measure_tensor(reference, tuned, ratios=bool(kind))
-        if not math.isfinite(sums.values[2]):
-            refuse(base, reference, model, tuned, tensor, where)
+        device = devices[number % len(devices)]
+        sums = measure_tensor(reference.to(device), tuned.to(device), ratios=bool(kind))
+        if not math.isfinite(sums.squared):
+            refuse(old, reference, new, tuned, tensor, where)
         return sums
 
     bar = {"desc": "Measuring the task vector", "unit": "tensor", "total": len(items), "disable": options.quiet}
     parts: dict[str, list[TensorSums]] = {}
     measuring = tqdm.tqdm(in_threads(readers(devices), read, enumerate(items)), **bar)
     for (kind, *_), sums in zip(items, measuring, strict=True):
-        if sums.values[0]:
+        if sums.entries:
             parts.setdefault(kind, []).append(sums)
     outside = summarize(parts.pop("", []))
     layers = summarize(sums for its in parts.values() for sums in its)
     kinds = {kind: summarize(its) for kind, its in parts.items()}
-    return Delta(str(base), str(model), layers, outside, kinds, tuple(sorted(notes)))
+    return Delta(str(old), str(new), layers, outside, kinds, tuple(sorted(notes)))
 
 
 def summarize(parts: Iterable[TensorSums]) -> DeltaStatistics:
     """Add up tensors."""
-    parts = [TensorSums(), *parts]
-    columns = (math.fsum(column) for column in zip(*(part.values for part in parts), strict=True))
-    entries, zeros, squared, of_base, top, gaussian, varying, kurtosis = columns
-    ratios = [ratio for part in parts for ratio in part.ratios]
+    of_each, *columns = zip(*(TensorSums(), *parts), strict=True)
+    sums = TensorSums((), *map(math.fsum, columns))
+    ratios = [ratio for its in of_each for ratio in its]
 
     def share(part: float, whole: float) -> float | None:
         return part / whole if whole else None
 
     return DeltaStatistics(
-        int(entries),
-        share(zeros, entries),
-        share(math.sqrt(squared), math.sqrt(of_base)),
-        share(kurtosis, varying),
-        share(top, squared),
-        share(gaussian, squared),
+        int(sums.entries),
+        share(sums.zeros, sums.entries),
+        share(math.sqrt(sums.squared), math.sqrt(sums.squared_base)),
+        share(sums.kurtosis, sums.varying),
+        share(sums.top, sums.squared),
+        share(sums.gaussian_top, sums.squared),
         statistics.median(ratios) if ratios else None,
         max(ratios, default=None),
     )
@@ -167,10 +180,10 @@ def measure_tensor(base: torch.Tensor, model: torch.Tensor, *, ratios: bool) -> 
     Args:
         base: [*axes], [output, input] or [expert, output, input].
         model: likewise, on the same device.
-        ratios: whether the `edge_ratio` of matrices is wanted, too.
+        ratios: whether to find the `edge_ratio` of matrices, too.
 
     Returns:
-        The sums; where a tensor isn't finite, neither is the squared norm in them.
+        The sums. Where a tensor isn't finite, neither is the squared norm in them.
     """
     tuned, reference, entries = model.reshape(-1), base.reshape(-1), base.numel()
     wide = torch.promote_types(torch.promote_types(model.dtype, base.dtype), torch.float32)
@@ -188,29 +201,29 @@ def measure_tensor(base: torch.Tensor, model: torch.Tensor, *, ratios: bool) -> 
         totals += torch.stack([delta.count_nonzero(), *powers, square.dot((square >= floor).double())])
     nonzero, first, second, third, fourth, top = totals.tolist()
     if not math.isfinite(second):
-        return TensorSums((entries, 0.0, second, *(0.0,) * 5))
+        return TensorSums(entries=entries, squared=second)
     if threshold:
         top -= len(threshold.dropped) * floor
     gaussian = second * gaussian_share(min(1.0, max(1, int(TOP * entries)) / nonzero)) if nonzero else 0.0
     kurtosis = excess_kurtosis(*(power / entries for power in (first, second, third, fourth)))
+    shape = (0.0, 0.0) if kurtosis is None else (entries, entries * kurtosis)
     *experts, m, n = base.shape if base.ndim in (2, 3) else (1, 1)
     if not ratios or min(m, n) == 1:  # as of a convolution along the tokens, [channel, 1, position]
         experts = [0]
     matrices = (part(slice(i * m * n, (i + 1) * m * n)).view(m, n) for i in range(math.prod(experts)))
-    found = tuple(ratio for matrix in matrices if (ratio := edge_ratio(matrix)) is not None)
-    shape = (0.0, 0.0) if kurtosis is None else (entries, entries * kurtosis)
-    return TensorSums((entries, entries - nonzero, second, float(squared_norm(base)), top, gaussian, *shape), found)
+    its = tuple(ratio for matrix in matrices if (ratio := edge_ratio(matrix)) is not None)
+    return TensorSums(its, entries, entries - nonzero, second, float(squared_norm(base)), top, gaussian, *shape)
 
 
 def excess_kurtosis(first: float, second: float, third: float, fourth: float) -> float | None:
-    """From the means of the first four powers of the entries; None where they don't vary."""
+    """Compute it from the means of the first four powers of the entries; None where they don't vary."""
     variance = second - first**2
     central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
     return central / variance**2 - 3 if variance > 1e-12 * second else None
 
 
 def gaussian_share(kept: float) -> float:
-    """The share of a Gaussian vector's squared norm in its fraction `kept` of largest entries: 14.4 % in 2 %.
+    """Compute the share of a Gaussian vector's squared norm in its fraction `kept` of largest entries: 14.4 % in 2 %.
 
     With z their smallest magnitude, 2 (1 − Φ(z)) = kept, it is E[x²; |x| > z] = kept + 2 z φ(z), by parts.
     """
@@ -220,9 +233,9 @@ def gaussian_share(kept: float) -> float:
 
 
 def edge_ratio(matrix: torch.Tensor) -> float | None:
-    """A matrix's first singular value over where that of independent entries of the same mean square lies.
+    """Compare a matrix's first singular value with that of independent entries of the same mean square.
 
-    For large [m, n] that is σ (√m + √n), if the entries' fourth moment is finite: the upper edge of Marchenko and
+    For large [m, n] the latter is σ (√m + √n), if the entries' fourth moment is finite: the upper edge of Marchenko and
     Pastur's law (Yin, Bai and Krishnaiah 1988). A matrix of rank one has the largest ratio, √(mn) / (√m + √n).
     """
     norm = math.sqrt(float(squared_norm(matrix)))
@@ -231,7 +244,7 @@ def edge_ratio(matrix: torch.Tensor) -> float | None:
 
 
 def first_singular_value(matrix: torch.Tensor, seed: int = 0) -> float:
-    """The first singular value of a matrix A, [m, n], from below: on a Krylov space of AᵀA, from a random start."""
+    """Find the first singular value of a matrix A, [m, n], from below, on a Krylov space of AᵀA with a random start."""
     vector = matrix.T @ torch.randn(matrix.shape[0], generator=torch.Generator().manual_seed(seed)).to(matrix)
     basis, images = matrix.new_empty(0, matrix.shape[1]), []
     for _ in range(min(_STEPS, *matrix.shape)):
@@ -260,7 +273,7 @@ _MEANINGS = (
 
 
 def render(delta: Delta) -> str:
-    """The statistics as a table, and what each tells."""
+    """Show the statistics as a table, and what each tells."""
     rows = {**delta.kinds, "all decoder layers": delta.layers, "outside": delta.outside}
     room = width() - 9 * len(_TITLES)
     lines = ["", *wrapped(f"task vector δ of {delta.model}, from {delta.base_model}")]

@@ -1,4 +1,4 @@
-"""A planned merge in words: what it will do that the config doesn't show, and what it will read, write and hold."""
+"""Say what a planned merge will do that its config doesn't show, and what it will read, write and hold."""
 
 import math
 import os
@@ -23,12 +23,11 @@ PRE_PASS_MEMORY = 0.65e9
 
 
 def explain(plan: MergePlan, options: MergeOptions) -> str:
-    """In words, what the merge will do that neither its config nor its report says."""
+    """Say what the merge will do that neither its config nor its report says."""
     return "\n".join(line for note in _notes(plan, options) for line in wrapped(f"- {note}")) + "\n"
 
 
 def _notes(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
-    assert plan.pre_pass is not None
     if plan.config.merge_method == "fim_ties":
         for settings in (m for m in plan.pre_pass.models if not m.density_is_default):
             model = settings.model.reference
@@ -42,23 +41,22 @@ def _notes(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
 
 
 def _cost(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
-    """What the merge will read, write and hold: arithmetic on the checkpoints' headers, as if all layers were used.
+    """Say what the merge will read, write and hold, from the checkpoints' headers, as if it used all layers.
 
-    The pre-pass reads everything once, for the task vectors and the forward pass, and the base's layers once more for
-    the backward pass (more often where the sequences are split into micro-batches), where the measurement isn't at
-    hand already. Files that fit in the system's own cache are read from disk once in all.
+    The pre-pass reads everything once, for the task vectors and the forward pass. If it measures, it reads the base's
+    layers once more for the backward pass, and more often where it splits the sequences into micro-batches. Files that
+    fit in the system's own cache are read from disk once in all.
     """
-    assert plan.pre_pass is not None
     inputs = plan.pre_pass.inputs
     sizes = {reference: _bytes(model) for reference, model in inputs.items()}
     reads, memory = 0, PROGRAM_MEMORY
-    for found in plan.pre_pass.coefficients:
-        reads += sizes[found.base.reference] + sum(sizes[m.model.reference] for m in found.models)
-        if not found.origin:
+    for its in plan.pre_pass.coefficients:
+        reads += sizes[its.base.reference] + sum(sizes[m.model.reference] for m in its.models)
+        if not its.origin:  # it is measured now
             settings = plan.pre_pass.settings.fisher
             sequences = micro_batch(settings.samples, settings.seq_len, "cpu")
-            reads += (2 * math.ceil(settings.samples / sequences) - 1) * _layer_bytes(found.base)
-            memory = max(memory, PRE_PASS_MEMORY + _activations(found, sequences * settings.seq_len))
+            reads += (2 * math.ceil(settings.samples / sequences) - 1) * _layer_bytes(its.base)
+            memory = max(memory, PRE_PASS_MEMORY + _activations(its, sequences * settings.seq_len))
     if plan.pre_pass.kron is not None:  # a forward pass, and the task vectors
         factors = plan.pre_pass.kron.factors
         reads += 2 * sum(sizes[model.reference] for model in factors)
@@ -81,9 +79,9 @@ def _cost(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
             f"memory on an accelerator: the base's {size(sizes[base.reference])} in the pre-pass where they fit, and "
             "in the merge a tensor of every model at a time"
         )
-        for found in (found for found in plan.pre_pass.coefficients if not found.origin):
-            chosen = device_plan(found.base, plan.config.dtype, options)
-            yield f"the measurement of {found.base}, with the memory that is free now: {chosen}"
+        for base_to_measure in (its.base for its in plan.pre_pass.coefficients if not its.origin):
+            chosen = device_plan(base_to_measure, plan.config.dtype, options)
+            yield f"the measurement of {base_to_measure}, with the memory that is free now: {chosen}"
     yield (
         f"memory on the CPU, beside the mapped checkpoints: about {size(memory + pickled)} in the pre-pass, up to "
         f"{size(merge_memory)} in the merge, {size(shard)} of it collected for a file (--out-shard-size)"
@@ -91,20 +89,19 @@ def _cost(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
 
 
 def activation_memory(layers: int, hidden: int, intermediate: int, tokens: int, width: int) -> float:
-    """Bytes of activations in the pre-pass: the inputs of all decoder layers, and what is inside one of them."""
+    """Count the bytes of activations in the pre-pass: the inputs of all decoder layers, and what is inside one."""
     return width * tokens * (layers * hidden + 6 * hidden + 5 * intermediate)
 
 
-def _activations(found: BaseCoefficients, tokens: int) -> float:
-    text = found.base.text_config
-    hidden = text.hidden_size
-    intermediate = getattr(text, "intermediate_size", None) or 4 * hidden
-    width = dtype_from_name(found.fisher.dtype).itemsize
-    return activation_memory(len(found.base.layout.layers), hidden, intermediate, tokens, width)
+def _activations(its: BaseCoefficients, tokens: int) -> float:
+    text = its.base.text_config
+    intermediate = getattr(text, "intermediate_size", None) or 4 * text.hidden_size
+    width = dtype_from_name(its.fisher.dtype).itemsize
+    return activation_memory(len(its.base.layout.layers), text.hidden_size, intermediate, tokens, width)
 
 
 def _largest_pickle(model: InputModel) -> int:
-    """Of the `.bin` files of a model, which are in memory whole while they are read, the largest."""
+    """Find the size of a model's largest `.bin` file. These are in memory whole while they are read."""
     index = LoaderCache().get(model.reference).index
     if index.is_safetensors:
         return 0
@@ -121,7 +118,7 @@ def _layer_bytes(model: InputModel) -> int:
 
 
 def _elements(tensor: PlannedTensor, base: InputModel) -> int:
-    """Those of a merged tensor, by the base's header: single experts that mergekit fuses have none under this name."""
+    """Count a merged tensor's entries, by the base's header. Single experts that mergekit fuses aren't in there."""
     own = tensor.sources().get(base.reference)
     name = base.stored_name(own) if own is not None else None
     return math.prod(base.headers[name].shape) if name is not None else 0

@@ -1,8 +1,9 @@
-"""Planned merge -> an ordinary mergekit config with the coefficients in it, and what that config can't say."""
+"""Write a planned merge as an ordinary mergekit config, and say what that config can't."""
 
 import copy
 import json
 import math
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from mergekit.config import (
 from mergekit.graph import Executor, Task
 from mergekit.options import MergeOptions
 
+from mergekit_fim.config.settings import base_of
 from mergekit_fim.errors import FimError
 from mergekit_fim.merging.gates import is_fused, is_gate_projection
 from mergekit_fim.merging.methods import shares
@@ -33,15 +35,15 @@ STOCK_METHODS = {"fim_ties": "ties", "fim_ta": "task_arithmetic"}
 
 @dataclass(frozen=True)
 class Export:
-    """A merge without this package."""
+    """A merge for stock mergekit, and a line for each thing that it does otherwise than ours."""
 
-    config: MergeConfiguration  # for stock mergekit
-    losses: tuple[str, ...]  # what that does otherwise than the merge that it stands for, a line each
+    config: MergeConfiguration
+    losses: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How far a tensor of the exported merge is from the same one of the merge that it stands for."""
+    """How far a tensor of the exported merge is from ours."""
 
     name: str
     relative: float  # ‖θ_exported − θ‖ / ‖θ‖
@@ -49,121 +51,100 @@ class Difference:
 
 
 def check_exportable(method: str) -> None:
-    """Check that stock mergekit has a method for it, before the work of planning.
+    """Check that stock mergekit has such a method, before the work of planning.
 
     Raises:
         FimError: it hasn't.
     """
     if method == "fim_kron":
         raise FimError(
-            "fim_kron can't be exported: a config for stock mergekit has one coefficient for a whole tensor, not one "
-            "for each of its directions; merge by `mergekit-yaml`, and if you need a small file, make a LoRA of the "
-            "merged model by `mergekit-extract-lora`"
+            "fim_kron can't be exported: stock mergekit has one coefficient for a whole tensor, not one for each of "
+            "its directions; merge by `mergekit-yaml`, and for a small file use `mergekit-extract-lora`"
         )
 
 
 def export(plan: MergePlan, options: MergeOptions) -> Export:
     """Write a planned merge as one of mergekit's own methods.
 
-    `fim_ta` becomes `task_arithmetic` and `fim_ties` becomes `ties`, with `normalize: false` and, as filtered `weight`,
-    each model's coefficient of every tensor: λ · weight · α, divided by the weights' sum where the merge normalises,
+    `fim_ta` becomes `task_arithmetic` and `fim_ties` becomes `ties`, with `normalize: false`. Each model's coefficient
+    of every tensor becomes a filtered `weight`: λ · weight · α, divided by the weights' sum where the merge normalises,
     gate protection included.
 
     Raises:
-        FimError: stock mergekit has no such method (`fim_kron`), or can't plan the exported config.
+        FimError: stock mergekit can't plan the exported config, or reads other coefficients from it.
     """
-    check_exportable(plan.config.merge_method)
     config = plan.config.model_copy(deep=True)
     config.merge_method = STOCK_METHODS[plan.config.merge_method]
     config.parameters, config.modules = {"normalize": False}, None
-    contents = {name: _contents(plan, name) for name in plan.config.modules or {}}
-    if len(contents) == 1:
-        (own,) = contents.values()
+    modules = {name: _module(plan, name) for name in plan.config.modules or {}}
+    if len(modules) == 1:
+        (own,) = modules.values()
         config.models, config.slices = own.models, own.slices
     else:
-        config.modules = contents
+        config.modules = modules
     # Validated anew: a copy isn't.
     config = MergeConfiguration.model_validate(config.model_dump(exclude_none=True))
-    return Export(config, tuple(_losses(plan, plan_merge(config, options))))
+    exported = plan_merge(config, options)
+    _check_coefficients(plan, exported)
+    return Export(config, (*_losses_of_tensors(plan, exported), *_losses_of_config(plan, exported)))
 
 
-def _contents(plan: MergePlan, name: str) -> OutputModuleDefinition:
-    """A module of the exported config."""
-    slices = _slices(plan, name)
-    count = {reference: model.num_layers(name) for reference, model in plan.inputs.items()}
-    is_whole = all(tuple(source.layer_range) == (0, count[source.model]) for s in slices for source in s.sources)
-    if len(slices) > 1 or slices[0].base_model is not None or not is_whole:
-        return OutputModuleDefinition(slices=slices)
-    models = [
-        InputModelDefinition(model=source.model, parameters=source.parameters)
-        for source in slices[0].sources
-        if source.model != plan.config.base_model
-    ]
-    return OutputModuleDefinition(models=models)
-
-
-def _slices(plan: MergePlan, name: str) -> list[OutputSliceDefinition]:
-    slices = (plan.config.modules or {})[name].slices or []
-    tensors: list[list[PlannedTensor]] = [[] for _ in slices]
-    for index, tensor in _by_slice(plan, name):
-        tensors[index].append(tensor)
-    exported = []
-    for out_slice, own in zip(slices, tensors, strict=True):
-        base = out_slice.base_model or plan.config.base_model
+def _module(plan: MergePlan, name: str) -> OutputModuleDefinition:
+    """Write a module of the exported config: by `models` where they are merged whole, else by `slices`."""
+    slices = []
+    for out_slice, tensors in zip((plan.config.modules or {})[name].slices or [], _by_slice(plan, name), strict=True):
+        base = base_of(plan.config, out_slice)
         sources = [
             InputSliceDefinition(
                 model=source.model,
                 layer_range=source.layer_range,
-                parameters=None if source.model == base else _parameters(plan, source.model, own),
+                parameters=None if source.model == base else _parameters(plan, source.model, tensors),
             )
             for source in out_slice.sources
         ]
-        exported.append(OutputSliceDefinition(sources=sources, base_model=out_slice.base_model))
-    return exported
+        slices.append(OutputSliceDefinition(sources=sources, base_model=out_slice.base_model))
+    whole = {reference: (0, model.num_layers(name)) for reference, model in plan.pre_pass.inputs.items()}
+    is_whole = all(tuple(source.layer_range) == whole[source.model] for s in slices for source in s.sources)
+    if len(slices) > 1 or slices[0].base_model is not None or not is_whole:
+        return OutputModuleDefinition(slices=slices)
+    tuned = [source for source in slices[0].sources if source.model != plan.config.base_model]
+    return OutputModuleDefinition(models=[InputModelDefinition(model=s.model, parameters=s.parameters) for s in tuned])
 
 
-def _by_slice(plan: MergePlan, name: str) -> Iterator[tuple[int, PlannedTensor]]:
-    """Every tensor of a module with the slice whose parameters mergekit uses: outside layers the first's or last's."""
-    layout = next(iter(plan.inputs.values())).layout
-    elsewhere = {t.name for module, tensors in layout.modules.items() if module != layout.stack for t in tensors}
+def _by_slice(plan: MergePlan, name: str) -> list[list[PlannedTensor]]:
+    """Sort a module's tensors by the slice whose parameters mergekit uses: outside layers the first's or the last's."""
+    layout, slices = plan.pre_pass.base.layout, (plan.config.modules or {})[name].slices or []
     if name != layout.stack:  # these have one slice
-        own = {t.name for t in layout.modules[name]}
-        yield from ((0, tensor) for tensor in plan.tensors if tensor.name in own)
-        return
-    slices = plan.slices
-    tensors = [tensor for tensor in plan.tensors if tensor.name not in elsewhere]
-    of_layer = [i for i, s in enumerate(slices) for _ in range(*s.sources[0].layer_range)]
-    numbers = [_layer_number(plan, tensor.name) for tensor in tensors]
-    begin = next(i for i, number in enumerate(numbers) if number is not None)
-    for i, (tensor, number) in enumerate(zip(tensors, numbers, strict=True)):
-        yield of_layer[number] if number is not None else 0 if i < begin else len(slices) - 1, tensor
-
-
-def _layer_number(plan: MergePlan, name: str) -> int | None:
-    """Which decoder layer of the merged model a tensor is in."""
-    layers = next(iter(plan.inputs.values())).layout.layers
-    for stem in {layer.stem(prefix) for layer in layers for prefix in layer.prefixes}:
-        number = name.removeprefix(stem).split(".")[0]
-        if name.startswith(stem) and number.isdigit():
-            return int(number)
-    return None
+        names = {tensor.name for tensor in layout.modules[name]}
+        return [[tensor for tensor in plan.tensors if tensor.name in names]]
+    elsewhere = {t.name for module, tensors in layout.modules.items() if module != name for t in tensors}
+    stems = {re.escape(layer.stem(prefix)) for layer in layout.layers for prefix in layer.prefixes}
+    layer_number = re.compile(rf"(?:{'|'.join(stems)})(\d+)\.")  # in the merged model
+    of_layer = [i for i, out_slice in enumerate(slices) for _ in range(*out_slice.sources[0].layer_range)]
+    tensors: list[list[PlannedTensor]] = [[] for _ in slices]
+    outside = 0
+    for tensor in (tensor for tensor in plan.tensors if tensor.name not in elsewhere):
+        number = layer_number.match(tensor.name)
+        if number is not None:
+            outside = -1  # what is planned after the layers
+        tensors[outside if number is None else of_layer[int(number[1])]].append(tensor)
+    return tensors
 
 
 def _coefficients(tensor: PlannedTensor) -> dict[ModelReference, float]:
     """By what each model's task vector, or trimmed task vector, is multiplied."""
-    if (kept := tensor.parameter("other_modules")) != "merge":
-        return dict.fromkeys(tensor.per_model("alpha"), 1.0 if kept == "tuned" else 0.0)
     alphas, weights = tensor.per_model("alpha"), tensor.per_model("weight")
+    if (kept := tensor.parameter("other_modules")) != "merge":
+        return dict.fromkeys(alphas, 1.0 if kept == "tuned" else 0.0)
     scale = tensor.parameter("lambda") * (tensor.parameter("gate_scale") if is_gate_projection(tensor.name) else 1.0)
     parts = shares(list(weights.values()), tensor.parameter("normalize"))
     return {model: scale * part * alphas[model] for model, part in zip(weights, parts, strict=True)}
 
 
 def _parameters(plan: MergePlan, model: ModelReference, tensors: Sequence[PlannedTensor]) -> dict[str, Any]:
-    """A source's parameters for stock mergekit, whose filters see the names of the source's own tensors."""
-    layers = plan.inputs[model].layout.layers
+    """Write a source's parameters for stock mergekit, whose filters see the names of the source's own tensors."""
+    of_layers = [prefix for layer in plan.pre_pass.inputs[model].layout.layers for prefix in layer.prefixes]
     names = [tensor.sources()[model].name for tensor in tensors]
-    of_layers = {prefix: None for layer in layers for prefix in layer.prefixes}
     prefixes = [next((prefix for prefix in of_layers if name.startswith(prefix)), None) for name in names]
     values = {"weight": [_coefficients(tensor)[model] for tensor in tensors]}
     if plan.config.merge_method == "fim_ties":
@@ -175,45 +156,28 @@ def _parameters(plan: MergePlan, model: ModelReference, tensors: Sequence[Planne
 
 
 def _setting(names: Sequence[str], prefixes: Sequence[str | None], values: Sequence[float]) -> Any:
-    """One value, or filters, the first match of which wins: a line per decoder layer, and one per tensor unlike it."""
+    """Write one value, or filters: one per decoder layer, and one per tensor unlike it. The first match wins."""
     if len(set(values)) == 1:
         return values[0]
+    rows = list(zip(prefixes, names, values, strict=True))
     usual = {
-        prefix: Counter(v for p, v in zip(prefixes, values, strict=True) if p == prefix).most_common(1)[0][0]
+        prefix: Counter(value for own, _, value in rows if own == prefix).most_common(1)[0][0]
         for prefix in dict.fromkeys(prefixes)
     }
-    filters: list[ConditionalParameter] = []
+    filters: list[tuple[str | None, str | None, float]] = [row for row in rows if row[2] != usual[row[0]]]
+    filters += [(prefix, prefix, value) for prefix, value in usual.items()]
     # Layers first: the name of a tensor outside them may be a part of the name of one inside.
-    for inside in (True, False):
-        filters += [
-            ConditionalParameter(filter=name, value=value)
-            for name, prefix, value in zip(names, prefixes, values, strict=True)
-            if (prefix is not None) is inside and value != usual[prefix]
-        ]
-        filters += [
-            ConditionalParameter(filter=prefix, value=value)
-            for prefix, value in usual.items()
-            if (prefix is not None) is inside
-        ]
-    return filters
+    filters.sort(key=lambda row: row[0] is None)
+    return [ConditionalParameter(filter=filter, value=value) for _, filter, value in filters]
 
 
-def _losses(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
-    method, stock = plan.config.merge_method, exported.config.merge_method
-    fused = [
-        t.name for t in plan.tensors if is_fused(t.name) and t.per_model("alpha") and t.parameter("gate_scale") != 1
-    ]
-    if fused:
-        yield (
-            f"gate protection: {stock} has one weight for a whole tensor, so that the gate's half of {len(fused)} "
-            f"fused tensors such as {fused[0]} is merged like the rest (gate_scale: 1 makes {method} the same)"
-        )
-    if kept := [tensor.name for tensor in plan.tensors if tensor.parameter("other_modules") == "tuned"]:
-        yield (
-            f"other_modules: {stock} computes the {len(kept)} tensors that are kept from the fine-tuned model, such as "
-            f"{kept[0]}, as the base and the difference: their last digits may be others"
-        )
-    wanted = {tensor.name: _coefficients(tensor) for tensor in plan.tensors}
+def _check_coefficients(plan: MergePlan, exported: MergePlan) -> None:
+    """Check that stock mergekit reads from the exported config what every tensor is multiplied by.
+
+    Raises:
+        FimError: it doesn't, or it requires a tensor that the models don't have.
+    """
+    stock, wanted = exported.config.merge_method, {tensor.name: _coefficients(tensor) for tensor in plan.tensors}
     for tensor in exported.tensors:
         if tensor.name not in wanted:
             raise FimError(
@@ -224,37 +188,56 @@ def _losses(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
             raise FimError(
                 f"the coefficients of {tensor.name} can't be written as filters of {stock}: it can't be exported"
             )
-    if added := sorted(wanted.keys() - {tensor.name for tensor in exported.tensors}):
+
+
+def _losses_of_tensors(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
+    """Say which tensors stock mergekit merges otherwise, a line for each reason."""
+    method, stock = plan.config.merge_method, exported.config.merge_method
+    tensors = plan.tensors
+    fused = [t.name for t in tensors if is_fused(t.name) and t.per_model("alpha") and t.parameter("gate_scale") != 1]
+    if fused:
+        yield (
+            f"gate protection: {stock} has one weight for a whole tensor, so that the gate's half of {len(fused)} "
+            f"fused tensors such as {fused[0]} is merged like the rest (gate_scale: 1 makes {method} the same)"
+        )
+    if kept := [tensor.name for tensor in tensors if tensor.parameter("other_modules") == "tuned"]:
+        yield (
+            f"other_modules: {stock} computes the {len(kept)} tensors that are kept from the fine-tuned model, such as "
+            f"{kept[0]}, as the base and the difference: their last digits may be others"
+        )
+    if added := sorted({tensor.name for tensor in tensors} - {tensor.name for tensor in exported.tensors}):
         yield (
             f"{stock} leaves out {len(added)} tensors such as {added[0]}, which mergekit's definition of the "
             "architecture lacks: a model merged by the exported config isn't complete"
         )
-    tolerances = {tensor.parameter("norm_tolerance") for tensor in plan.tensors} - {0}
+    tolerances = {tensor.parameter("norm_tolerance") for tensor in tensors} - {0}
     if tolerances:
         yield (
             f"norm calibration: {stock} doesn't rescale tensors whose norm is off by more than "
             f"{' or '.join(f'{t:g}' for t in sorted(tolerances))} (norm_tolerance: 0 makes {method} the same)"
         )
-    if method == "fim_ties" and any(
-        tensor.parameter("normalize") and len(tensor.per_model("weight")) > 1 for tensor in plan.tensors
-    ):
-        yield (
-            "several models with normalize: true: fim_ties divides every entry by the weights of the models that agree "
-            "in its sign, the exported config by those of all models (normalize: false makes fim_ties the same)"
-        )
-    base = next(iter(plan.inputs.values()))
-    narrow = (plan.config.dtype or str(base.stored_dtype())).endswith("16")
-    if method == "fim_ties" and narrow:
-        yield (
-            "trimming in 16 bits: stock mergekit rounds task vectors before it trims them, and keeps others of the "
-            "entries that are equally large at the threshold (dtype: float32 makes it nearly the same)"
-        )
+    if method == "fim_ties":
+        if any(tensor.parameter("normalize") and len(tensor.per_model("weight")) > 1 for tensor in tensors):
+            yield (
+                "several models with normalize: true: fim_ties divides every entry by the weights of the models that "
+                "agree in its sign, the exported config by those of all models (normalize: false makes fim_ties the "
+                "same)"
+            )
+        if (plan.config.dtype or str(plan.pre_pass.base.stored_dtype())).endswith("16"):
+            yield (
+                "trimming in 16 bits: stock mergekit rounds task vectors before it trims them, and keeps others of the "
+                "entries that are equally large at the threshold (dtype: float32 makes it nearly the same)"
+            )
+
+
+def _losses_of_config(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
+    """Say what stock mergekit writes otherwise into the merged model's config, a line for each key."""
     ours, theirs = plan.output_config.to_dict(), exported.output_config.to_dict()
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
             yield (
-                f"config key {key}: stock mergekit writes {json.dumps(theirs.get(key))}, {method} writes "
-                f"{json.dumps(ours.get(key))}: change it in the merged model's config.json"
+                f"config key {key}: stock mergekit writes {json.dumps(theirs.get(key))}, {plan.config.merge_method} "
+                f"writes {json.dumps(ours.get(key))}: change it in the merged model's config.json"
             )
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -264,7 +247,7 @@ def _losses(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
 
 
 class _Compare(Task[Difference | None]):
-    """Merges a tensor both ways and compares the results."""
+    """Merge a tensor both ways and compare the results."""
 
     name: str
     ours: Task
@@ -289,25 +272,19 @@ class _Compare(Task[Difference | None]):
 
 
 def compare(plan: MergePlan, exported: MergeConfiguration, options: MergeOptions) -> list[Difference]:
-    """Merge every tensor both ways, by the plan and by its `Export.config`, without writing any: how far apart?"""
+    """Merge every tensor both ways, by the plan and by its `Export.config`, and write none: how far apart are they?"""
     theirs = {tensor.name: tensor.task for tensor in plan_merge(exported, options).tensors}
     targets = [
-        _Compare(
-            name=tensor.name,
-            ours=tensor.task,
-            exported=theirs[tensor.name],
-            inputs=tensor.task.gather_tensors,
-            base=tensor.task.base_model,
-        )
-        for tensor in plan.tensors
-        if tensor.name in theirs
+        _Compare(name=name, ours=task, exported=theirs[name], inputs=task.gather_tensors, base=task.base_model)
+        for name, task in ((tensor.name, tensor.task) for tensor in plan.tensors)
+        if name in theirs
     ]
     executor = Executor(targets=targets, math_device=options.device, storage_device="cpu")
-    return [found for _, found in executor.run(quiet=options.quiet) if found is not None]
+    return [difference for _, difference in executor.run(quiet=options.quiet) if difference is not None]
 
 
 def summary(differences: Sequence[Difference]) -> str:
-    """In words, how far the exported merge is from the other: by the tensor that differs most."""
+    """Say how far the exported merge is from ours, by the tensor that differs most."""
     worst = max(differences, key=lambda d: d.relative)
     most = max(differences, key=lambda d: d.of_change)
     return (

@@ -1,9 +1,8 @@
-"""The whole merge, by mergekit's `run_merge`: the model is there whole or not at all."""
+"""Merge by mergekit's `run_merge`: the model is there whole or not at all."""
 
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
 
 from mergekit import merge as mergekit_merge
 from mergekit.card import generate_card
@@ -11,11 +10,12 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_fim.config.parameters import METHODS
-from mergekit_fim.errors import FimError, check_own_code, reason
+from mergekit_fim.errors import reason
+from mergekit_fim.files import write_text
 from mergekit_fim.merging.output_folder import check_output, model_written_whole
 from mergekit_fim.processes import launched
 from mergekit_fim.report.card import write_section
-from mergekit_fim.tools.plan import check_config_and_models
+from mergekit_fim.tools.plan import check_config_and_models, one_line
 
 LOG = logging.getLogger("mergekit_fim")
 
@@ -27,59 +27,44 @@ def merge_whole(config: MergeConfiguration, text: str | None, out_path: str, opt
         config: the merge config, left as it is.
         text: its YAML, which is kept beside the model; by default what mergekit makes of `config`.
         out_path: the folder; a model that is there already is replaced at the end.
-        options: mergekit's. With a verbosity above 0, errors that aren't ours come as they are.
+        options: mergekit's. With a verbosity above 0, errors that aren't ours keep their traceback.
 
     Raises:
         FimError: the models can't be merged, or not written.
     """
     text = text or config.to_yaml()
 
+    def merge(folder: str, own: MergeOptions) -> None:
+        mergekit_merge.run_merge(config.model_copy(deep=True), folder, own)  # mergekit normalises a config in place
+
     def whole() -> None:
         check_output(out_path, config)
         check_config_and_models(config, options)
         with _one_line(options), model_written_whole(out_path) as folder:
-            # mergekit normalises a config in place
-            mergekit_merge.run_merge(
-                config.model_copy(deep=True), folder, options.model_copy(update={"write_model_card": False})
-            )
+            merge(folder, options.model_copy(update={"write_model_card": False}))
             if options.write_model_card and os.path.isdir(folder):
                 _write_card(config, text, folder)
 
     def share() -> None:
         if config.merge_method in METHODS:
             with _one_line(options):
-                own = launched.options_of_process(options)
-                mergekit_merge.run_merge(config.model_copy(deep=True), out_path, own)
+                merge(out_path, launched.options_of_process(options))
 
     launched.by_all(whole, share)
 
 
-@contextlib.contextmanager
-def _one_line(options: MergeOptions) -> Iterator[None]:
-    """Whatever goes wrong in mergekit's hands is a `FimError`."""
-    try:
-        yield
-    except FimError:
-        raise
-    except Exception as error:  # mergekit, transformers and huggingface_hub each have their own
-        if options.verbosity:
-            raise
-        check_own_code(error)
-        full = "No space left" in str(error)
-        remedy = "free some space, or write elsewhere" if full else "-v shows where it failed"
-        raise FimError(f"mergekit can't do this merge ({reason(error)}); {remedy}") from error
+def _one_line(options: MergeOptions) -> contextlib.AbstractContextManager[None]:
+    return contextlib.nullcontext() if options.verbosity else one_line("do this merge", "-v shows where it failed")
 
 
 def _write_card(config: MergeConfiguration, text: str, folder: str) -> None:
-    """mergekit's model card. It asks the Hub about some names, which must not cost a merge that is done."""
-    with open(os.path.join(folder, "mergekit_config.yml"), "w", encoding="utf-8") as file:
-        file.write(text)
+    """Write mergekit's model card. It asks the Hub about some names, which must not cost a merge that is done."""
+    write_text(os.path.join(folder, "mergekit_config.yml"), text)
     try:
         card = generate_card(config=config, config_yaml=text, name=os.path.basename(folder))
     except Exception as error:
         LOG.warning("the merged model is whole, but its model card can't be made (%s)", reason(error))
         return
-    with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
-        file.write(card)
+    write_text(os.path.join(folder, "README.md"), card)
     if config.merge_method in METHODS:
         write_section(folder)

@@ -17,7 +17,7 @@ from mergekit_fim.coefficients import Mapping, merge_coefficients
 from mergekit_fim.config.parameters import METHODS, PARAMETERS, Scope
 from mergekit_fim.config.settings import check_config
 from mergekit_fim.errors import FimError
-from mergekit_fim.tools.plan import plan_fim_merge
+from mergekit_fim.tools.plan import resolve
 
 SETTINGS = {
     "derandomize": True,
@@ -151,10 +151,11 @@ def test_a_config_is_accepted_or_refused_in_one_line(content):
 def check_plan(config: MergeConfiguration) -> bool:
     """Plan a merge, and check its coefficients; whether it was accepted."""
     try:
-        plan, pre_pass = plan_fim_merge(config, OPTIONS)
+        plan = resolve(config, OPTIONS)
     except FimError as error:
         assert_one_line(error)
         return False
+    pre_pass = plan.pre_pass
     mapping = pre_pass.settings.mapping
     for model in (m for c in pre_pass.coefficients for m in c.models):
         assert all(mapping.alpha_min <= alpha <= mapping.alpha_max for alpha in model.alphas)
