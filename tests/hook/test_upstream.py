@@ -126,7 +126,7 @@ WRAPPED = """
 import mergekit.merge, mergekit.multigpu_executor
 from mergekit.merge_methods import registered_methods
 from mergekit.plan import MergePlanner
-found = [MergePlanner.normalize_config, MergePlanner.plan_to_disk, mergekit.merge.run_merge]
+found = [MergePlanner.plan_in_memory, MergePlanner.plan_to_disk, mergekit.merge.run_merge]
 print([hasattr(x, "__wrapped__") for x in found], [method.spec.name for method in registered_methods()][-3:])
 """
 
