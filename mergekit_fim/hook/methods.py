@@ -39,15 +39,13 @@ class _Seams:
 
         if out_path is not None and not _is_plan_only(planner):
             launched.check_shared()
-            if launched.is_main():
-                check_output(out_path, planner.config)
+            check_output(out_path, planner.config)
         missing = [name for name in _PLANNER_ATTRIBUTES if not hasattr(planner, name)]
         if missing:
             raise FimError(
                 f"mergekit-fim supports mergekit>=0.1.5,<0.2, whose planner has the attributes {', '.join(missing)}; "
                 "this one lacks them: install a supported mergekit"
             )
-        launched.inputs_are_there()
         settings = check(planner.config, planner.arch_info, planner.options)
         # The caller's config stays as it is: the next merge would take coefficients in it for set by hand.
         planner.config = planner.config.model_copy(deep=True)
@@ -57,7 +55,6 @@ class _Seams:
         found = run(planner.config, settings, planner.arch_info, planner.options, planner.out_model_config)
         planner.fim_pre_pass = found
         planner.arch_info = found.base.architecture  # with the tensors that mergekit's own leaves out
-        launched.end_of_share()
 
     def adapt_tasks(self, planner: Any, tasks: Sequence[Any], out_path: str) -> list[Any]:
         """Show what the pre-pass found, and add the task that writes the report to mergekit's tasks."""

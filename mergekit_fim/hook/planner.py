@@ -7,8 +7,8 @@ mergekit with the seams of docs/upstream/ calls `hook.methods` itself, and then 
   the config is normalised to modules, slices and sources, the pre-pass runs on it, and the planner's `arch_info` is
   exchanged for one that has every tensor of the models (`models.completion`). After the first, the task that writes the
   report is added. Guard: `_PLANNER_ATTRIBUTES` in `hook.methods`, which does all this.
-- `mergekit.merge.run_merge` is wrapped, in `hook.run_merge`: of several processes one merges, and all share the
-  pre-pass; and our section is added to the card that mergekit writes last. A caller that imported the function before
+- `mergekit.merge.run_merge` is wrapped, in `hook.run_merge`: of several processes one merges, and the others help it to
+  measure; and our section is added to the card that mergekit writes last. A caller that imported the function before
   this package gets the card without it.
 - `MultiGPUExecutor.__init__` is wrapped, in `merging.executor`, at the first merge with `--multi-gpu`. Guard: there.
 - `mergekit.merge._model_out_config` is called, in `tools.plan`, which plans a merge as `run_merge` does. Guard: there.

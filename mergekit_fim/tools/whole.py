@@ -45,13 +45,7 @@ def merge_whole(config: MergeConfiguration, text: str | None, out_path: str, opt
             if options.write_model_card and os.path.isdir(folder):
                 _write_card(config, text, folder)
 
-    def share() -> None:
-        if config.merge_method in METHODS:
-            with _one_line(options):
-                own = launched.options_of_process(options)
-                mergekit_merge.run_merge(config.model_copy(deep=True), out_path, own)
-
-    launched.by_all(whole, share)
+    launched.by_all(whole)
 
 
 @contextlib.contextmanager
