@@ -22,7 +22,7 @@ def _hook_run_merge() -> None:
     @functools.wraps(original)
     def run_merge(*args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind(*args, **kwargs).arguments
-        if getattr(given["merge_config"], "merge_method", None) not in METHODS:
+        if getattr(given.get("merge_config"), "merge_method", None) not in METHODS:
             return original(*args, **kwargs)
         from mergekit_fim.processes import launched  # heavy: merges by other methods don't pay for it
 
