@@ -16,8 +16,9 @@ class Mapping:
             Zero: the same coefficient everywhere. Negative: a high score takes a high coefficient.
         alpha_min: lower end of the coefficients.
         alpha_max: upper end of the coefficients.
-        alpha_mean: what the coefficients are to average to, strictly between `alpha_min` and `alpha_max`.
-        mapping: where the sigmoid has its middle without that: at the mean log-score, or "anchored" at the largest.
+        alpha_mean: the mean of the coefficients, strictly between `alpha_min` and `alpha_max`; None to leave it open.
+        mapping: the middle of the sigmoid without `alpha_mean`: "centred" at the mean log-score, or "anchored" at the
+            largest.
     """
 
     sharpness: float = 1.0
@@ -68,15 +69,17 @@ def importance_scores(fisher: Sequence[float], task_vector_sq_norms: Sequence[fl
 def merge_coefficients(scores: Sequence[float], mapping: Mapping) -> list[float]:
     """Turn importance scores into merge coefficients.
 
-    z^l = (ln s^l − mean ln s) / max(1, std ln s), std the population's (divided by the number of layers), or, anchored,
-    with max ln s in the place of the mean;
-    α^l = alpha_min + (alpha_max − alpha_min) · sigmoid(b − sharpness · z^l), with b = 0, or such that the mean of α^l
-    over the scored layers is `alpha_mean`: then both mappings are the same. The log-normalisation, the sigmoid and its
-    direction are the paper's (arXiv 2603.21705, as summarised); this exact form, the max(1, ·) and `alpha_mean` are
-    this project's. That the paper anchors at the largest score is an inference (docs/method.md).
+    z^l = (ln s^l − mean ln s) / max(1, std ln s), with the population's std (divided by the number of layers). If
+    it is anchored, max ln s takes the place of the mean.
+    α^l = alpha_min + (alpha_max − alpha_min) · sigmoid(b − sharpness · z^l). b is 0; or with `alpha_mean` it makes that
+    the mean of α^l over the scored layers, and both mappings are the same.
 
-    Layers with a score of 0 (no task vector, or no Fisher information) take no part in the mean and the standard
-    deviation and get `alpha_max`.
+    The log-normalisation, the sigmoid and its direction are the paper's (arXiv 2603.21705, as summarised). This exact
+    form, the max(1, ·) and `alpha_mean` are this project's. That the paper anchors at the largest score is an inference
+    (docs/method.md).
+
+    Layers with a score of 0 (no task vector, or no Fisher information) get `alpha_max`, and don't count in the mean and
+    the standard deviation.
 
     Args:
         scores: [layer], not negative.
@@ -92,7 +95,7 @@ def merge_coefficients(scores: Sequence[float], mapping: Mapping) -> list[float]
     logs = [math.log(scores[layer]) for layer in scored]
     mean = math.fsum(logs) / len(logs)
     std = math.sqrt(math.fsum((log - mean) ** 2 for log in logs) / len(logs))
-    # Below one nat of spread the scores say little: they are not stretched to the full range.
+    # Below one nat of spread the scores say little, so that they aren't stretched to the full range.
     anchor = max(logs) if mapping.mapping == "anchored" else mean
     exponents = [_clip(-mapping.sharpness * (log - anchor) / max(1.0, std)) for log in logs]
     span = mapping.alpha_max - mapping.alpha_min
@@ -106,7 +109,7 @@ def merge_coefficients(scores: Sequence[float], mapping: Mapping) -> list[float]
 
 
 def _clip(exponent: float) -> float:
-    """Far beyond where a sigmoid is 0 or 1 in float64, but small enough that `_centre` can tell exponents apart."""
+    """Limit an exponent far beyond where a sigmoid is 0 or 1 in float64, but where `_centre` tells exponents apart."""
     return max(-1e6, min(1e6, exponent))
 
 
@@ -118,7 +121,7 @@ def _sigmoid(x: float) -> float:
 
 
 def _centre(exponents: Sequence[float], target: float) -> float:
-    """The b at which the mean of sigmoid(exponent + b) is `target` in (0, 1): bisection of a monotone function."""
+    """Find the b at which the mean of sigmoid(exponent + b) is `target` in (0, 1), by bisection: it grows with b."""
     target = min(1 - 2**-53, max(2**-1074, target))  # rounding may make it 0 or 1
     logit = math.log(target) - math.log1p(-target)
     # At the lower end every sigmoid is at most the target, at the upper end at least.

@@ -2,12 +2,12 @@
 
 import torch
 
-# Elements that are converted to float32 at a time: on a CPU few enough to stay in its caches, on an accelerator enough
-# to be worth a launch, and so few that they take no memory to speak of.
+# Elements that are converted to float32 at a time: on a CPU few enough to stay in its caches; on an accelerator enough
+# to be worth a launch, and few enough to take hardly any memory.
 _CHUNK, _CHUNK_ON_ACCELERATORS = 1 << 20, 1 << 23
 
-# Elements that are summed in float32, pairwise, so that the sum keeps seven digits; these in float64. Each is
-# one thread's: how torch shares a longer sum out, and with it the last digits, depends on the number of threads.
+# Elements of a row, which torch sums in float32, pairwise, so that the sum keeps seven digits. The rows' sums are added
+# in float64. One thread sums a row: the last digits of a longer sum depend on the number of threads.
 _ROW = 1 << 12
 
 
@@ -20,7 +20,7 @@ def squared_norm(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def squared_distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """‖a − b‖² of two tensors of one shape, as `squared_norm` has it, where `b` is; `a` comes there part by part."""
+    """‖a − b‖² of two tensors of one shape, summed as in `squared_norm` on `b`'s device; `a` is moved part by part."""
     total = torch.zeros((), dtype=torch.float64, device=b.device)
     for x, y in zip(*(t.reshape(-1).split(_chunk(b.device)) for t in (a, b)), strict=True):
         x = x.to(b.device)

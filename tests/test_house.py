@@ -158,14 +158,14 @@ def private_parts() -> set[str]:
 def test_the_private_parts_of_mergekit_are_those_that_the_hook_lists():
     page = ast.get_docstring(modules()["hook.planner"]) or ""
     listed = set(re.findall(r"`(?:mergekit\.merge|MergePlanner|MultiGPUExecutor)?\.(\w+)`", page))
-    assert listed == {"normalize_config", "plan_to_disk", "run_merge", "__init__", "_model_out_config"}
+    assert listed == {"plan_to_disk", "run_merge", "__init__", "_model_out_config"}
     assert private_parts() == {
         "hook.run_merge: run_merge",
         "merging.executor: __init__",
         "tools.plan: _model_out_config",
     }
     source = (PACKAGE / "hook" / "planner.py").read_text(encoding="utf-8")
-    assert set(re.findall(r"planner\.(\w+) = \1$", source, re.M)) == {"normalize_config", "plan_to_disk"}
+    assert set(re.findall(r"planner\.(\w+) = \1$", source, re.M)) == {"plan_to_disk"}
 
 
 def test_a_mergekit_without_the_private_part_is_refused(pair, monkeypatch):
@@ -179,9 +179,9 @@ def test_a_mergekit_without_the_private_part_is_refused(pair, monkeypatch):
 
 
 def test_a_planner_of_other_attributes_is_refused(pair, merge, monkeypatch):
-    from mergekit_fim.hook import planner
+    from mergekit_fim.hook import methods
 
-    monkeypatch.setattr(planner, "_PLANNER_ATTRIBUTES", (*planner._PLANNER_ATTRIBUTES, "new_config"))
+    monkeypatch.setattr(methods, "_PLANNER_ATTRIBUTES", (*methods._PLANNER_ATTRIBUTES, "new_config"))
     target, result = merge(config_for(pair))
     ends_in_one_line(result, "mergekit>=0.1.5,<0.2", "new_config;", "install a supported mergekit", absent=target)
 
@@ -191,6 +191,6 @@ def test_the_planner_is_hooked_once():
 
     from mergekit_fim.hook import planner
 
-    before = MergePlanner.normalize_config, MergePlanner.plan_to_disk
+    before = MergePlanner.plan_to_disk
     importlib.reload(planner)
-    assert (MergePlanner.normalize_config, MergePlanner.plan_to_disk) == before
+    assert MergePlanner.plan_to_disk == before

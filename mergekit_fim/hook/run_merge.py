@@ -1,6 +1,6 @@
-"""mergekit's `run_merge` learns to share the pre-pass among processes, and to write our section of the card.
+"""mergekit's `run_merge` shares the measurement among processes, and adds our section to the card.
 
-The package's `__init__` imports this after mergekit's. `hook.planner` says what else of mergekit is changed.
+The package's `__init__` imports this after `mergekit.merge`. `hook.planner` says what else of mergekit is changed.
 """
 
 import functools
@@ -22,21 +22,16 @@ def _hook_run_merge() -> None:
     @functools.wraps(original)
     def run_merge(*args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind(*args, **kwargs).arguments
-        config, options = given.get("merge_config"), given.get("options")
-        if getattr(config, "merge_method", None) not in METHODS:
+        if getattr(given.get("merge_config"), "merge_method", None) not in METHODS:
             return original(*args, **kwargs)
-        from mergekit_fim.processes import launched
+        from mergekit_fim.processes import launched  # heavy: merges by other methods don't pay for it
 
-        def whole() -> Any:
-            result = original(*args, **kwargs)
-            if getattr(options, "write_model_card", False):
+        def whole() -> None:
+            original(*args, **kwargs)
+            if given["options"].write_model_card:
                 write_section(given["out_path"])
-            return result
 
-        def share() -> None:
-            original(**(given | {"options": launched.options_of_process(given["options"])}))
-
-        return launched.by_all(whole, share)
+        return launched.by_all(whole)
 
     run_merge.mergekit_fim = True  # type: ignore[attr-defined]
     merge.run_merge = run_merge

@@ -1,7 +1,7 @@
-"""One base's measurement: saved, kept from an earlier time, or made now. No other module decides which of the three."""
+"""One base's measurement: saved, kept or made now."""
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -17,74 +17,88 @@ from mergekit_fim.errors import FimError
 from mergekit_fim.fisher.engine import autograd_engine
 from mergekit_fim.fisher.loading import Beside
 from mergekit_fim.fisher.measure import check_measurable, dtypes, measure_checkpoint
+from mergekit_fim.measurements.factors import FactorsSettings
 from mergekit_fim.measurements.record import Experts, FisherMeasurement, Measurement
 from mergekit_fim.measurements.store import CacheEntry, read_measurement
 from mergekit_fim.models.identity import identity
 from mergekit_fim.models.inputs import InputModel
-from mergekit_fim.processes.together import in_all, shared_engine
+from mergekit_fim.processes.together import in_all, in_turn, shared_engine
 
 T = TypeVar("T")
 
-# What merges of the same models share within `measured_once`: by all that it hangs on, what was measured.
-_SHARED: ContextVar[dict[Hashable, Any] | None] = ContextVar("shared", default=None)
+# What was measured within `measured_once`, by all that it depends on. It is kept here because the sweep, which merges
+# the same models many times, reaches the pre-pass through mergekit's planner, which takes no argument of ours.
+_MEASURED_ONCE: ContextVar[dict[Hashable, Any] | None] = ContextVar("measured_once", default=None)
 
 
 @contextlib.contextmanager
 def measured_once() -> Iterator[None]:
-    """While this lasts, merges of the same models take measurements and task vectors from the first of them.
-
-    The models are not to change meanwhile.
-    """
-    token = _SHARED.set({})
+    """While this lasts, measure a model and its task vectors in the first merge only. The models must not change."""
+    token = _MEASURED_ONCE.set({})
     try:
         yield
     finally:
-        _SHARED.reset(token)
+        _MEASURED_ONCE.reset(token)
 
 
 def once(key: Hashable, measure: Callable[[], T]) -> T:
-    """What `measure` finds, within `measured_once` that of the first call with this key."""
-    shared = _SHARED.get()
-    if shared is None:
+    """Call `measure`, or within `measured_once` return the result of the first call with this key."""
+    results = _MEASURED_ONCE.get()
+    if results is None:
         return measure()
-    if key not in shared:
-        shared[key] = measure()
-    found: T = shared[key]
-    return found
+    if key not in results:
+        results[key] = measure()
+    result: T = results[key]
+    return result
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A measurement, and where it comes from in words; empty where it was made just now."""
+    """A measurement, and where it comes from, in words; empty if it was made now."""
 
     measurement: Measurement
     origin: str = ""
 
+    def of(self, base: InputModel) -> "Measured | None":
+        """This measurement, if it is of this base; a copy of the base may lie elsewhere."""
+        own = identity(base)
+        is_other = self.measurement.model.difference(own)
+        return None if is_other else replace(self, measurement=replace(self.measurement, model=own))
+
 
 def saved_measurement(settings: Settings, bases: Iterable[InputModel], options: MergeOptions) -> Measured | None:
-    """What the config's `fisher` names, if it is a measurement of one of the bases and as the config wants it.
+    """Read the measurement that the config's `fisher` names; None if it names none.
 
     Raises:
-        FimError: it can't be read, is of another model, or was made with other settings.
+        FimError: it can't be read, is of none of the bases, or was made with other settings than the config's.
     """
     if settings.saved is None:
         return None
-    found = read_measurement(settings.saved, options.transformers_cache)
-    for name in sorted(settings.given):
-        wanted, has = getattr(settings.fisher, name), getattr(found.fisher.settings, name)
-        if wanted != has:
-            raise FimError(
-                f"fisher: {settings.saved} was measured with {name} {has}, but the config sets fisher_{name} to "
-                f"{wanted}; leave out one of the two"
-            )
-    differences = {str(base): found.model.difference(identity(base)) for base in bases}
+    saved = read_measurement(settings.saved, options.transformers_cache)
+    check_as_set(settings, saved.fisher.settings, settings.saved)
+    differences = {str(base): saved.model.difference(identity(base)) for base in bases}
     if all(differences.values()):
         base, difference = next(iter(differences.items()))
         raise FimError(
-            f"fisher: {settings.saved} is a measurement of {found.model.id}, which differs from the base {base} in its "
+            f"fisher: {settings.saved} is a measurement of {saved.model.id}, which differs from the base {base} in its "
             f"{difference}; measure the base with `mergekit-fim fisher`, or leave `fisher` out"
         )
-    return Measured(found, f"from {settings.saved}")
+    return Measured(saved, f"from {settings.saved}")
+
+
+def check_as_set(settings: Settings, saved: FisherSettings | FactorsSettings, where: str) -> None:
+    """Check that what is saved was measured with what the config sets; `where` is its file.
+
+    Raises:
+        FimError: it wasn't.
+    """
+    for name in sorted(settings.given):
+        wanted, has = getattr(settings.fisher, name), getattr(saved, name)
+        if wanted != has:
+            raise FimError(
+                f"fisher: {where} was measured with {name} {has}, but the config sets fisher_{name} to {wanted}; leave "
+                "out one of the two"
+            )
 
 
 def measured(
@@ -93,56 +107,47 @@ def measured(
     dtype: str | None,
     options: MergeOptions,
     *,
-    saved: Measured | None = None,
     cache: bool = True,
     beside: Beside | None = None,
     state: PartialState | None = None,
 ) -> Measured:
-    """A base model's measurement on random tokens, in every process the same.
+    """Get a base's measurement on random tokens, kept or made now, the same in every process.
 
     Args:
-        open_base: opens the base model; called once in each process, first in one of each machine, because opening a
-            model may merge an adapter into a folder that they share.
+        open_base: opens the base; called once in each process, first in one of each machine, because it may merge an
+            adapter into a folder that they share.
         settings: how many tokens, which, and which labels.
-        dtype: what its weights are read as, as a merge with this `dtype` does; None for the checkpoint's own.
+        dtype: what its weights are read as, like in a merge with this `dtype`; None for the checkpoint's own.
         options: mergekit's, for the device and for loading.
-        saved: taken where it is of this base.
-        cache: use a measurement that was kept, and keep this one.
-        beside: is shown every tensor that is read whole, if the base is measured now; from several threads.
+        cache: take a measurement that was kept, and keep one that is made.
+        beside: called with every tensor that is read whole, if the base is measured now; in several threads.
         state: the processes that share the work.
 
     Raises:
-        FimError: the model can't be opened or measured; a `SharedError` where all the processes know of it.
+        FimError: the model can't be opened or measured; a `SharedError` if all the processes know of it.
     """
     LoaderCache().setup(options)
-    opened: list[InputModel] = []
+    base = in_turn(state, open_base)
+    is_main = state is None or state.is_main_process
 
-    def look() -> tuple[CacheEntry, torch.dtype, Measured | None] | None:
-        if state is None or state.is_local_main_process:
-            opened.append(open_base())
-            check_measurable(opened[0], settings)
-        if state is not None and not state.is_main_process:
+    def look() -> tuple[CacheEntry, torch.dtype, Measurement | None] | None:
+        check_measurable(base, settings)
+        if not is_main:
             return None
-        own = identity(opened[0])
-        reading, running = dtypes(opened[0], dtype, options)
-        entry = CacheEntry(own, settings, (str(reading), str(running)))
-        if saved is not None and not saved.measurement.model.difference(own):
-            return entry, running, replace(saved, measurement=replace(saved.measurement, model=own))
-        kept = entry.read() if cache else None
-        known = None if kept is None else Measured(kept, f"kept from an earlier measurement: {entry.path}")
-        return entry, running, known
+        reading, running = dtypes(base, dtype, options)
+        entry = CacheEntry(identity(base), settings, (str(reading), str(running)))
+        return entry, running, entry.read() if cache else None
 
-    # What the main process found holds for all of them: the dtype is timed, and the cache is its machine's.
-    found = in_all(state, look)[0]
-    assert found is not None
-    entry, running, known = found
-    in_all(state, lambda: None if opened else opened.append(open_base()))
-    if known is not None:
-        return known
+    # Only the main process looks: the cache is on its machine, and it chooses the dtype by timing.
+    looked = in_all(state, look)[0]
+    assert looked is not None
+    entry, running, kept = looked
+    if kept is not None:
+        return Measured(kept, f"kept from an earlier measurement: {entry.path}")
 
     def measure() -> FisherMeasurement:
         return measure_checkpoint(
-            opened[0],
+            base,
             settings,
             dtype,
             options,
@@ -152,16 +157,16 @@ def measured(
             beside=beside,
         )
 
-    made = Measured(Measurement.of(_together(in_all(state, measure)), entry.model))
-    if cache and (state is None or state.is_main_process):
-        entry.write(made.measurement)
-    return made
+    made = Measurement.of(_with_experts_of_all(in_all(state, measure)), entry.model)
+    if cache and is_main:
+        entry.write(made)
+    return Measured(made)
 
 
-def _together(found: Sequence[FisherMeasurement]) -> FisherMeasurement:
-    """What several processes measured, each with the norms of all and the experts that its own sequences reached."""
+def _with_experts_of_all(parts: list[FisherMeasurement]) -> FisherMeasurement:
+    """One measurement of several processes: each has the norms of all, but only the experts that it reached itself."""
     layers = (
-        replace(layer, experts=Experts.together(its.layers[index].experts for its in found))
-        for index, layer in enumerate(found[0].layers)
+        replace(layer, experts=Experts.together(its.layers[index].experts for its in parts))
+        for index, layer in enumerate(parts[0].layers)
     )
-    return replace(found[0], layers=tuple(layers))
+    return replace(parts[0], layers=tuple(layers))

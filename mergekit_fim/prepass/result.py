@@ -1,4 +1,4 @@
-"""What a pre-pass found, as records: the models, their coefficients, and the config that carries these."""
+"""The records of a pre-pass: the models, their coefficients, and the config that carries these."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,14 +18,14 @@ from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorNorms
 
 @dataclass(frozen=True)
 class SourceSlice:
-    """A run of layers of one fine-tuned model in the config, with the base's run that it is merged into.
+    """Consecutive layers of one fine-tuned model in the config, and the base's layers that they are merged into.
 
     Attributes:
-        module: mergekit's module that it is in.
+        module: mergekit's name of the module.
         base: the base model.
-        base_start: the first layer of the base's run; None where the module isn't that of the decoder layers.
+        base_start: the first of the base's layers; None in modules other than the decoder layers' own.
         source: the config's part, with the fine-tuned model and its layers.
-        reader: mergekit's, which knows where the parameters of the slice stand.
+        reader: mergekit's reader of the slice's parameters; the sources of one slice share it.
     """
 
     module: str
@@ -41,55 +41,63 @@ class SourceSlice:
         start, end = self.source.layer_range
         return [LayerPair(self.base_start + i, start + i) for i in range(end - start)]
 
+    def gradient(self, index: int) -> float:
+        """Where one of the layers stands on mergekit's gradients, from 0 to 1."""
+        count = len(self.pairs())
+        return index / (count - 1) if count > 1 else 1.0
+
     def settings(self, name: str) -> list[ConditionalParameter]:
-        """The user's settings of a parameter, from the highest to the lowest precedence, as one list of filters."""
+        """The user's settings of a parameter as one list of filters, the highest precedence first."""
         return settings_of(self.reader, name, self.source.model)
 
     def filters(self, model: InputModel, of_layers: dict[str, Any], outside: Any) -> list[ConditionalParameter]:
-        """A parameter as mergekit's filters: a value by each layer prefix of the model, and one for what is outside.
+        """Write a parameter as mergekit's filters: a value for each prefix of layers, and one for all outside.
 
-        A prefix ends in a dot, so that `model.layers.1.` doesn't match layer 12. But it may be a part of a name
-        outside, such as `vision_model.layers.1.norm`.
+        A prefix ends in a dot, so that `model.layers.1.` doesn't match layer 12. But it may be part of a name outside,
+        such as `vision_model.layers.1.norm`: such names come first.
         """
         tensors = model.layout.modules[self.module]
         names = [tensor.name for tensor in tensors if any(prefix in tensor.name for prefix in of_layers)]
         values = dict.fromkeys(names, outside) | of_layers
-        found = [ConditionalParameter(filter=name, value=value) for name, value in values.items()]
-        return [*found, ConditionalParameter(value=outside)]
+        filters = [ConditionalParameter(filter=name, value=value) for name, value in values.items()]
+        return [*filters, ConditionalParameter(value=outside)]
+
+    def write(self, name: str, filters: list[ConditionalParameter]) -> None:
+        """Put a parameter of the model into the config."""
+        self.source.parameters = {**(self.source.parameters or {}), name: filters}
 
 
 @dataclass(frozen=True)
 class ModelCoefficients:
-    """What the pre-pass found for one fine-tuned model.
+    """The merge coefficients of one fine-tuned model.
 
     Attributes:
         model: the fine-tuned model.
-        pairs: the layers, by the base's and then the model's index.
-        norms: its squared task-vector norms.
+        norms: its squared task-vector norms, by pair of layers.
         scores: [pair], s = F · ‖δ‖².
         alphas: [pair], the merge coefficients.
-        used_alphas: [pair], what the layer gets: α, or where the user set it by hand, the mean over its tensors.
-        alpha_other: the merge coefficient outside the decoder layers, where the user didn't set it by hand.
+        used_alphas: [pair], what the layer gets: α or, where the user set it by hand, the mean over its tensors.
+        alpha_other: the merge coefficient outside the decoder layers, unless the user set it by hand.
     """
 
     model: InputModel
-    pairs: tuple[LayerPair, ...]
     norms: TaskVectorNorms
     scores: tuple[float, ...]
     alphas: tuple[float, ...]
     used_alphas: tuple[float, ...]
     alpha_other: float
 
+    @property
+    def pairs(self) -> tuple[LayerPair, ...]:
+        """The layers, by the base's and then the model's index."""
+        return tuple(self.norms.layers)
+
 
 @dataclass(frozen=True)
 class BaseCoefficients:
-    """The measurement of one base model, and what followed for the models that are merged into it.
+    """The measurement of a base, and the coefficients of each model that is merged into it.
 
-    Attributes:
-        base: the base model.
-        measurement: what was measured of it.
-        origin: where that comes from, in words; empty where it was measured just now.
-        models: the coefficients of each fine-tuned model.
+    `origin` says in words where the measurement comes from; it is empty if it was made now.
     """
 
     base: InputModel
@@ -108,12 +116,12 @@ class KronLayer:
     """What `fim_kron` does with a decoder layer of a fine-tuned model.
 
     Attributes:
-        pair: the layer, and the base's that it is merged into.
-        sq_norm: squared norm of its task vector.
-        alpha: the mean of its tensors' α, as set by hand or not.
-        beta: likewise of α × the model's share of the weights, the coefficient of all that has no factors.
-        spreads: of the directions' coefficients, of `attention` (whatever mixes tokens) and `mlp`, together over the
-            matrices that have factors; only those parts that have any.
+        pair: the layer, and the base's layer that it is merged into.
+        sq_norm: the squared norm of its task vector.
+        alpha: the mean of its tensors' α.
+        beta: the mean of α × the model's share of the weights, the coefficient of tensors without factors.
+        spreads: how the directions' coefficients spread over all matrices with factors, in the parts `attention`
+            (whatever mixes tokens) and `mlp` that have any.
     """
 
     pair: LayerPair
@@ -125,14 +133,7 @@ class KronLayer:
 
 @dataclass(frozen=True)
 class KronModel:
-    """What `fim_kron` does with a fine-tuned model.
-
-    Attributes:
-        base: what it is merged into.
-        model: the fine-tuned model.
-        layers: in the order of the base's.
-        alpha_other: as in `ModelCoefficients`.
-    """
+    """What `fim_kron` does with a fine-tuned model: its layers in the base's order, and α outside them."""
 
     base: InputModel
     model: InputModel
@@ -145,7 +146,7 @@ class Kron:
     """What the pre-pass of `fim_kron` found.
 
     Attributes:
-        factors: the file of each model's factors, and where it comes from in words; empty where recorded just now.
+        factors: of every model, the file and where it comes from, in words; empty if it was made now.
         models: the fine-tuned models.
     """
 
@@ -155,15 +156,12 @@ class Kron:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """A fine-tuned model's own parameters as the user set them: see `config.settings.as_set`.
+    """A fine-tuned model's own parameters as the user set them, in the form of `config.settings.as_set`.
 
     Attributes:
-        base: what the model is merged into.
-        model: the fine-tuned model.
-        weight: its weight beside the others.
         density: None but for fim_ties.
-        density_is_default: whether the config leaves it to the default for the size of the base.
-        alpha: what the user set by hand; None where all is left to the pre-pass.
+        density_is_default: whether the size of the base decides it.
+        alpha: what is set by hand; None if the pre-pass finds all of it.
     """
 
     base: InputModel
@@ -180,16 +178,16 @@ class PrePass:
 
     Attributes:
         settings: the pre-pass settings.
-        config: the normalised merge config, coefficients included.
+        config: the normalised merge config, with the coefficients.
         inputs: every model, by reference, the base first.
-        coefficients: per base; empty where every `alpha` was set by hand.
+        coefficients: per base; empty if every `alpha` was set by hand, and for fim_kron.
         models: the fine-tuned models' own parameters.
-        shared: those that are neither per model nor the pre-pass's, as the user set them.
-        kept: the names of those tensors outside the language model that aren't merged, and from where they are kept.
-        default_density: what `density` is where the config doesn't set it; None but for fim_ties.
+        shared: the parameters of whole tensors, as the user set them.
+        kept: the tensors outside the language model that aren't merged, and whose they stay: `base` or `tuned`.
+        default_density: the `density` of models whose config sets none; for fim_ties only, else None.
         differences: the config keys in which the inputs differ.
         warnings: what the user should know, a line each.
-        kron: of `fim_kron`, which has no `coefficients`.
+        kron: for fim_kron only.
     """
 
     settings: Settings

@@ -1,9 +1,10 @@
-"""A normalised config -> which runs of layers are merged into which, and which tensors are kept as they are."""
+"""Normalised config -> which layers are merged into which, and which tensors stay as they are."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from mergekit.common import ModelReference
-from mergekit.config import ConfigReader, MergeConfiguration, evaluate_setting
+from mergekit.config import ConfigReader, MergeConfiguration, OutputSliceDefinition, evaluate_setting
 
 from mergekit_fim.config.settings import base_of, settings_of
 from mergekit_fim.errors import FimError
@@ -12,10 +13,21 @@ from mergekit_fim.prepass.result import SourceSlice
 from mergekit_fim.prepass.task_vectors import LayerPair
 
 
+def output_slices(config: MergeConfiguration) -> Iterator[tuple[str, OutputSliceDefinition, ConfigReader]]:
+    """Every slice of a normalised config, with its module's name and mergekit's reader of its parameters."""
+    for name, module in (config.modules or {}).items():
+        for out_slice in module.slices or []:
+            yield name, out_slice, ConfigReader(config=config, t=0, slice_out=out_slice, module=module)
+
+
 def source_slices(
     name: str, config: MergeConfiguration, inputs: Mapping[ModelReference, InputModel]
 ) -> Iterator[SourceSlice]:
-    """The fine-tuned models' runs of layers in a module, whose slices are checked."""
+    """Check the slices of a module, and find the layers of every fine-tuned model in them.
+
+    Raises:
+        FimError: mergekit can't merge such slices.
+    """
     module = (config.modules or {})[name]
     slices = module.slices or []
     layout = inputs[base_of(config)].layout
@@ -52,32 +64,55 @@ def source_slices(
         yield from (SourceSlice(name, base, its, s, reader) for s in out_slice.sources if s.model != base)
 
 
+def by_model(
+    sources: Sequence[SourceSlice], inputs: Mapping[ModelReference, InputModel]
+) -> dict[tuple[InputModel, InputModel], list[SourceSlice]]:
+    """The slices of each fine-tuned model, by (base, model)."""
+    slices: dict[tuple[InputModel, InputModel], list[SourceSlice]] = {}
+    for source in sources:
+        slices.setdefault((inputs[source.base], inputs[source.source.model]), []).append(source)
+    return slices
+
+
 def kept_tensors(config: MergeConfiguration, base: InputModel) -> dict[str, str]:
-    """The tensors outside the language model that aren't merged, and from where they are kept: `base` or `tuned`."""
+    """The tensors outside the language model that aren't merged, and whose they stay: `base` or `tuned`.
+
+    Raises:
+        FimError: there are several fine-tuned models to keep one from.
+    """
     kept: dict[str, str] = {}
-    for name, module in (config.modules or {}).items():
-        for out_slice in module.slices or []:
-            given = settings_of(ConfigReader(config=config, t=0, slice_out=out_slice, module=module), "other_modules")
-            names = [tensor.name for tensor in base.layout.modules[name]]
-            own = [tensor for tensor in names if tensor in base.other_modules - base.absent]
-            found = {tensor: evaluate_setting(tensor, given, validate=str) or "merge" for tensor in own}
-            tuned = [source.model for source in out_slice.sources if source.model != base_of(config, out_slice)]
-            if len(tuned) > 1 and "tuned" in found.values():
-                raise FimError(
-                    f"other_modules: expected one fine-tuned model to keep {next(iter(found))} from, found "
-                    f"{len(tuned)}; set it to merge or base, or name one model for this module under `modules:`"
-                )
-            kept |= {tensor: value for tensor, value in found.items() if value != "merge"}
+    for name, out_slice, reader in output_slices(config):
+        given = settings_of(reader, "other_modules")
+        names = [tensor.name for tensor in base.layout.modules[name]]
+        others = [tensor for tensor in names if tensor in base.other_modules - base.absent]
+        values = {tensor: evaluate_setting(tensor, given, validate=str) or "merge" for tensor in others}
+        tuned = [source.model for source in out_slice.sources if source.model != base_of(config, out_slice)]
+        if len(tuned) > 1 and "tuned" in values.values():
+            raise FimError(
+                f"other_modules: expected one fine-tuned model to keep {others[0]} from, found {len(tuned)}; set it to "
+                "merge or base, or name one model for this module under `modules:`"
+            )
+        kept |= {tensor: value for tensor, value in values.items() if value != "merge"}
     return kept
 
 
 def population(sources: Sequence[SourceSlice], num_layers: int) -> list[LayerPair]:
-    """The pairs of layers over which scores are normalised.
+    """The pairs of layers whose scores are normalised together, in the base's order.
 
-    Every layer of the base counts, merged or not, so that a layer's coefficient is the same in a merge of the whole
-    model and in one of some slices. A layer is paired as the slices pair it, one that no slice uses with its own index.
+    They have every layer of the base, merged or not, so that a layer gets the same coefficient in a merge of the whole
+    model and in one of some slices. A layer that no slice uses is paired with the model's layer of the same index.
     """
     pairs = {pair for source in sources for pair in source.pairs()}
     used = {pair.base_layer for pair in pairs}
     pairs |= {LayerPair(layer, layer) for layer in range(num_layers) if layer not in used}
-    return sorted(pairs, key=lambda pair: (pair.base_layer, pair.source_layer))
+    return sorted(pairs)
+
+
+def alphas_of(source: SourceSlice, model: InputModel, computed: Mapping[LayerPair, float]) -> dict[LayerPair, float]:
+    """What a slice's layers get: α or, where the user set it by hand, the mean over the layer's tensors."""
+    by_hand, used = source.settings("alpha"), {}
+    for index, pair in enumerate(source.pairs()):
+        tensors = model.layout.layers[pair.source_layer].tensors
+        values = [evaluate_setting(t.name, by_hand, source.gradient(index), validate=float) for t in tensors]
+        used[pair] = math.fsum(computed[pair] if v is None else v for v in values) / len(values)
+    return used

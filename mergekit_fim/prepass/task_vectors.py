@@ -1,6 +1,6 @@
-"""Checkpoints -> squared task-vector norms, tensor by tensor."""
+"""Checkpoints -> squared norms of task vectors, tensor by tensor."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -16,9 +16,9 @@ from mergekit_fim.models.parallel import in_threads, readers
 from mergekit_fim.norms import squared_distance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class LayerPair:
-    """A decoder layer of a fine-tuned model and the base's layer that it is merged into. The same, but for slices."""
+    """A decoder layer of a fine-tuned model, and the base's layer that it is merged into; by slices they may differ."""
 
     base_layer: int
     source_layer: int
@@ -29,8 +29,8 @@ class TaskVectorNorms:
     """Squared Frobenius norms of a fine-tuned model's task vector δ = θ_model − θ_base.
 
     Attributes:
-        layers: per pair of layers, over all the layer's tensors.
-        other: over the tensors outside the decoder layers; None where the vocabularies' sizes differ.
+        layers: by pair of layers, over all tensors of the layer.
+        other: over all tensors outside the decoder layers; None if the vocabularies differ in size.
     """
 
     layers: Mapping[LayerPair, float]
@@ -38,10 +38,10 @@ class TaskVectorNorms:
 
 
 class TaskVectorSweep:
-    """Measures the task vectors of all fine-tuned models of one base, reading every tensor once.
+    """Measures the task vectors of all fine-tuned models of one base, and reads every tensor once.
 
-    The measurement of the base, which reads its tensors too, shows each to this: a base larger than memory is read once
-    for both, and goes once to an accelerator. What it didn't show is read at the end.
+    The base's own measurement calls this with each tensor that it reads, so that a base larger than memory is read once
+    for both. `norms` reads the others.
     """
 
     def __init__(
@@ -51,25 +51,24 @@ class TaskVectorSweep:
         dtype: str | None,
         devices: Sequence[torch.device] = (torch.device("cpu"),),
     ) -> None:
-        """Be ready to measure.
+        """Pair the tensors, and measure nothing yet.
 
         Args:
             base: the base model.
             models: the fine-tuned models, each with the pairs of layers that its merge needs.
-            dtype: what the merge casts every tensor to when it reads it, or None for the checkpoints' own.
-            devices: which share the work.
+            dtype: what the merge reads every tensor as; None for the checkpoints' own.
+            devices: the devices that share the work.
 
         Raises:
-            FimError: layers of a pair don't have the same tensors.
+            FimError: the layers of a pair don't have the same tensors.
         """
         self._base, self._dtype, self._devices = base, dtype, devices
         self._models = {model: tuple(pairs) for model, pairs in models.items()}
-        parts = [
-            *_outside(base, list(models)),
-            *(p for layer in base.layout.layers for p in _parts(base, layer, models)),
-        ]
-        self._work = {part.tensor.name: part for part in parts if part.users}
-        self._found: dict[str, list[float | None]] = {}
+        comparisons = list(_outside(base, list(models)))
+        for layer in base.layout.layers:
+            comparisons += _of_layer(base, layer, models)
+        self._work = {its.tensor.name: its for its in comparisons if its.tuned}
+        self._found: dict[str, list[float | None]] = {}  # [tensor name][fine-tuned tensor]
 
     @property
     def pairs(self) -> tuple[tuple[ModelReference, tuple[LayerPair, ...]], ...]:
@@ -77,34 +76,32 @@ class TaskVectorSweep:
         return tuple((model.reference, pairs) for model, pairs in self._models.items())
 
     def __call__(self, tensor: WeightInfo, values: torch.Tensor) -> None:
-        """Measure the task vectors of a tensor of the base, on the device that its values are on.
+        """Measure the task vectors of a tensor of the base, on the device of its values.
 
         Raises:
-            FimError: one isn't finite, or of another shape.
+            FimError: one isn't finite, or has another shape.
         """
-        part = self._work.get(tensor.name)
-        if part is None or tensor.name in self._found:
+        work = self._work.get(tensor.name)
+        if work is None or tensor.name in self._found:
             return
-        # All or none: where memory runs out, the tensor is measured again.
-        self._found[tensor.name] = [
-            _distance(self._base, values, model, its, self._dtype, _where(pair)) for model, pair, its in part.users
-        ]
+        # All or none of them, so that a tensor is measured again if memory ran out.
+        self._found[tensor.name] = [self._distance(values, *its) for its in work.tuned]
 
     def norms(self, *, quiet: bool) -> dict[InputModel, TaskVectorNorms]:
-        """The squared norms per model, after measuring whatever is left, with a progress bar unless `quiet`.
+        """Measure what is left, with a progress bar unless `quiet`, and return each model's squared norms.
 
         Raises:
-            FimError: a task vector that isn't finite.
+            FimError: a task vector isn't finite.
         """
-        left = [part for name, part in self._work.items() if name not in self._found]
+        left = [work for name, work in self._work.items() if name not in self._found]
         measuring = in_threads(readers(self._devices), self._read, left)
         bar = {"desc": "Measuring task vectors", "unit": "tensor", "total": len(left), "disable": quiet or not left}
         for _ in tqdm.tqdm(measuring, **bar):
             pass
         sums = {model: dict.fromkeys(pairs, 0.0) for model, pairs in self._models.items()}
         other: dict[InputModel, float | None] = dict.fromkeys(self._models, 0.0)
-        for name, part in self._work.items():
-            for (model, pair, _), distance in zip(part.users, self._found[name], strict=True):
+        for name, work in self._work.items():
+            for (model, pair, _), distance in zip(work.tuned, self._found[name], strict=True):
                 so_far = other[model]
                 if pair is not None:
                     sums[model][pair] += distance or 0.0
@@ -112,74 +109,27 @@ class TaskVectorSweep:
                     other[model] = None if distance is None or so_far is None else so_far + distance
         return {model: TaskVectorNorms(layers, other[model]) for model, layers in sums.items()}
 
-    def _read(self, part: "_Part") -> None:
-        values = self._base.load(part.tensor, self._dtype)
+    def _read(self, work: "_Comparison") -> None:
+        values = self._base.load(work.tensor, self._dtype)
         if values is None:
-            self._found[part.tensor.name] = [0.0] * len(part.users)
+            self._found[work.tensor.name] = [0.0] * len(work.tuned)
         else:
-            self(part.tensor, values.to(self._devices[part.share % len(self._devices)]))
+            self(work.tensor, values.to(self._devices[work.index % len(self._devices)]))
 
-
-@dataclass(frozen=True)
-class _Part:
-    """A tensor of the base, and the fine-tuned tensors that it is compared with, for a pair of layers or outside them.
-
-    `share`: the number of its layer; a device takes the parts of every so-manieth.
-    """
-
-    share: int
-    tensor: WeightInfo
-    users: list[tuple[InputModel, LayerPair | None, WeightInfo]]
-
-
-def _where(pair: LayerPair | None) -> str:
-    return "the tensors outside the layers" if pair is None else f"decoder layer {pair.source_layer}"
-
-
-def _outside(base: InputModel, models: Sequence[InputModel]) -> list[_Part]:
-    """The tensors outside the layers, without a head that is tied in all the models: it is their embeddings."""
-    return [
-        _Part(share, tensor, [(model, None, tensor) for model in models])
-        for share, tensor in enumerate(base.layout.other)
-        if any(m.stored_name(tensor, tied=False) is not None for m in (base, *models))
-    ]
-
-
-def _parts(base: InputModel, layer: DecoderLayer, models: Mapping[InputModel, Sequence[LayerPair]]) -> list[_Part]:
-    """The tensors of one of the base's layers."""
-    users = [(m, pair) for m, pairs in models.items() for pair in pairs if pair.base_layer == layer.index]
-    for model, pair in users:
-        source = model.layout.layers[pair.source_layer]
-        names = [[x.local(t.name) for t in x.tensors] for x in (source, layer)]
-        # mergekit's definition may have the same for layers of every kind: what counts is also what they hold of it.
-        if names[0] != names[1] or not _held(model, source) <= _held(base, layer):
-            raise FimError(
-                f"{model}: decoder layer {source.index} has other tensors than the base's layer {layer.index} "
-                "that the slices pair it with; pair layers of the same kind"
-            )
-    return [
-        _Part(layer.index, tensor, [(m, pair, m.layout.layers[pair.source_layer].tensors[k]) for m, pair in users])
-        for k, tensor in enumerate(layer.tensors)
-    ]
-
-
-def _held(model: InputModel, layer: DecoderLayer) -> set[str]:
-    return {layer.local(t.name) for t in layer.tensors if t.name not in model.absent}
-
-
-def _distance(
-    base: InputModel,
-    reference: torch.Tensor,
-    model: InputModel,
-    tensor: WeightInfo,
-    dtype: str | None,
-    where: str,
-) -> float | None:
-    """‖θ_model − θ_base‖² of one tensor; 0 where a model lacks an optional one, None where vocabularies differ."""
-    tuned = model.load(tensor, dtype)
-    if tuned is None:
-        return 0.0
-    if reference.shape != tuned.shape:
+    def _distance(
+        self, reference: torch.Tensor, model: InputModel, pair: LayerPair | None, tensor: WeightInfo
+    ) -> float | None:
+        """‖θ_model − θ_base‖² of one tensor; 0 if the model lacks an optional one, None if the vocabularies differ."""
+        base = self._base
+        where = "the tensors outside the layers" if pair is None else f"decoder layer {pair.source_layer}"
+        tuned = model.load(tensor, self._dtype)
+        if tuned is None:
+            return 0.0
+        if reference.shape == tuned.shape:
+            distance = squared_distance(tuned, reference)
+            if not distance < float("inf"):
+                refuse(base, reference, model, tuned, tensor, where)
+            return distance
         if tensor.vocabulary_axis is None:
             raise FimError(
                 f"{model}: expected the shape {list(reference.shape)} of {tensor.name} as in the base {base}, "
@@ -188,10 +138,55 @@ def _distance(
         _check_finite(base, reference, tensor, where)
         _check_finite(model, tuned, tensor, where)
         return None
-    distance = squared_distance(tuned, reference)
-    if not distance < float("inf"):
-        refuse(base, reference, model, tuned, tensor, where)
-    return distance
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """A tensor of the base, and the fine-tuned tensors that it is compared with.
+
+    Attributes:
+        index: the number of its layer, or its own among the tensors outside; the devices take turns by it.
+        tensor: the base's.
+        tuned: model, pair of layers (None for a tensor outside) and tensor.
+    """
+
+    index: int
+    tensor: WeightInfo
+    tuned: Sequence[tuple[InputModel, LayerPair | None, WeightInfo]]
+
+
+def _outside(base: InputModel, models: Sequence[InputModel]) -> Iterator[_Comparison]:
+    """The tensors outside the layers, but no head that is tied in all the models: it is their embeddings."""
+    for index, tensor in enumerate(base.layout.other):
+        if any(m.stored_name(tensor, tied=False) is not None for m in (base, *models)):
+            yield _Comparison(index, tensor, [(model, None, tensor) for model in models])
+
+
+def _of_layer(
+    base: InputModel, layer: DecoderLayer, models: Mapping[InputModel, Sequence[LayerPair]]
+) -> Iterator[_Comparison]:
+    """The tensors of one of the base's layers.
+
+    Raises:
+        FimError: a layer that is paired with it has other tensors.
+    """
+    users = [(m, pair) for m, pairs in models.items() for pair in pairs if pair.base_layer == layer.index]
+    for model, pair in users:
+        source = model.layout.layers[pair.source_layer]
+        names = [[x.local(t.name) for t in x.tensors] for x in (source, layer)]
+        # mergekit's definition may list the same tensors for every kind of layer: compare what the checkpoints hold.
+        if names[0] != names[1] or not _held(model, source) <= _held(base, layer):
+            raise FimError(
+                f"{model}: decoder layer {source.index} has other tensors than the base's layer {layer.index} "
+                "that the slices pair it with; pair layers of the same kind"
+            )
+    for k, tensor in enumerate(layer.tensors):
+        tuned = [(m, pair, m.layout.layers[pair.source_layer].tensors[k]) for m, pair in users]
+        yield _Comparison(layer.index, tensor, tuned)
+
+
+def _held(model: InputModel, layer: DecoderLayer) -> set[str]:
+    return {layer.local(t.name) for t in layer.tensors if t.name not in model.absent}
 
 
 def refuse(
@@ -200,7 +195,7 @@ def refuse(
     """Say why a task vector isn't finite.
 
     Raises:
-        FimError: a model's tensor isn't, or their difference.
+        FimError: a model's tensor or their difference isn't finite.
     """
     _check_finite(base, reference, tensor, where)
     _check_finite(model, tuned, tensor, where)

@@ -1,4 +1,4 @@
-"""What the pre-pass found or chose -> the config, as mergekit's own filtered parameters."""
+"""What the pre-pass found -> the config, as mergekit's own filtered parameters."""
 
 import math
 from collections.abc import Container, Mapping, Sequence
@@ -10,42 +10,42 @@ from mergekit_fim.config.settings import conditions
 from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_known
 from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.prepass.result import BaseCoefficients, SourceSlice
+from mergekit_fim.prepass.slices import output_slices
+from mergekit_fim.prepass.task_vectors import LayerPair
 
-# Below this many base parameters `density` is the paper's value for 1.5B, from there on its value for 7B. Where between
-# the two the change lies is this project's choice.
+# The paper has one density for 1.5B parameters and one for 7B. That the change comes here is this project's choice.
 _LARGE_MODEL = 3_000_000_000
 
 
 def write_alphas(
     sources: Sequence[SourceSlice], automatic: Container[SourceSlice], coefficients: Sequence[BaseCoefficients]
 ) -> None:
-    """Put the coefficients into the sources' parameters, behind what the user set by hand for some of the tensors."""
-    found = {(c.base.reference, m.model.reference): m for c in coefficients for m in c.models}
+    """Set `alpha` of the sources, at a lower precedence than what the user set by hand."""
+    results = {(c.base.reference, m.model.reference): m for c in coefficients for m in c.models}
     for source in sources:
-        by_hand = source.settings("alpha")
-        if source not in automatic:  # but for tensors that are kept, of which mergekit wants to know it all the same
-            computed = [ConditionalParameter(value=1.0)]
-        else:
-            result = found[source.base, source.source.model]
-            layout, other = result.model.layout, result.alpha_other
-            alphas = dict(zip(result.pairs, result.alphas, strict=True))
-            pairs = {p: alphas[pair] for pair in source.pairs() for p in layout.layers[pair.source_layer].prefixes}
-            computed = source.filters(result.model, pairs, other)
-        source.source.parameters = {**(source.source.parameters or {}), "alpha": [*by_hand, *computed]}
+        if source in automatic:
+            result = results[source.base, source.source.model]
+            write_alpha(source, result.model, dict(zip(result.pairs, result.alphas, strict=True)), result.alpha_other)
+        else:  # mergekit wants a value for kept tensors, too
+            source.write("alpha", [*source.settings("alpha"), ConditionalParameter(value=1.0)])
+
+
+def write_alpha(source: SourceSlice, model: InputModel, alphas: Mapping[LayerPair, float], outside: float) -> None:
+    """Set `alpha` of a source, at a lower precedence than what the user set by hand."""
+    layers = {p: alphas[pair] for pair in source.pairs() for p in model.layout.layers[pair.source_layer].prefixes}
+    source.write("alpha", [*source.settings("alpha"), *source.filters(model, layers, outside)])
 
 
 def write_kept(config: MergeConfiguration, base: InputModel, kept: Mapping[str, str]) -> None:
-    """Set `other_modules`, at the highest precedence, so that it holds for just the tensors that it is about."""
-    # A filter is a part of a name, so that longer names come first.
-    names = [tensor.name for tensor in base.layout.all_tensors()]
-    filters = [name for name in names if name in kept or any(part in name for part in kept)]
+    """Set `other_modules` at the highest precedence, for exactly the tensors that are kept."""
+    names = [tensor.name for tensor in base.layout.all_tensors() if any(part in tensor.name for part in kept)]
+    # A filter matches any part of a name, so that longer names come first.
     values = [
-        ConditionalParameter(filter=name, value=kept.get(name, "merge")) for name in sorted(filters, key=len)[::-1]
+        *(ConditionalParameter(filter=name, value=kept.get(name, "merge")) for name in sorted(names, key=len)[::-1]),
+        ConditionalParameter(value="merge"),
     ]
-    values.append(ConditionalParameter(value="merge"))
-    for module in (config.modules or {}).values():
-        for out_slice in module.slices or []:
-            out_slice.parameters = {**(out_slice.parameters or {}), "other_modules": values}
+    for _, out_slice, _ in output_slices(config):
+        out_slice.parameters = {**(out_slice.parameters or {}), "other_modules": values}
 
 
 def default_density(base: InputModel) -> float:
@@ -55,18 +55,16 @@ def default_density(base: InputModel) -> float:
 
 
 def write_default_density(config: MergeConfiguration, density: float) -> None:
-    """Set `density` at the lowest precedence, where the user hasn't."""
-    parameters = dict(config.parameters or {})
-    given = parameters.get("density")
-    default = ConditionalParameter(value=density)
-    parameters["density"] = density if given is None else [*conditions(given), default]
-    config.parameters = parameters
+    """Set `density` at the lowest precedence."""
+    given = (config.parameters or {}).get("density")
+    value = density if given is None else [*conditions(given), ConditionalParameter(value=density)]
+    config.parameters = {**(config.parameters or {}), "density": value}
 
 
 def leave_unknown_gates(config: MergeConfiguration, base: InputModel) -> None:
-    """Set `gate_scale` to 1, at the highest precedence, for tensors that gate protection isn't for.
+    """Set `gate_scale` to 1 at the highest precedence, for tensors that gate protection leaves alone.
 
-    Those are fused ones of which nobody knows the gate's part, and gates outside the language model.
+    These are fused tensors in which it isn't known where the gate is, and gates outside the language model.
     """
     names = {
         layer.local(tensor.name)
@@ -80,8 +78,7 @@ def leave_unknown_gates(config: MergeConfiguration, base: InputModel) -> None:
     exceptions = [ConditionalParameter(filter=name, value=1.0) for name in sorted(names)]
     default = PARAMETERS["gate_scale"].default_for(config.merge_method)
     config.parameters = {"gate_scale": default} | (config.parameters or {})
-    modules = (config.modules or {}).values()
-    for scope in (config, *modules, *(out_slice for module in modules for out_slice in module.slices or [])):
+    for scope in (config, *(config.modules or {}).values(), *(out_slice for _, out_slice, _ in output_slices(config))):
         if scope.parameters and "gate_scale" in scope.parameters:
             given = conditions(scope.parameters["gate_scale"])
             scope.parameters = {**scope.parameters, "gate_scale": [*exceptions, *given]}

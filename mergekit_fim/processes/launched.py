@@ -1,6 +1,6 @@
-"""Work that a launcher started several times over: the processes share the pre-pass, and the main one merges.
+"""A merge that a launcher started in several processes: the main one merges, and the others do jobs for it.
 
-`accelerate launch` or `torchrun` starts them, as with `mergekit-fim fisher`; alone, nothing here has any effect.
+`accelerate launch` or `torchrun` starts them. A process that is alone is the main one.
 """
 
 import contextlib
@@ -12,171 +12,153 @@ import threading
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
-import torch
 from accelerate import PartialState
 from mergekit.options import MergeOptions
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.processes.together import SharedError, in_all, processes, several
+from mergekit_fim.processes.together import SharedError, accelerator, in_all, processes, several
 
-T = TypeVar("T")
+Job = Callable[[], object]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Launch:
-    """What is under way: among which processes, and whether the others of this machine still wait for its first one."""
+    """The processes that share a merge, in `state`; None where each works for itself."""
 
     state: PartialState | None
-    others_wait: bool = False
 
 
-_UNDER_WAY: ContextVar[_Launch | None] = ContextVar("under_way", default=None)
+# Kept here because mergekit's `run_merge` and planner, which call the pre-pass, take no argument of ours. It is set
+# while `by_all` or `apart` lasts.
+_LAUNCH: ContextVar[_Launch | None] = ContextVar("launch", default=None)
 
 
-class _ShareIsDone(BaseException):
-    """A process that isn't the main one has nothing left to do; no handler of exceptions on the way is to see it."""
-
-
-def together() -> PartialState | None:
-    """The processes that share what is under way; None where this one is alone with it."""
-    launch = _UNDER_WAY.get()
+def sharing() -> PartialState | None:
+    """The processes that share the merge under way; None where this one is alone with it."""
+    launch = _LAUNCH.get()
     return None if launch is None else launch.state
 
 
-def is_main() -> bool:
-    """Whether this process merges, prints and writes."""
-    state = together()
-    return state is None or state.is_main_process
-
-
-def by_all(whole: Callable[[], T], share: Callable[[], object]) -> T | None:
-    """Do something in the main process, and what the others have to do for it in them. All end with its status.
-
-    Args:
-        whole: such as a merge.
-        share: such as the same merge, of which nothing is to be seen: it is left at `end_of_share`.
-
-    Returns:
-        What `whole` returns; None in the other processes.
+def by_all(merge: Callable[[], None]) -> None:
+    """Merge in the main process, while the others do the jobs that it gives them. All end with the same status.
 
     Raises:
-        FimError: in the main process alone, whichever of them it came from.
-        SystemExit: in the others, with status 1, where something failed.
+        FimError: in the main process only, whichever process failed.
+        SystemExit: in the others, with status 1, where one failed.
     """
-    if _UNDER_WAY.get() is not None:
-        if is_main():
-            return whole()
-        until_shared(share)
-        return None
+    if _LAUNCH.get() is not None:  # a merge within a merge: `run_merge` within ours
+        merge()
+        return
     with processes() as state:
         if state is None:
-            return whole()
-        token = _UNDER_WAY.set(_Launch(state, others_wait=state.is_local_main_process))
-
-        found: list[T] = []
-
-        def work() -> None:
+            merge()
+            return
+        with _under_way(_Launch(state), logs=state.is_main_process), _ends_in_order():
             if state.is_main_process:
-                found.append(whole())
+                _lead(merge)
             else:
-                until_shared(share)
-            inputs_are_there()
+                _follow(state)
 
-        try:
-            with _ends_in_order(), contextlib.nullcontext() if state.is_main_process else _silence():
-                if not state.is_local_main_process:
-                    meet()  # `inputs_are_there`
-                in_all(state, work)
-                return found[0] if found else None
-        except SharedError:
-            if state.is_main_process:
-                raise
-            sys.exit(1)
-        finally:
-            _UNDER_WAY.reset(token)
+
+def _lead(merge: Callable[[], None]) -> None:
+    try:
+        merge()
+    except SharedError:  # the others know of it
+        raise
+    except Exception:
+        with contextlib.suppress(FimError):  # they have ended
+            give(partial(sys.exit, 1))
+        raise
+    give(None)
+
+
+def _follow(state: PartialState) -> None:
+    """Do the main process's jobs until it gives None."""
+    try:
+        while (job := in_all(state, _no_job)[0]) is not None:
+            job()
+    except SharedError:
+        sys.exit(1)
+
+
+def _no_job() -> Job | None:
+    return None
+
+
+def give(job: Job | None) -> None:
+    """Give the other processes a job, which must be picklable: it is something that this process does with them."""
+    state = sharing()
+    if state is not None:
+        in_all(state, lambda: job)
 
 
 def check_shared() -> None:
-    """Check that no other process does the same whole merge beside this one.
+    """Check that no other process does the same whole merge.
 
     Raises:
         FimError: a launcher started several, and nothing has made them share the work.
     """
-    if _UNDER_WAY.get() is None and several():
+    if _LAUNCH.get() is None and several():
         raise FimError(
             "several processes were started, and each would write the whole merge to the same folder; expected "
             "mergekit-fim merge, which shares the work, or one process"
         )
 
 
-def inputs_are_there() -> None:
-    """To be called when a machine's first process has opened the models, adapters merged: its others may start."""
-    launch = _UNDER_WAY.get()
-    if launch is not None and launch.others_wait:
-        launch.others_wait = False
-        meet()
-
-
-def meet() -> None:
-    """Wait for all processes.
-
-    Raises:
-        SharedError: one of them has failed.
-    """
-    in_all(together(), lambda: None)
-
-
-def end_of_share() -> None:
-    """To be called when the pre-pass is done: the processes that aren't the main one leave the merge here."""
-    if not is_main():
-        raise _ShareIsDone
-
-
-def until_shared(work: Callable[[], object]) -> None:
-    """Do something, up to `end_of_share`."""
-    with contextlib.suppress(_ShareIsDone):
-        work()
-
-
 @contextlib.contextmanager
 def apart(options: MergeOptions) -> Iterator[MergeOptions]:
-    """While this lasts each process of a launcher works for itself, on its own accelerator; the first alone logs.
+    """While this lasts, each process of a launcher works for itself, on its own accelerator. Only the first one logs.
 
     Returns:
         mergekit's options for this process.
     """
-    rank = os.environ.get("RANK", "0") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
-    own: dict[str, Any] = {}
-    if rank is not None:
-        own["quiet"] = options.quiet or rank != "0"
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        if accelerator is not None and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true"):
-            own |= {"device": f"{accelerator.type}:{os.environ.get('LOCAL_RANK', '0')}", "multi_gpu": False}
-    token = _UNDER_WAY.set(_Launch(None))
-    try:
-        with contextlib.nullcontext() if rank in (None, "0") else _silence():
-            yield options.model_copy(update=own)
-    finally:
-        _UNDER_WAY.reset(token)
+    is_first = not several() or os.environ.get("RANK", "0") == "0"
+    kind = accelerator() if several() else None
+    device = None if kind is None else f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
+    with _under_way(_Launch(None), logs=is_first):
+        yield _own_options(options, is_first, device)
 
 
 def options_of_process(options: MergeOptions) -> MergeOptions:
-    """mergekit's options for what processes share: each has its own accelerator, and the main one alone prints."""
-    state = together()
+    """mergekit's options for this process's part of the pre-pass."""
+    state = sharing()
     if state is None:
         return options
-    own: dict[str, Any] = {"quiet": options.quiet or not state.is_main_process}
-    if state.device.type != "cpu":
-        own |= {"device": str(state.device), "multi_gpu": False}  # the others' accelerators are theirs
+    return _own_options(options, state.is_main_process, None if state.device.type == "cpu" else str(state.device))
+
+
+def _own_options(options: MergeOptions, is_first: bool, device: str | None) -> MergeOptions:
+    """One process's options: only the first one prints, and each keeps to its own accelerator, if it has one."""
+    own: dict[str, Any] = {"quiet": options.quiet or not is_first}
+    if device is not None:
+        own |= {"device": device, "multi_gpu": False}
     return options.model_copy(update=own)
 
 
 @contextlib.contextmanager
+def _under_way(launch: _Launch, *, logs: bool) -> Iterator[None]:
+    """Keep the launch while this lasts, and log nothing in a process that isn't to.
+
+    mergekit, transformers and this package have many loggers, with handlers of their own. `logging.disable` is the one
+    switch for all of them, and it is set back at the end.
+    """
+    token, level = _LAUNCH.set(launch), logging.root.manager.disable
+    if not logs:
+        logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(level)
+        _LAUNCH.reset(token)
+
+
+@contextlib.contextmanager
 def _ends_in_order() -> Iterator[None]:
-    """A launcher that lost one process sends SIGTERM to the others, on which Python would leave all as it is."""
-    if threading.current_thread() is not threading.main_thread():  # Python allows it there alone
+    """Clean up on SIGTERM, which a launcher that lost one process sends to the others. Python alone would not."""
+    if threading.current_thread() is not threading.main_thread():  # only there Python allows it
         yield
         return
 
@@ -190,12 +172,14 @@ def _ends_in_order() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """What mergekit, transformers and this package log is said by the main process."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(before)
+# `prepass.kron` asks for these. The main process alone runs it, without jobs.
+
+
+def together() -> PartialState | None:
+    """None: nothing of `prepass.kron` is shared."""
+    return None
+
+
+def is_main() -> bool:
+    """True: only the main process comes to `prepass.kron`."""
+    return True

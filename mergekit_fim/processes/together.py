@@ -1,6 +1,6 @@
-"""One measurement by several processes, on one machine or many: each takes some of the sequences.
+"""What processes of one launcher do together: they meet, they fail together, and they share a measurement's sequences.
 
-The processes are started by `accelerate launch` or, on CPUs, by `torchrun`; accelerate sets up their communication.
+`accelerate launch` starts the processes or, on CPUs, `torchrun`; accelerate sets up their communication.
 """
 
 import contextlib
@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,18 +23,24 @@ from mergekit_fim.fisher.weights import ResidentWeights, Weights
 
 T = TypeVar("T")
 
-# How long a process waits for the others' shares. One that has ended is noticed by the launcher, which ends them all.
+# How long a process waits for the others. If one ends, the launcher notices and ends them all.
 _PATIENCE = timedelta(days=30)
 
 
 def several() -> bool:
-    """Whether a launcher has started this process together with others."""
+    """Whether a launcher started this process together with others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def accelerator() -> str | None:
+    """The kind of accelerator that the processes use, such as `cuda`; None for the CPU."""
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return None if device is None or parse_flag_from_env("ACCELERATE_USE_CPU") else device.type
 
 
 @contextlib.contextmanager
 def processes() -> Iterator[PartialState | None]:
-    """The processes that this one was started with, or None where it is alone.
+    """Connect to the processes that this one was started with; None where it is alone.
 
     Raises:
         FimError: they can't reach each other.
@@ -42,10 +48,8 @@ def processes() -> Iterator[PartialState | None]:
     if not several():
         yield None
         return
-    no_accelerator = torch.accelerator.current_accelerator(check_available=True) is None
     try:
-        cpu = no_accelerator or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-        state = PartialState(cpu=cpu, timeout=_PATIENCE)
+        state = PartialState(cpu=accelerator() is None, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise FimError(
             f"the processes can't reach each other ({reason(error)}); check the launcher's options"
@@ -53,20 +57,27 @@ def processes() -> Iterator[PartialState | None]:
     try:
         yield state
     finally:
-        state.destroy_process_group()  # without it a process aborts at exit now and then
+        state.destroy_process_group()  # without it a process sometimes aborts at exit
 
 
 class SharedError(FimError):
-    """An error that all the processes know of, so that the main one alone reports it."""
+    """An error that all the processes know of, so that only the main one reports it."""
 
 
 def in_all(state: PartialState | None, work: Callable[[], T]) -> list[T]:
-    """Do `work` in every process: the results of all, in their order, which are sent between them.
+    """Do `work` in every process, and send every result to all of them.
 
-    `work` may itself do something `in_all`: a process that fails before it comes to that tells the others there.
+    `work` may itself call `in_all`. A process that fails before that call tells the others there.
+
+    Args:
+        state: the processes; None for this one alone.
+        work: what each process does.
+
+    Returns:
+        [process], the results.
 
     Raises:
-        SharedError: it failed in one of them, which is named, or in all of them in the same way.
+        SharedError: `work` failed. The message names the process, unless all failed in the same way.
         NotSupportedError: raised by one of them.
         torch.OutOfMemoryError: likewise.
     """
@@ -77,7 +88,7 @@ def in_all(state: PartialState | None, work: Callable[[], T]) -> list[T]:
         outcome = work(), "", ""
     except SharedError:
         raise
-    except Exception as error:  # whatever it is, the other processes must not wait for this one
+    except Exception as error:  # of any kind: the other processes must not wait for this one
         outcome = None, type(error).__name__, reason(error)
     try:
         outcomes = gather_object([outcome])
@@ -94,8 +105,21 @@ def in_all(state: PartialState | None, work: Callable[[], T]) -> list[T]:
     return [result for result, _, _ in outcomes]
 
 
+def in_turn(state: PartialState | None, work: Callable[[], T]) -> T:
+    """Do `work` in every process, first in one of each machine: it may write to a folder that they share.
+
+    Raises:
+        SharedError: see `in_all`.
+    """
+    done: list[T] = []
+    is_first = state is None or state.is_local_main_process
+    in_all(state, lambda: done.append(work()) if is_first else None)
+    in_all(state, lambda: None if is_first else done.append(work()))
+    return done[0]
+
+
 def shared_engine(state: PartialState | None, engine: FisherEngine = batched_engine) -> FisherEngine:
-    """An engine that measures its process's share of the sequences with `engine` and returns those of all."""
+    """Make an engine that measures this process's share of the sequences, and returns the norms of all of them."""
     if state is None:
         return engine
 

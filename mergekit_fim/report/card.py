@@ -1,5 +1,6 @@
-"""The section of ours in a merged model's card: made of `fim_report.json`, at the end of the README.md of mergekit."""
+"""Our section in a merged model's card: made from `fim_report.json`, at the end of mergekit's README.md."""
 
+import contextlib
 import json
 import logging
 import math
@@ -18,75 +19,71 @@ LOG = logging.getLogger("mergekit_fim")
 
 _BEGIN, _END, _MEASURED = "<!-- mergekit-fim -->", "<!-- /mergekit-fim -->", "### Measured"
 _SECTION = re.compile(rf"^{_BEGIN}\n(?P<body>.*?)^{_END}\n?", re.M | re.S)
+_FIGURE = re.compile(r"^!\[.*\]\((.*)\)$", re.M)
 _ALT_KRON = "Per decoder layer: the directions' merge coefficients, from the least to the largest, and their mean"
 _ALT = "Per decoder layer: Fisher information, norm of the task vector, and merge coefficient"
 
 
 def write_section(folder: str, *, figure: str | None = None, measured: str | None = None) -> None:
-    """Append our section to the card of a merged model, or replace the one that stands there.
+    """Append our section to the card of a merged model, or replace the section in it.
 
-    Whatever fails is a warning, since what the card is of is finished. A folder without a card is left as it is.
+    A failure is only a warning, since the model is finished. A folder without a card is left as it is.
 
     Args:
-        folder: of the merged model, with its README.md. Without a `fim_report.json` (a merge by a method of mergekit's)
-            the section is what was measured alone.
-        figure: the name of a figure in the folder, for a card that has the section; by default the one in it stays.
+        folder: the merged model's, with its README.md. Without a `fim_report.json` (a merge by mergekit's own methods)
+            the section has only `measured`.
+        figure: the name of a figure in the folder, for a card that has the section; by default its figure stays.
         measured: Markdown of what a sweep measured of the model, such as its row of the front with the table's head;
-            by default what is in the card already stays.
+            by default what the card has of it stays.
     """
     path, report = os.path.join(folder, "README.md"), os.path.join(folder, REPORT_NAME)
     if not os.path.isfile(path):
         return
-    try:
+    with _warned():
         with open(path, encoding="utf-8") as file:
             text = file.read()
         old = _SECTION.search(text)
         if old is None and figure is not None:
             return
-        target, kept = _kept(old["body"] if old else "")
+        own, _, old_measured = (old["body"] if old else "").partition(f"\n{_MEASURED}\n\n")
+        old_figure = _FIGURE.search(own)
         section = render_section(
             read_json(report, report) if os.path.exists(report) else None,
-            figure=target if figure is None else quote(figure),
-            measured=kept if measured is None else measured,
+            figure=quote(figure) if figure is not None else old_figure and old_figure[1],
+            measured=measured if measured is not None else old_measured.rstrip("\n") or None,
         )
         new = text[: old.start()] + section + text[old.end() :] if old else f"{text.rstrip()}\n\n{section}"
         write_text(path, new)
-    except Exception as error:
-        _warn(error)
 
 
 def new_section(folder: str) -> str:
-    """Our section for a card that somebody else is writing; where it can't be made, that is a warning, and it is empty.
+    """Make our section for a card that the caller writes; empty, with a warning, if that fails.
 
     Args:
-        folder: of the merged model, with its `fim_report.json`.
+        folder: the merged model's, with its `fim_report.json`.
     """
     report = os.path.join(folder, REPORT_NAME)
-    try:
+    with _warned():
         return render_section(read_json(report, report))
+    return ""
+
+
+@contextlib.contextmanager
+def _warned() -> Iterator[None]:
+    """Warn of whatever goes wrong."""
+    try:
+        yield
     except Exception as error:
-        _warn(error)
-        return ""
-
-
-def _warn(error: Exception) -> None:
-    LOG.warning("the merged model is whole, but its card has no section of mergekit-fim's (%s)", reason(error))
-
-
-def _kept(body: str) -> tuple[str | None, str | None]:
-    """The figure's address and what was measured, of a section that stands in a card."""
-    own, _, measured = body.partition(f"\n{_MEASURED}\n\n")
-    figure = re.search(r"^!\[.*\]\((.*)\)$", own, re.M)
-    return figure[1] if figure else None, measured.rstrip("\n") or None
+        LOG.warning("the merged model is whole, but its card has no section of mergekit-fim's (%s)", reason(error))
 
 
 def render_section(report: Mapping[str, Any] | None, *, figure: str | None = None, measured: str | None = None) -> str:
-    """The section as Markdown, between the comments that it is found by.
+    """Make the section as Markdown, between the comments that mark it.
 
     Args:
-        report: a merge's, as `record.as_json` makes it; None for a merge by a method of mergekit's.
+        report: a merge's, as `record.as_json` makes it; None for a merge by mergekit's own methods.
         figure: the address of a figure.
-        measured: lines of Markdown to stand under a heading of their own.
+        measured: lines of Markdown for a heading of their own.
     """
     blocks = [_BEGIN] if report is None else [_BEGIN, *_report_blocks(report, figure)]
     blocks += [] if measured is None else [_MEASURED, measured.strip("\n")]
@@ -94,21 +91,35 @@ def render_section(report: Mapping[str, Any] | None, *, figure: str | None = Non
 
 
 def _report_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[str]:
-    versions, settings = report["versions"], report["settings"]
-    bases = {report["base_model"]: report["fisher"], **report["fisher_of_other_bases"]}
-    kron = report.get("kron")
-    measured = any(bases.values()) or kron is not None
+    versions = report["versions"]
+    is_by_hand = not (report["fisher"] or report["fisher_of_other_bases"] or "kron" in report)
     yield "## Merge coefficients"
-    if kron is not None:
-        yield from _kron_blocks(report, kron, figure)
-        figure = None
-    else:
-        yield (
-            f"Merged by `{report['method']}` of mergekit-fim {versions['mergekit-fim']}, after FIM-Merging "
-            "([arXiv 2603.21705](https://arxiv.org/abs/2603.21705)): each decoder layer has a merge coefficient α of "
-            "its own, which follows from its score F · ‖δ‖², the base's Fisher information on random tokens times the "
-            "squared norm of the task vector δ." + ("" if measured else " Here every α was set by hand.")
-        )
+    yield from _kron_blocks(report, figure) if "kron" in report else _layer_blocks(report, figure)
+    yield "### Settings"
+    names = ("model", "base_model", "weight", "density", "alpha")
+    yield markdown_table(names, ([_value(model[name]) for name in names] for model in report["models"]))
+    unused = {name for name, p in PARAMETERS.items() if p.scope is Scope.MERGE} if is_by_hand else set()
+    used = {name: value for name, value in report["settings"].items() if value is not None and name not in unused}
+    yield markdown_table(("setting", "value"), ((f"`{name}`", _value(value)) for name, value in used.items()))
+    if report["warnings"]:
+        yield "### Warnings"
+        yield "\n".join(f"- {escaped(warning)}" for warning in report["warnings"])
+    yield "### How to repeat it"
+    yield "With the configuration above, which lies beside this card:"
+    yield "```sh\nmergekit-fim merge mergekit_config.yml merged   # or: mergekit-yaml mergekit_config.yml merged\n```"
+    yield f"Made with {', '.join(f'{name} {version}' for name, version in versions.items())}."
+
+
+def _layer_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[str]:
+    """What `fim_ties` or `fim_ta` did: the coefficient of each layer."""
+    settings = report["settings"]
+    bases = {report["base_model"]: report["fisher"], **report["fisher_of_other_bases"]}
+    yield (
+        f"Merged by `{report['method']}` of mergekit-fim {report['versions']['mergekit-fim']}, after FIM-Merging "
+        "([arXiv 2603.21705](https://arxiv.org/abs/2603.21705)): each decoder layer has a merge coefficient α of "
+        "its own, which follows from its score F · ‖δ‖², the base's Fisher information on random tokens times the "
+        "squared norm of the task vector δ." + ("" if any(bases.values()) else " Here every α was set by hand.")
+    )
     if figure is not None:
         yield f"![{_ALT}]({figure})"
     for model in report["models"]:
@@ -120,25 +131,28 @@ def _report_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[st
                 f"{settings['fisher_seq_len']} random tokens; `outside`: embeddings, final norm and output head."
             )
             yield markdown_table(("layer", "Fisher", "±", "‖δ‖", "score", "α"), _layers(model, fisher), "--:")
-    yield "### Settings"
-    names = ("model", "base_model", "weight", "density", "alpha")
-    yield markdown_table(names, ([_value(model[name]) for name in names] for model in report["models"]))
-    unused = set() if measured else {name for name, p in PARAMETERS.items() if p.scope is Scope.MERGE}
-    used = {name: value for name, value in settings.items() if value is not None and name not in unused}
-    yield markdown_table(("setting", "value"), ((f"`{name}`", _value(value)) for name, value in used.items()))
-    if report["warnings"]:
-        yield "### Warnings"
-        yield "\n".join(f"- {escaped(warning)}" for warning in report["warnings"])
-    yield "### How to repeat it"
-    yield "With the configuration above, which lies beside this card:"
-    yield "```sh\nmergekit-fim merge mergekit_config.yml merged   # or: mergekit-yaml mergekit_config.yml merged\n```"
-    yield f"Made with {', '.join(f'{name} {version}' for name, version in versions.items())}."
 
 
-def _kron_blocks(report: Mapping[str, Any], kron: Mapping[str, Any], figure: str | None) -> Iterator[str]:
+def _layers(model: Mapping[str, Any], fisher: Mapping[str, Any]) -> Iterator[list[str]]:
+    measured = {layer["index"]: layer for layer in fisher["layers"]}
+    for layer in model["layers"]:
+        its = measured[layer.get("base_index", layer["index"])]
+        yield [
+            _name(layer),
+            f"{its['fisher']:.3e}",
+            "" if its["fisher_stderr"] is None else f"{its['fisher_stderr']:.1e}",
+            f"{math.sqrt(layer['task_vector_sq_norm']):.3g}",
+            f"{layer['score']:.2e}",
+            f"{layer['alpha']:.3f}",
+        ]
+    yield ["outside", "", "", "", "", f"{model['alpha_other']:.3f}"]
+
+
+def _kron_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[str]:
     """What `fim_kron` did: the coefficients of each layer's directions."""
-    factors, its = report["settings"]["factors"], kron["factors"][0]["settings"]
-    by = "the inputs of every linear layer" if factors == "inputs" else "every linear layer's inputs and gradients"
+    kron, its = report["kron"], report["kron"]["factors"][0]["settings"]
+    is_inputs = report["settings"]["factors"] == "inputs"
+    by = "the inputs of every linear layer" if is_inputs else "every linear layer's inputs and gradients"
     yield (
         f"Merged by `{report['method']}` of mergekit-fim {report['versions']['mergekit-fim']}: each direction of a "
         f"matrix has a coefficient of its own, which follows from its size in {by} at the base and at the fine-tuned "
@@ -149,18 +163,15 @@ def _kron_blocks(report: Mapping[str, Any], kron: Mapping[str, Any], figure: str
     )
     if figure is not None:
         yield f"![{_ALT_KRON}]({figure})"
+    head = ("layer", "‖δ‖", "α", *("mean", "±", "least", "largest", "number") * 2)
     for model in kron["models"]:
         yield f"### {escaped(model['model'])} into {escaped(model['base_model'])}"
-        yield markdown_table(
-            ("layer", "‖δ‖", "α", *("mean", "±", "least", "largest", "number") * 2), _rows(model), "--:"
-        )
+        yield markdown_table(head, _kron_layers(model), "--:")
 
 
-def _rows(model: Mapping[str, Any]) -> Iterator[list[str]]:
+def _kron_layers(model: Mapping[str, Any]) -> Iterator[list[str]]:
     for layer in model["layers"]:
-        index = layer.get("base_index", layer["index"])
-        row = [f"{index}" if index == layer["index"] else f"{index} (from {layer['index']})"]
-        row += [f"{math.sqrt(layer['task_vector_sq_norm']):.3g}", f"{layer['alpha']:.3f}"]
+        row = [_name(layer), f"{math.sqrt(layer['task_vector_sq_norm']):.3g}", f"{layer['alpha']:.3f}"]
         for part in (layer["parts"].get(name) for name in ("attention", "mlp")):
             numbers = [] if part is None else [part[name] for name in ("mean", "std", "least", "largest")]
             row += [""] * 5 if part is None else [*(f"{n:.3f}" for n in numbers), f"{part['directions']:.0f}"]
@@ -168,19 +179,9 @@ def _rows(model: Mapping[str, Any]) -> Iterator[list[str]]:
     yield ["outside", "", f"{model['alpha_other']:.3f}", *[""] * 10]
 
 
-def _layers(model: Mapping[str, Any], fisher: Mapping[str, Any]) -> Iterator[list[str]]:
-    measured = {layer["index"]: layer for layer in fisher["layers"]}
-    for layer in model["layers"]:
-        index = layer.get("base_index", layer["index"])
-        yield [
-            f"{index}" if index == layer["index"] else f"{index} (from {layer['index']})",
-            f"{measured[index]['fisher']:.3e}",
-            "" if measured[index]["fisher_stderr"] is None else f"{measured[index]['fisher_stderr']:.1e}",
-            f"{math.sqrt(layer['task_vector_sq_norm']):.3g}",
-            f"{layer['score']:.2e}",
-            f"{layer['alpha']:.3f}",
-        ]
-    yield ["outside", "", "", "", "", f"{model['alpha_other']:.3f}"]
+def _name(layer: Mapping[str, Any]) -> str:
+    """The base's number of a layer, and the model's own if slices make it another."""
+    return f"{layer['base_index']} (from {layer['index']})" if "base_index" in layer else f"{layer['index']}"
 
 
 def _value(value: Any) -> str:

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
 from mergekit_fim.errors import FimError, require
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("png", "svg")
 
-# Okabe and Ito's colours, which colour-blind readers tell apart, from dark to light; a marker and a dash of its own for
-# readers in greyscale.
+# Okabe and Ito's colours, which colour-blind readers tell apart, from dark to light; and for readers in greyscale a
+# marker and a dash.
 STYLES = [
     ("#0072B2", "o", "-"),
     ("#D55E00", "s", "--"),
@@ -26,13 +27,14 @@ STYLES = [
     ("#E69F00", "P", "--"),
 ]
 INK = "#333333"
+LINE: dict[str, Any] = {"markersize": 4, "linewidth": 1.2}
 
 
 def read_report(path: str) -> Mapping[str, Any]:
-    """Read a merge's report, or a measurement's file as the report of a merge without models.
+    """Read a merge's report; or a measurement's file, as the report of a merge without models.
 
     Raises:
-        FimError: it is neither.
+        FimError: the file is neither.
     """
     content = read_json(path, path)
     kind = content.get("format") if isinstance(content, dict) else None
@@ -48,10 +50,10 @@ def read_report(path: str) -> Mapping[str, Any]:
 
 
 def check_figure(path: str) -> None:
-    """Check that a figure can be drawn for a file name, before the work that it is for.
+    """Check before the work that a figure can be drawn into a file of this name.
 
     Raises:
-        FimError: its format is another one, or matplotlib isn't installed.
+        FimError: the ending is another one, or matplotlib isn't installed.
     """
     if _ending(path) not in FORMATS:
         raise FimError(f"{path}: expected a file name that ends in {' or '.join('.' + f for f in FORMATS)}; change it")
@@ -63,15 +65,15 @@ def _ending(path: str) -> str:
 
 
 def write_figure(report: Mapping[str, Any], where: str, path: str) -> None:
-    """Draw a figure into a PNG or SVG file, by the ending of its name; atomically, and the same bytes every time.
+    """Draw a report and save the figure.
 
     Args:
-        report: what is drawn.
+        report: from `read_report` or `record.as_json`.
         where: what to call it in an error.
-        path: the file.
+        path: a file name that ends in .png or .svg.
 
     Raises:
-        FimError: `check_figure`, the report has nothing to draw or isn't one of ours, or the file can't be written.
+        FimError: see `check_figure`; or the report has nothing to draw or is damaged, or the file can't be written.
     """
     check_figure(path)
     try:
@@ -84,7 +86,7 @@ def write_figure(report: Mapping[str, Any], where: str, path: str) -> None:
 
 
 def save_figure(figure: "Figure", path: str) -> None:
-    """Write a figure into a PNG or SVG file, by the ending of its name; atomically, and the same bytes every time.
+    """Write a figure whole or not at all, as PNG or SVG by the ending of `path`, in the same bytes every time.
 
     Raises:
         FimError: it can't be written.
@@ -100,10 +102,8 @@ def draw(report: Mapping[str, Any]) -> "Figure | None":
     """Draw Fisher information, task-vector norms and coefficients below one another, over the decoder layers.
 
     Returns:
-        The figure; None where there is nothing to draw.
+        The figure; None if there is nothing to draw.
     """
-    from matplotlib.figure import Figure
-
     if "kron" in report:
         return _draw_kron(report)
     bases = {report["base_model"]: report["fisher"], **report["fisher_of_other_bases"]}
@@ -112,94 +112,82 @@ def draw(report: Mapping[str, Any]) -> "Figure | None":
     if not bases:
         return None
     count = 3 if models else 1
-    figure = Figure(figsize=(8.0, 1.0 + 2.3 * count), layout="constrained")
-    panels: list[Axes] = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
-    base = report["base_model"]
-    figure.suptitle(f"{report['method']} into {_short(base)}" if "method" in report else base, color=INK, fontsize=11)
+    figure, panels = _panels(report, count, 1.0 + 2.3 * count)
     last = max(layer["index"] for layers in bases.values() for layer in layers)
-    ticks: dict[float, str] = {layer: str(layer) for layer in range(0, last + 1, math.ceil((last + 1) / 15))}
+    outside = last + max(1.5, 0.05 * last)  # the place of the tensors outside on the axis of the layers
     _draw_fisher(panels[0], bases)
     if models:
-        outside = last + max(1.5, 0.05 * last)
         _draw_norms(panels[1], models)
         _draw_alphas(panels[2], models, outside)
-        ticks[outside] = "outside"
-    _dress(panels, ticks)
+    _dress(panels, last, outside if models else None)
     return figure
 
 
-def _dress(panels: "Sequence[Axes]", ticks: Mapping[float, str]) -> None:
-    """Grid, spines and ticks as all our figures have them, over the decoder layers."""
+def _panels(report: Mapping[str, Any], count: int, height: float) -> "tuple[Figure, list[Axes]]":
+    """A figure with panels below one another, and what the report is of as its title."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, height), layout="constrained")
+    panels = list(figure.subplots(count, 1, sharex=True, squeeze=False)[:, 0])
+    base = report["base_model"]
+    figure.suptitle(f"{report['method']} into {_short(base)}" if "method" in report else base, color=INK, fontsize=11)
+    return figure, panels
+
+
+def _dress(panels: "Sequence[Axes]", last: int, outside: float | None = None) -> None:
+    """Add a grid, and a tick for every layer up to the last one, or for so many as there is room for."""
     for panel in panels:
         panel.grid(True, color="#DDDDDD", linewidth=0.6)
         panel.set_axisbelow(True)
         panel.tick_params(colors=INK, labelsize=9)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
+        panel.spines[["top", "right"]].set_visible(False)
+    ticks: dict[float, str] = {layer: str(layer) for layer in range(0, last + 1, math.ceil((last + 1) / 15))}
+    if outside is not None:
+        ticks[outside] = "outside"
     panels[-1].set_xlabel("decoder layer", color=INK)
     panels[-1].set_xticks(list(ticks), list(ticks.values()))
 
 
 def _draw_kron(report: Mapping[str, Any]) -> "Figure":
-    """A strip for each layer, of attention and of MLP: from the least coefficient to the largest, ± std., and the mean.
+    """Draw the directions' coefficients of attention and of MLP, a strip for each layer.
 
-    The dotted line is what all that has no factors gets.
+    It goes from the least to the largest, darker where they are within a standard deviation of the mean, which a marker
+    shows. The dotted line is the coefficient of tensors without factors.
     """
-    from matplotlib.figure import Figure
-
     models, parts = report["kron"]["models"], ("attention", "mlp")
-    figure = Figure(figsize=(8.0, 0.8 + 2.5 * len(parts)), layout="constrained")
-    panels: list[Axes] = list(figure.subplots(len(parts), 1, sharex=True, squeeze=False)[:, 0])
-    figure.suptitle(f"{report['method']} into {_short(report['base_model'])}", color=INK, fontsize=11)
+    figure, panels = _panels(report, len(parts), 0.8 + 2.5 * len(parts))
     names = _short_names([model["model"] for model in models])
-    last = max(layer.get("base_index", layer["index"]) for model in models for layer in model["layers"])
     thick = 0.7 / len(models)
     for panel, part in zip(panels, parts, strict=True):
-        for i, (model, name, (colour, marker, _)) in enumerate(zip(models, names, _styles(len(models)), strict=True)):
-            strips = [
-                (layer.get("base_index", layer["index"]), layer["beta"], layer["parts"][part])
-                for layer in model["layers"]
-                if part in layer["parts"]
-            ]
-            x = [index + thick * (i - (len(models) - 1) / 2) for index, _, _ in strips]
-            least, most = ([strip[key] for _, _, strip in strips] for key in ("least", "largest"))
-            low = [max(strip["least"], strip["mean"] - strip["std"]) for _, _, strip in strips]
-            high = [min(strip["largest"], strip["mean"] + strip["std"]) for _, _, strip in strips]
-            for bottom, top, opacity in ((least, most, 0.3), (low, high, 0.75)):
+        for i, (model, name, (colour, marker, _)) in enumerate(zip(models, names, cycle(STYLES), strict=False)):
+            layers = [layer for layer in model["layers"] if part in layer["parts"]]
+            strips = [layer["parts"][part] for layer in layers]
+            x = [_index(layer) + thick * (i - (len(models) - 1) / 2) for layer in layers]
+            least, largest = ([strip[end] for strip in strips] for end in ("least", "largest"))
+            low = [max(strip["least"], strip["mean"] - strip["std"]) for strip in strips]
+            high = [min(strip["largest"], strip["mean"] + strip["std"]) for strip in strips]
+            for bottom, top, opacity, label in ((least, largest, 0.3, None), (low, high, 0.75, name)):
                 height = [b - a for a, b in zip(bottom, top, strict=True)]
-                label = name if opacity > 0.5 else None
                 panel.bar(x, height, 0.8 * thick, bottom, linewidth=0, color=colour, alpha=opacity, label=label)
-            means = [strip["mean"] for _, _, strip in strips]
-            panel.plot(x, means, marker, color="white", markeredgecolor=INK, markersize=4)
-            betas = [beta for _, beta, _ in strips]
-            panel.hlines(betas, [at - 0.5 * thick for at in x], [at + 0.5 * thick for at in x], INK, ":", linewidth=1.2)
+            panel.plot(x, [s["mean"] for s in strips], marker, color="white", markeredgecolor=INK, markersize=4)
+            left, right = ([at + side * thick for at in x] for side in (-0.5, 0.5))
+            panel.hlines([layer["beta"] for layer in layers], left, right, INK, ":", linewidth=1.2)
         panel.set_ylim(-0.03, 1.03)
         panel.set_ylabel(f"{part}\ncoefficients α", color=INK)
     if len(models) > 1:
         panels[0].legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(models))
-    _dress(panels, {layer: str(layer) for layer in range(0, last + 1, math.ceil((last + 1) / 15))})
+    _dress(panels, max(_index(layer) for model in models for layer in model["layers"]))
     return figure
 
 
 def _draw_fisher(panel: "Axes", bases: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    for (name, layers), (_, marker, dash) in zip(bases.items(), _styles(len(bases)), strict=True):
+    for (name, layers), (_, marker, dash) in zip(bases.items(), cycle(STYLES), strict=False):
         drawn = [layer for layer in layers if layer["fisher"] > 0]  # zero has no place on a log axis
         fisher = [layer["fisher"] for layer in drawn]
-        errors = [layer["fisher_stderr"] or 0.0 for layer in drawn]  # none of a single sequence
+        errors = [layer["fisher_stderr"] or 0.0 for layer in drawn]  # a single sequence has none
         down = [min(error, 0.99 * value) for error, value in zip(errors, fisher, strict=True)]
-        panel.errorbar(
-            [layer["index"] for layer in drawn],
-            fisher,
-            yerr=[down, errors],
-            color=INK,
-            marker=marker,
-            linestyle=dash,
-            markersize=4,
-            linewidth=1.2,
-            elinewidth=1.0,
-            capsize=2.5,
-            label=_short(name),
-        )
+        style = {"color": INK, "marker": marker, "linestyle": dash, "elinewidth": 1.0, "capsize": 2.5, **LINE}
+        panel.errorbar([layer["index"] for layer in drawn], fisher, yerr=[down, errors], label=_short(name), **style)
     panel.set_yscale("log")
     if not any(layer["fisher"] > 0 for layers in bases.values() for layer in layers):
         panel.set_ylim(0.1, 1)  # nothing to draw
@@ -217,10 +205,10 @@ def _draw_norms(panel: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _draw_alphas(panel: "Axes", models: Sequence[Mapping[str, Any]], outside: float) -> None:
-    """The coefficients, and at `outside` on the axis of the layers those of the tensors outside them."""
+    """Draw the coefficients of the layers, and at `outside` those of the tensors outside."""
     alphas = [[layer["alpha"] for layer in model["layers"]] for model in models]
     _draw_lines(panel, models, alphas)
-    for model, (colour, marker, _) in zip(models, _styles(len(models)), strict=True):
+    for model, (colour, marker, _) in zip(models, cycle(STYLES), strict=False):
         panel.plot([outside], [model["alpha_other"]], color=colour, marker=marker, markersize=5, fillstyle="none")
     low, high = min(0.0, *map(min, alphas)), max(1.0, *map(max, alphas))
     panel.set_ylim(low - 0.04 * (high - low), high + 0.04 * (high - low))
@@ -229,13 +217,15 @@ def _draw_alphas(panel: "Axes", models: Sequence[Mapping[str, Any]], outside: fl
 
 def _draw_lines(panel: "Axes", models: Sequence[Mapping[str, Any]], values: Sequence[Sequence[float]]) -> None:
     names = _short_names([model["model"] for model in models])
-    for model, name, y, (colour, marker, dash) in zip(models, names, values, _styles(len(models)), strict=True):
-        x = [layer.get("base_index", layer["index"]) for layer in model["layers"]]
-        panel.plot(x, y, color=colour, marker=marker, linestyle=dash, markersize=4, linewidth=1.2, label=name)
+    for model, name, y, (colour, marker, dash) in zip(models, names, values, cycle(STYLES), strict=False):
+        x = [_index(layer) for layer in model["layers"]]
+        panel.plot(x, y, color=colour, marker=marker, linestyle=dash, label=name, **LINE)
 
 
-def _styles(count: int) -> list[tuple[str, str, str]]:
-    return [STYLES[i % len(STYLES)] for i in range(count)]
+def _index(layer: Mapping[str, Any]) -> int:
+    """The base's number of a layer."""
+    index: int = layer.get("base_index", layer["index"])
+    return index
 
 
 def _short(name: str) -> str:

@@ -1,4 +1,4 @@
-"""`fim_report.json`: what a pre-pass found, as it is kept beside the merged model."""
+"""`fim_report.json`: what a pre-pass found, kept beside the merged model."""
 
 import json
 import os
@@ -22,15 +22,15 @@ from mergekit_fim.report import kron
 def as_json(pre_pass: PrePass) -> dict[str, Any]:
     """The report, as it is written beside the merged model."""
     base = str(pre_pass.base)
-    measured = {str(c.base): _fisher(c) for c in pre_pass.coefficients}
+    fisher = {str(c.base): _fisher(c) for c in pre_pass.coefficients}
     return {
         "format": REPORT_FORMAT,
         "version": 1,
         "method": pre_pass.config.merge_method,
         "base_model": base,
         "settings": _settings(pre_pass),
-        "fisher": measured.pop(base, None),
-        "fisher_of_other_bases": measured,
+        "fisher": fisher.pop(base, None),
+        "fisher_of_other_bases": fisher,
         "models": list(_models(pre_pass)),
         **({} if pre_pass.kron is None else {"kron": kron.as_json(pre_pass.kron)}),
         "gate_projections": gate_tensors(pre_pass, is_gate_projection),
@@ -45,27 +45,11 @@ def as_json(pre_pass: PrePass) -> dict[str, Any]:
     }
 
 
-def _modules(pre_pass: PrePass) -> Iterator[dict[str, Any]]:
-    base, layout = pre_pass.base, pre_pass.base.layout
-    for name in sorted(layout.modules):
-        outside = [tensor.name for tensor in layout.modules[name] if tensor.name not in base.absent]
-        kept = [pre_pass.kept[tensor] for tensor in outside if tensor in pre_pass.kept]
-        yield {
-            "module": name,
-            "decoder_layers": len(layout.layers) if name == layout.stack else 0,
-            "tensors_outside": len(outside),
-            "of_other_modules": sum(tensor in base.other_modules for tensor in outside),
-            "kept_from_base": kept.count("base"),
-            "kept_from_tuned": kept.count("tuned"),
-        }
-
-
 def _settings(pre_pass: PrePass) -> dict[str, Any]:
     settings, method = pre_pass.settings, pre_pass.config.merge_method
     own = vars(settings.mapping) | {"alpha_other": settings.alpha_other}
     if settings.kron is not None:
-        its = settings.kron
-        own |= {"factors": its.factors, "damping": its.damping}
+        own |= vars(settings.kron)
     return {
         "fisher": settings.saved,
         **{f"fisher_{key}": value for key, value in vars(settings.fisher).items()},
@@ -88,9 +72,9 @@ def _fisher(coefficients: BaseCoefficients) -> dict[str, Any]:
 
 
 def _models(pre_pass: PrePass) -> Iterator[dict[str, Any]]:
-    found = {(c.base, m.model): m for c in pre_pass.coefficients for m in c.models}
+    weighed = {(c.base, model.model): model for c in pre_pass.coefficients for model in c.models}
     for settings in pre_pass.models:
-        model = found.get((settings.base, settings.model))
+        model = weighed.get((settings.base, settings.model))
         yield {
             "model": str(settings.model),
             "base_model": str(settings.base),
@@ -103,31 +87,41 @@ def _models(pre_pass: PrePass) -> Iterator[dict[str, Any]]:
 
 
 def _layers(model: ModelCoefficients) -> Iterator[dict[str, Any]]:
-    for pair, score, alpha in zip(model.pairs, model.scores, model.used_alphas, strict=True):
-        layer = {
-            "index": pair.source_layer,
-            "task_vector_sq_norm": model.norms.layers[pair],
-            "score": score,
-            "alpha": alpha,
-        }
+    for (pair, sq_norm), score, alpha in zip(model.norms.layers.items(), model.scores, model.used_alphas, strict=True):
+        layer = {"index": pair.source_layer, "task_vector_sq_norm": sq_norm, "score": score, "alpha": alpha}
         yield layer if pair.source_layer == pair.base_layer else layer | {"base_index": pair.base_layer}
 
 
+def _modules(pre_pass: PrePass) -> Iterator[dict[str, Any]]:
+    base, layout = pre_pass.base, pre_pass.base.layout
+    for name in sorted(layout.modules):
+        outside = [tensor.name for tensor in layout.modules[name] if tensor.name not in base.absent]
+        kept = [pre_pass.kept.get(tensor) for tensor in outside]
+        yield {
+            "module": name,
+            "decoder_layers": len(layout.layers) if name == layout.stack else 0,
+            "tensors_outside": len(outside),
+            "of_other_modules": sum(tensor in base.other_modules for tensor in outside),
+            "kept_from_base": kept.count("base"),
+            "kept_from_tuned": kept.count("tuned"),
+        }
+
+
 def gate_tensors(pre_pass: PrePass, is_one: Callable[[str], bool]) -> list[str]:
-    """The tensors of the decoder layers that `is_one` finds, such as their gate projections."""
+    """The tensors of the decoder layers that `is_one` chooses, such as the gate projections."""
     base = pre_pass.base
     names = [tensor.name for layer in base.layout.layers for tensor in layer.tensors]
     return [name for name in names if is_one(name) and name not in base.absent]
 
 
 def protected_halves(pre_pass: PrePass) -> list[str]:
-    """The fused tensors of which gate protection knows the gate's half."""
+    """The fused tensors in which gate protection knows the gate's half."""
     model_type = pre_pass.base.text_config.model_type
     return [name for name in gate_tensors(pre_pass, is_fused) if is_layout_known(name, model_type)]
 
 
 def jsonable(value: Any) -> Any:
-    """What a config sets, as JSON has it."""
+    """A config's value, without pydantic's classes."""
     if isinstance(value, BaseModel):
         return value.model_dump(exclude_none=True)
     return [jsonable(item) for item in value] if isinstance(value, list) else value
@@ -141,23 +135,23 @@ class WriteReport(Task[None]):
     out_path: str
 
     def arguments(self) -> dict[str, Any]:
-        """mergekit's name for the tasks that must have run."""
+        """mergekit's name for the tasks that must come first."""
         return {"finalize": self.finalize}
 
     def main_thread_only(self) -> bool:
-        """Like the `FinalizeModel` before it."""
+        """Run where `FinalizeModel` runs."""
         return True
 
     def execute(self, **_kwargs: Any) -> None:
-        """Write it whole or not at all."""
+        """Write the report whole or not at all."""
         write_text(os.path.join(self.out_path, REPORT_NAME), self.text)
 
 
 def with_report(targets: Sequence[Any], pre_pass: PrePass, out_path: str) -> list[Any]:
-    """mergekit's tasks, with the report after the `FinalizeModel` among them, which becomes a `ReplaceModel`.
+    """Add the report to mergekit's tasks, after the `FinalizeModel` among them, which becomes a `ReplaceModel`.
 
-    Wherever a merge is cut off, a report lies beside the model that it is of, or none is there; and no config.json lies
-    beside weights that it isn't of, because mergekit writes that last.
+    Wherever a merge stops, a report lies only beside its own model, and a config.json only beside its own weights:
+    mergekit writes the config.json last.
     """
     (finalize,) = (task for task in targets if isinstance(task, FinalizeModel))
     text = json.dumps(as_json(pre_pass), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

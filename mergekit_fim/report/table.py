@@ -1,9 +1,10 @@
-"""What the user sees of a pre-pass: a table, and notes in words."""
+"""What the user sees of a pre-pass: the warnings, a table, and notes in words."""
 
 import json
 import logging
 import math
 from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 from mergekit_fim.merging.gates import is_fused, is_gate_projection
@@ -24,7 +25,7 @@ def show(pre_pass: PrePass, *, quiet: bool) -> None:
 
 
 def render(pre_pass: PrePass) -> str:
-    """The coefficients as a table, and in words what else the merge will do."""
+    """Write the coefficients as a table, and in words what else the merge will do."""
     lines = [""]
     for coefficients in pre_pass.coefficients:
         settings = pre_pass.settings.fisher
@@ -43,9 +44,8 @@ def render(pre_pass: PrePass) -> str:
 
 
 def _table(coefficients: BaseCoefficients) -> Iterator[str]:
-    """As many models side by side as fit, the Fisher columns with the first of each block."""
-    group = 28
-    left = 30
+    """Blocks of as many models as fit side by side, each with the columns of the base at the left."""
+    group, left = 28, 30  # characters
     per_block = max(1, (width() - left) // group)
     models = coefficients.models
     for start in range(0, len(models), per_block):
@@ -54,12 +54,8 @@ def _table(coefficients: BaseCoefficients) -> Iterator[str]:
             yield " " * left + "".join(f"{_cut(str(m.model), group - 2):>{group}}" for m in block)
         yield f"{'layer':>8}{'Fisher':>12}{'±':>10}" + f"{'‖δ‖':>10}{'score':>10}{'α':>8}" * len(block)
         for layer in coefficients.fisher.layers:
-            rows = [[i for i, pair in enumerate(m.pairs) if pair.base_layer == layer.index] for m in block]
-            for repeat in range(max(len(r) for r in rows)):
-                stderr = "" if layer.stderr is None else f"{layer.stderr:.1e}"
-                cells = [
-                    _cells(m, r[repeat]) if repeat < len(r) else " " * group for m, r in zip(block, rows, strict=True)
-                ]
+            stderr = "" if layer.stderr is None else f"{layer.stderr:.1e}"
+            for cells in zip_longest(*(_cells(m, layer.index) for m in block), fillvalue=" " * group):
                 yield f"{layer.index:>8}{layer.fisher:>12.3e}{stderr:>10}" + "".join(cells)
         other = ["n/a" if m.norms.other is None else f"{math.sqrt(m.norms.other):.3g}" for m in block]
         yield f"{'outside':>8}{'':>22}" + "".join(
@@ -67,9 +63,11 @@ def _table(coefficients: BaseCoefficients) -> Iterator[str]:
         )
 
 
-def _cells(model: ModelCoefficients, index: int) -> str:
-    norm = math.sqrt(model.norms.layers[model.pairs[index]])
-    return f"{norm:>10.3g}{model.scores[index]:>10.2e}{model.used_alphas[index]:>8.3f}"
+def _cells(model: ModelCoefficients, base_layer: int) -> Iterator[str]:
+    """A row for each of the model's layers that is merged into a layer of the base."""
+    for (pair, sq_norm), score, alpha in zip(model.norms.layers.items(), model.scores, model.used_alphas, strict=True):
+        if pair.base_layer == base_layer:
+            yield f"{math.sqrt(sq_norm):>10.3g}{score:>10.2e}{alpha:>8.3f}"
 
 
 def _cut(text: str, width: int) -> str:
@@ -84,8 +82,8 @@ def _notes(pre_pass: PrePass) -> Iterator[str]:
     if pre_pass.kron is not None:
         yield from kron.notes(pre_pass.kron)
     yield from _module_notes(pre_pass)
-    for found in pre_pass.coefficients:
-        yield from _idle_experts(found)
+    for coefficients in pre_pass.coefficients:
+        yield from _idle_experts(coefficients)
     for settings in pre_pass.models:
         if settings.alpha is not None:
             yield f"alpha of {settings.model} is set by hand: {_plain(settings.alpha)}"
@@ -122,21 +120,21 @@ def _module_notes(pre_pass: PrePass) -> Iterator[str]:
         others = ", ".join(sorted(layout.modules.keys() - {layout.stack}))
         yield f"the decoder layers are those of the module {layout.stack}; outside are also all of {others}"
     for source, name in (("base", "the base"), ("tuned", "the fine-tuned model")):
-        if found := sorted(tensor for tensor, kept in pre_pass.kept.items() if kept == source):
-            yield f"other_modules: {len(found)} tensors such as {found[0]} are kept from {name} as they are"
+        if names := sorted(tensor for tensor, kept in pre_pass.kept.items() if kept == source):
+            yield f"other_modules: {len(names)} tensors such as {names[0]} are kept from {name} as they are"
     if pre_pass.shared["other_modules"] != "merge" and not base.other_modules:
         yield "other_modules has no effect: these models are nothing but a language model"
 
 
-def _idle_experts(found: BaseCoefficients) -> Iterator[str]:
-    mixtures = [(layer.index, layer.experts) for layer in found.fisher.layers if layer.experts is not None]
+def _idle_experts(coefficients: BaseCoefficients) -> Iterator[str]:
+    mixtures = [(layer.index, layer.experts) for layer in coefficients.fisher.layers if layer.experts is not None]
     idle = [(index, len(experts.not_reached)) for index, experts in mixtures if experts.not_reached]
     if idle:
         most = max(idle, key=lambda pair: pair[1])
         yield (
-            f"experts of {found.base}: {sum(count for _, count in idle)} of {sum(e.count for _, e in mixtures)} were "
-            f"reached by no random token (most in decoder layer {most[0]}: {most[1]}), and count as parameters without "
-            "Fisher information; more fisher_samples reach more"
+            f"experts of {coefficients.base}: {sum(count for _, count in idle)} of {sum(e.count for _, e in mixtures)} "
+            f"were reached by no random token (most in decoder layer {most[0]}: {most[1]}), and count as parameters "
+            "without Fisher information; more fisher_samples reach more"
         )
 
 

@@ -112,7 +112,7 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> MergePlan:
         architecture = get_architecture_info(config, options)
         output_config = output_config_of(config, architecture, trust_remote_code=options.trust_remote_code)
         planner = MergePlanner(config, architecture, options=options, out_model_config=output_config)
-        planner.fim_plan_only = True  # for `hook.planner`: no folder is checked or made, nothing is shown
+        planner.fim_plan_only = True  # for `hook.methods`: no folder is checked or made, nothing is shown
         tasks = planner.plan_to_disk("")
     saved = [task for task in tasks if isinstance(task, SaveTensor)]
     tensors = tuple(PlannedTensor(task.tensor_name, task.tensor_task) for task in saved)

@@ -34,23 +34,17 @@ def merge_whole(config: MergeConfiguration, text: str | None, out_path: str, opt
     """
     text = text or config.to_yaml()
 
-    def merge(folder: str, own: MergeOptions) -> None:
-        mergekit_merge.run_merge(config.model_copy(deep=True), folder, own)  # mergekit normalises a config in place
-
     def whole() -> None:
         check_output(out_path, config)
         check_config_and_models(config, options)
         with _one_line(options), model_written_whole(out_path) as folder:
-            merge(folder, options.model_copy(update={"write_model_card": False}))
+            # mergekit normalises a config in place.
+            own = options.model_copy(update={"write_model_card": False})
+            mergekit_merge.run_merge(config.model_copy(deep=True), folder, own)
             if options.write_model_card and os.path.isdir(folder):
                 _write_card(config, text, folder)
 
-    def share() -> None:
-        if config.merge_method in METHODS:
-            with _one_line(options):
-                merge(out_path, launched.options_of_process(options))
-
-    launched.by_all(whole, share)
+    launched.by_all(whole)
 
 
 def _one_line(options: MergeOptions) -> contextlib.AbstractContextManager[None]:

@@ -667,7 +667,7 @@ def test_bad_input(case, command, pair, tmp_path, monkeypatch):
             raise AssertionError("expensive work began")
 
         monkeypatch.setattr("mergekit_fim.fisher.measure.load_model", expensive)
-        monkeypatch.setattr("mergekit_fim.prepass.run.TaskVectorSweep", expensive)
+        monkeypatch.setattr("mergekit_fim.prepass.layers.TaskVectorSweep", expensive)
     if bad.damage is not None:
         pair = Pair(*(Path(shutil.copytree(p, tmp_path / p.name)) for p in (pair.base, pair.long)), pair.third)
         bad.damage(pair)

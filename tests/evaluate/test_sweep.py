@@ -37,7 +37,7 @@ from mergekit_fim.evaluate.records import Answer
 from mergekit_fim.evaluate.runs.refine import Point, next_strength
 from mergekit_fim.files import PART
 from mergekit_fim.prepass import factors as measured_factors
-from mergekit_fim.prepass import run as prepass
+from mergekit_fim.prepass import layers as prepass
 from mergekit_fim.prepass.task_vectors import TaskVectorSweep
 
 TEMPLATE = "{{ messages[0].content }}{% if messages|length > 1 %} {{ messages[1].content }}{% endif %}"

@@ -26,7 +26,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.models.inputs import InputModel, open_model
 from mergekit_fim.models.layout import layer_prefix
-from mergekit_fim.prepass import run as prepass
+from mergekit_fim.prepass import layers as prepass
 from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorSweep
 from mergekit_fim.prepass.written import default_density
 
@@ -237,7 +237,7 @@ def test_alpha_by_hand_runs_no_pre_pass(pair, merge, monkeypatch):
         raise AssertionError("the pre-pass ran")
 
     monkeypatch.setattr("mergekit_fim.prepass.measured.measure_checkpoint", forbidden)
-    monkeypatch.setattr("mergekit_fim.prepass.run.TaskVectorSweep", forbidden)
+    monkeypatch.setattr("mergekit_fim.prepass.layers.TaskVectorSweep", forbidden)
     models = [{"model": str(pair.long), "parameters": {"alpha": 0.3}}]
     out, result = merge.ok(config_for(pair, "fim_ta", models=models))
     assert "alpha of" in result.output
@@ -465,7 +465,7 @@ for module in sys.argv[1:]:
         import mergekit.plan, mergekit_fim
         from mergekit import merge_methods
         names = [method.spec.name for method in merge_methods.registered_methods()]
-        hooked = bool(mergekit.plan.MergePlanner.normalize_config.mergekit_fim)
+        hooked = bool(mergekit.plan.MergePlanner.plan_to_disk.mergekit_fim)
         print(module, hooked and names.count("fim_ties") == names.count("fim_ta") == 1, flush=True)
         os._exit(0)
     os.wait()

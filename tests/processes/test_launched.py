@@ -50,7 +50,7 @@ def test_the_same_merge_as_one_process_makes(processes, command, method, pair, w
 
 
 def test_the_same_merge_by_directions(pair, warm, tmp_path):
-    """The main process records the factors, and the others leave at the end of the pre-pass."""
+    """The main process records the factors, and the others wait for its end."""
     config = written(uncached(pair, "fim_kron"), tmp_path)
     one = warm.run("mergekit-fim", "merge", config, str(tmp_path / "one"), "--no-copy-tokenizer", "--quiet")
     assert one.status == 0, one.stderr
@@ -160,15 +160,17 @@ def test_one_process_ending_ends_all(pair, tmp_path):
 DIES_WHILE_MERGING = """
 import os, time
 import mergekit.graph
-import mergekit_fim.processes.launched as launched
+import mergekit_fim.prepass.layers as prepass
+original = prepass.take_part
 if os.environ["RANK"] == "0":
     def run(self, **_options):
         time.sleep(60)
     mergekit.graph.Executor.run = run
 else:
-    def end_of_share():
+    def take_part(*arguments):
+        original(*arguments)
         os._exit(9)
-    launched.end_of_share = end_of_share
+    prepass.take_part = take_part
 """
 
 
@@ -194,10 +196,10 @@ def test_every_process_has_an_accelerator_of_its_own(monkeypatch):
     options = MergeOptions(multi_gpu=True)
     for device, expected in (("cuda:1", ("cuda:1", False, True)), ("cpu", ("cpu", True, True))):
         state = SimpleNamespace(device=torch.device(device), is_main_process=False)
-        monkeypatch.setattr(launched, "together", lambda state=state: state)
+        monkeypatch.setattr(launched, "sharing", lambda state=state: state)
         own = launched.options_of_process(options)
         assert (own.device, own.multi_gpu, own.quiet) == expected
-    monkeypatch.setattr(launched, "together", lambda: None)
+    monkeypatch.setattr(launched, "sharing", lambda: None)
     assert launched.options_of_process(options) is options
 
 
@@ -219,8 +221,7 @@ def test_apart_every_process_has_its_accelerator_and_the_first_logs(monkeypatch,
         monkeypatch.setenv("LOCAL_RANK", local)
         with launched.apart(options) as own:
             assert (own.device, own.multi_gpu, own.quiet) == (f"cuda:{local}", False, rank != "0")
-            assert launched.together() is None
-            assert launched.is_main()
+            assert launched.sharing() is None
             logging.getLogger("mergekit_fim").warning("by %s", rank)
     assert [record.getMessage() for record in caplog.records] == ["by 0"]
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
