@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,8 @@ from mergekit_fim.errors import FimError
 from mergekit_fim.fisher.engine import autograd_engine
 from mergekit_fim.fisher.loading import Beside
 from mergekit_fim.fisher.measure import check_measurable, dtypes, measure_checkpoint
+from mergekit_fim.measurements.factors import FactorsSettings
+from mergekit_fim.measurements.file import write_measurement
 from mergekit_fim.measurements.record import Experts, FisherMeasurement, Measurement
 from mergekit_fim.measurements.store import CacheEntry, read_measurement
 from mergekit_fim.models.identity import identity
@@ -70,13 +73,7 @@ def saved_measurement(settings: Settings, bases: Iterable[InputModel], options: 
     if settings.saved is None:
         return None
     found = read_measurement(settings.saved, options.transformers_cache)
-    for name in sorted(settings.given):
-        wanted, has = getattr(settings.fisher, name), getattr(found.fisher.settings, name)
-        if wanted != has:
-            raise FimError(
-                f"fisher: {settings.saved} was measured with {name} {has}, but the config sets fisher_{name} to "
-                f"{wanted}; leave out one of the two"
-            )
+    check_as_set(settings, found.settings, settings.saved)
     differences = {str(base): found.model.difference(identity(base)) for base in bases}
     if all(differences.values()):
         base, difference = next(iter(differences.items()))
@@ -85,6 +82,21 @@ def saved_measurement(settings: Settings, bases: Iterable[InputModel], options: 
             f"{difference}; measure the base with `mergekit-fim fisher`, or leave `fisher` out"
         )
     return Measured(found, f"from {settings.saved}")
+
+
+def check_as_set(settings: Settings, found: FisherSettings | FactorsSettings, where: str) -> None:
+    """Check that what is saved was measured with what the config sets; `where` is its file.
+
+    Raises:
+        FimError: it wasn't.
+    """
+    for name in sorted(settings.given):
+        wanted, has = getattr(settings.fisher, name), getattr(found, name)
+        if wanted != has:
+            raise FimError(
+                f"fisher: {where} was measured with {name} {has}, but the config sets fisher_{name} to {wanted}; leave "
+                "out one of the two"
+            )
 
 
 def measured(
@@ -154,7 +166,7 @@ def measured(
 
     made = Measured(Measurement.of(_together(in_all(state, measure)), entry.model))
     if cache and (state is None or state.is_main_process):
-        entry.write(made.measurement)
+        entry.write(partial(write_measurement, made.measurement))
     return made
 
 

@@ -8,11 +8,11 @@ from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, ConfigReader, InputSliceDefinition, MergeConfiguration
 
 from mergekit_fim.config.settings import Settings, settings_of
-from mergekit_fim.measurements.factors import FactorsFile
 from mergekit_fim.measurements.record import FisherMeasurement, Measurement
 from mergekit_fim.merging.kron import Spread
 from mergekit_fim.merging.output_config import ConfigDifference
 from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.prepass.factors import MeasuredFactors
 from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorNorms
 
 
@@ -41,6 +41,11 @@ class SourceSlice:
         start, end = self.source.layer_range
         return [LayerPair(self.base_start + i, start + i) for i in range(end - start)]
 
+    def gradient(self, index: int) -> float:
+        """Where one of the layers stands on mergekit's gradients, from 0 to 1."""
+        count = len(self.pairs())
+        return index / (count - 1) if count > 1 else 1.0
+
     def settings(self, name: str) -> list[ConditionalParameter]:
         """The user's settings of a parameter, from the highest to the lowest precedence, as one list of filters."""
         return settings_of(self.reader, name, self.source.model)
@@ -56,6 +61,10 @@ class SourceSlice:
         values = dict.fromkeys(names, outside) | of_layers
         found = [ConditionalParameter(filter=name, value=value) for name, value in values.items()]
         return [*found, ConditionalParameter(value=outside)]
+
+    def write(self, name: str, filters: list[ConditionalParameter]) -> None:
+        """Put a parameter of the model into the config."""
+        self.source.parameters = {**(self.source.parameters or {}), name: filters}
 
 
 @dataclass(frozen=True)
@@ -134,8 +143,8 @@ class KronModel:
         alpha_other: as in `ModelCoefficients`.
     """
 
-    base: InputModel
-    model: InputModel
+    base: ModelReference
+    model: ModelReference
     layers: tuple[KronLayer, ...]
     alpha_other: float
 
@@ -145,11 +154,11 @@ class Kron:
     """What the pre-pass of `fim_kron` found.
 
     Attributes:
-        factors: the file of each model's factors, and where it comes from in words; empty where recorded just now.
+        factors: of each model.
         models: the fine-tuned models.
     """
 
-    factors: Mapping[InputModel, tuple[FactorsFile, str]]
+    factors: Mapping[InputModel, MeasuredFactors]
     models: tuple[KronModel, ...]
 
 

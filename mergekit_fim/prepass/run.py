@@ -28,8 +28,8 @@ from mergekit_fim.models.inputs import InputModel, check_compatible, check_token
 from mergekit_fim.prepass.kron import run as by_direction
 from mergekit_fim.prepass.measured import Measured, measured, once, saved_measurement
 from mergekit_fim.prepass.result import BaseCoefficients, Kron, ModelCoefficients, ModelSettings, PrePass, SourceSlice
-from mergekit_fim.prepass.slices import kept_tensors, population, source_slices
-from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
+from mergekit_fim.prepass.slices import alphas_of, kept_tensors, population, source_slices
+from mergekit_fim.prepass.task_vectors import TaskVectorNorms, TaskVectorSweep
 from mergekit_fim.prepass.written import (
     default_density,
     leave_unknown_gates,
@@ -97,7 +97,7 @@ def run(
     }
     kron: Kron | None = None
     coefficients: tuple[BaseCoefficients, ...] = ()
-    if settings.kron is not None:
+    if settings.damping is not None:
         settings, kron, more = by_direction(config, settings, inputs, sources, kept, options)
     else:
         settings, coefficients, more = _by_layer(config, settings, inputs, sources, kept, options)
@@ -239,27 +239,16 @@ def _coefficients(
         scores = importance_scores([layers[pair.base_layer].fisher for pair in pairs], list(its.layers.values()))
         alphas = merge_coefficients(scores, settings.mapping)
         own = [s for s in sources if (s.base, s.source.model) == (base.reference, model.reference)]
-        used = _used_alphas(own, model, pairs, alphas)
+        computed = dict(zip(pairs, alphas, strict=True))
+        by_pair = dict(computed)
+        for source in own:
+            by_pair |= alphas_of(source, model, computed) if source.settings("alpha") else {}
+        used = list(by_pair.values())
         # Layers without a score stay out of the mean: where they have no task vector, their α means nothing.
         scored = [alpha for alpha, score in zip(used, scores, strict=True) if score > 0] or used
         other = settings.alpha_other if settings.alpha_other is not None else math.fsum(scored) / len(scored)
         models.append(ModelCoefficients(model, tuple(pairs), its, tuple(scores), tuple(alphas), tuple(used), other))
     return BaseCoefficients(base, found.measurement, found.origin, tuple(models))
-
-
-def _used_alphas(
-    sources: Sequence[SourceSlice], model: InputModel, pairs: Sequence[LayerPair], alphas: Sequence[float]
-) -> list[float]:
-    computed = dict(zip(pairs, alphas, strict=True))
-    used = dict(computed)
-    for source in sources:
-        by_hand = source.settings("alpha")
-        for i, pair in enumerate(source.pairs() if by_hand else []):
-            t = i / (len(source.pairs()) - 1) if len(source.pairs()) > 1 else 1.0  # as mergekit places gradients
-            tensors = model.layout.layers[pair.source_layer].tensors
-            values = [evaluate_setting(tensor.name, by_hand, t, validate=float) for tensor in tensors]
-            used[pair] = math.fsum(computed[pair] if v is None else v for v in values) / len(values)
-    return [used[pair] for pair in pairs]
 
 
 def _without_information(coefficients: Sequence[BaseCoefficients]) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """A normalised config -> which runs of layers are merged into which, and which tensors are kept as they are."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from mergekit.common import ModelReference
@@ -80,4 +81,14 @@ def population(sources: Sequence[SourceSlice], num_layers: int) -> list[LayerPai
     pairs = {pair for source in sources for pair in source.pairs()}
     used = {pair.base_layer for pair in pairs}
     pairs |= {LayerPair(layer, layer) for layer in range(num_layers) if layer not in used}
-    return sorted(pairs, key=lambda pair: (pair.base_layer, pair.source_layer))
+    return sorted(pairs)
+
+
+def alphas_of(source: SourceSlice, model: InputModel, computed: Mapping[LayerPair, float]) -> dict[LayerPair, float]:
+    """What a slice's layers get: α, or where the user set it by hand, the mean over the layer's tensors."""
+    by_hand, used = source.settings("alpha"), {}
+    for index, pair in enumerate(source.pairs()):
+        tensors = model.layout.layers[pair.source_layer].tensors
+        values = [evaluate_setting(t.name, by_hand, source.gradient(index), validate=float) for t in tensors]
+        used[pair] = math.fsum(computed[pair] if v is None else v for v in values) / len(values)
+    return used

@@ -1,6 +1,6 @@
 """Checkpoints -> squared task-vector norms, tensor by tensor."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -16,7 +16,7 @@ from mergekit_fim.models.parallel import in_threads, readers
 from mergekit_fim.norms import squared_distance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class LayerPair:
     """A decoder layer of a fine-tuned model and the base's layer that it is merged into. The same, but for slices."""
 
@@ -47,7 +47,7 @@ class TaskVectorSweep:
     def __init__(
         self,
         base: InputModel,
-        models: Mapping[InputModel, Sequence[LayerPair]],
+        models: Mapping[InputModel, Collection[LayerPair]],
         dtype: str | None,
         devices: Sequence[torch.device] = (torch.device("cpu"),),
     ) -> None:
@@ -145,7 +145,7 @@ def _outside(base: InputModel, models: Sequence[InputModel]) -> list[_Part]:
     ]
 
 
-def _parts(base: InputModel, layer: DecoderLayer, models: Mapping[InputModel, Sequence[LayerPair]]) -> list[_Part]:
+def _parts(base: InputModel, layer: DecoderLayer, models: Mapping[InputModel, Collection[LayerPair]]) -> list[_Part]:
     """The tensors of one of the base's layers."""
     users = [(m, pair) for m, pairs in models.items() for pair in pairs if pair.base_layer == layer.index]
     for model, pair in users:

@@ -10,6 +10,7 @@ from mergekit_fim.config.settings import conditions
 from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_known
 from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.prepass.result import BaseCoefficients, SourceSlice
+from mergekit_fim.prepass.task_vectors import LayerPair
 
 # Below this many base parameters `density` is the paper's value for 1.5B, from there on its value for 7B. Where between
 # the two the change lies is this project's choice.
@@ -22,16 +23,17 @@ def write_alphas(
     """Put the coefficients into the sources' parameters, behind what the user set by hand for some of the tensors."""
     found = {(c.base.reference, m.model.reference): m for c in coefficients for m in c.models}
     for source in sources:
-        by_hand = source.settings("alpha")
         if source not in automatic:  # but for tensors that are kept, of which mergekit wants to know it all the same
-            computed = [ConditionalParameter(value=1.0)]
-        else:
-            result = found[source.base, source.source.model]
-            layout, other = result.model.layout, result.alpha_other
-            alphas = dict(zip(result.pairs, result.alphas, strict=True))
-            pairs = {p: alphas[pair] for pair in source.pairs() for p in layout.layers[pair.source_layer].prefixes}
-            computed = source.filters(result.model, pairs, other)
-        source.source.parameters = {**(source.source.parameters or {}), "alpha": [*by_hand, *computed]}
+            source.write("alpha", [*source.settings("alpha"), ConditionalParameter(value=1.0)])
+            continue
+        result = found[source.base, source.source.model]
+        write_alpha(source, result.model, dict(zip(result.pairs, result.alphas, strict=True)), result.alpha_other)
+
+
+def write_alpha(source: SourceSlice, model: InputModel, alphas: Mapping[LayerPair, float], outside: float) -> None:
+    """Put α into a source's parameters, behind what the user set by hand."""
+    layers = {p: alphas[pair] for pair in source.pairs() for p in model.layout.layers[pair.source_layer].prefixes}
+    source.write("alpha", [*source.settings("alpha"), *source.filters(model, layers, outside)])
 
 
 def write_kept(config: MergeConfiguration, base: InputModel, kept: Mapping[str, str]) -> None:
