@@ -46,9 +46,6 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 # A matrix: its decoder layer, its parameter's name in that, and which one of a stack it is.
 _Key = tuple[int, str, int | None]
 
-# The shapes of every decoder layer's matrices and stacks of them, by their parameters' names in it.
-_Shapes = Sequence[Mapping[str, Sequence[int]]]
-
 
 class _Watch(TorchFunctionMode):
     """What is seen of one micro-batch.
@@ -58,17 +55,16 @@ class _Watch(TorchFunctionMode):
         others: the parameters that are used in another way, by layer and name.
     """
 
-    def __init__(self, shapes: _Shapes) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self._shapes = shapes
         self.uses: dict[_Key, list[tuple[torch.Tensor, bool]]] = {}
         self.others: set[tuple[int, str]] = set()
 
     @contextlib.contextmanager
     def __call__(self, index: int, layer: nn.Module) -> Iterator[None]:
         """To be entered while a decoder layer runs forward."""
-        parameters = [(p.data_ptr(), name, p) for name, p in layer.named_parameters() if name in self._shapes[index]]
-        self._index, self._held = index, sorted(parameters, key=lambda its: its[:2])
+        matrices = [(p.data_ptr(), name, p) for name, p in layer.named_parameters() if p.ndim in (2, 3)]
+        self._index, self._held = index, sorted(matrices, key=lambda its: its[:2])
         self._copies: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
         with self:
             yield
@@ -159,7 +155,6 @@ def record_factors(
 
     def work(loaded: LoadedModel, whole: bool) -> tuple[FactorsFile, dict[str, torch.Tensor]]:
         model, layers, lines = loaded.model, loaded.layers, list[str]()
-        shapes = _shapes(model, layers)
         for module in model.modules():  # transformers' mixtures then take one expert after the other
             config: Any = getattr(module, "config", None)
             if hasattr(config, "_experts_implementation"):
@@ -169,13 +164,13 @@ def record_factors(
         with tqdm.tqdm(total=steps, desc=title, unit="step", disable=options.quiet) as progress:
             given = (model, layers, samples, progress.update, loaded.weights, lines.append)
             try:
-                watches = watch_layers(*given, lambda: _Watch(shapes))
+                watches = watch_layers(*given, _Watch)
             except NotSupportedError as error:
                 if not whole:
                     raise
                 why = reason(error.__cause__ or error)
                 raise FimError(f"{base}: it can't be run on random tokens ({why}); check its config.json") from error
-        inputs, tensors, not_reached, without = _named(base, shapes, watches)
+        inputs, tensors, not_reached, without = _named(base, _shapes(model, layers), watches)
         found = FactorsFile(
             model=identity,
             settings=replace(settings, dtype=str(model.dtype).removeprefix("torch.")),
@@ -191,8 +186,8 @@ def record_factors(
     return found.model_copy(update={"warnings": (*warnings, *found.warnings)}), inputs
 
 
-def _shapes(model: nn.Module, layers: Sequence[nn.Module]) -> _Shapes:
-    """Those of all matrices and stacks but shared ones."""
+def _shapes(model: nn.Module, layers: Sequence[nn.Module]) -> list[dict[str, torch.Size]]:
+    """The shapes of each decoder layer's matrices and stacks of them, by their parameters' names; no shared ones."""
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return [
         {n: p.shape for n, p in layer.named_parameters() if p.ndim in (2, 3) and owners[id(p)] == 1} for layer in layers
@@ -209,7 +204,7 @@ def _expected_size(base: InputModel, samples: Samples, dtype: torch.dtype) -> in
 
 
 def _named(
-    base: InputModel, shapes: _Shapes, watches: Sequence[_Watch]
+    base: InputModel, shapes: Sequence[Mapping[str, torch.Size]], watches: Sequence[_Watch]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Linears], list[str], list[str]]:
     """By the names of mergekit's layout: inputs, factors, experts that no token came to, and what has no factors.
 
@@ -228,7 +223,7 @@ def _named(
             place = None if is_whole else base.loading.place(name, stored)
             keys = base.loading.keys_of(name) if is_whole else [place.key] if place else []
             local = local_name(keys[0], index) if len(keys) == 1 else ""
-            shape = shapes[index].get(local, ())
+            shape: Sequence[int] = shapes[index].get(local, ())
             is_router = len(shape) == 2 and _ROUTER.search(local) and not counts.isdisjoint(shape)
             numbers: Sequence[int | None] = range(shape[0]) if len(shape) == 3 else [None]
             linears: Linears = ()

@@ -35,7 +35,7 @@ from mergekit_fim.models.layout import local_name
 from mergekit_fim.prepass.factors import MeasuredFactors, measured_factors, settings_on
 from mergekit_fim.prepass.measured import check_as_set, once
 from mergekit_fim.prepass.result import Kron, KronLayer, KronModel, SourceSlice
-from mergekit_fim.prepass.slices import alphas_of
+from mergekit_fim.prepass.slices import alphas_of, merged_tensors
 from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
 from mergekit_fim.prepass.written import write_alpha
 from mergekit_fim.processes import launched
@@ -96,7 +96,7 @@ def run(
     groups = [list(its) for _, its in groupby(sources, key=lambda source: id(source.reader))]
     tensors = [list(_tensors(group, inputs, kept)) for group in groups]
 
-    models = [inputs[reference] for reference in dict.fromkeys(r for s in sources for r in (s.base, s.source.model))]
+    models = [inputs[reference] for reference in dict.fromkeys(r for s in sources for r in s.ends)]
     settings, factors = _factors(models, config.dtype, settings, options)
     _write_sources(sources, inputs, factors, settings)
 
@@ -111,7 +111,7 @@ def run(
                 own = [tensor for tensor in its if tensor.index == index]
                 parts = _spreads(group, own, loading.placement(options).device)
                 for number, source in enumerate(group):
-                    pair, key = source.pairs()[index], (source.base, source.source.model)
+                    pair, key = source.pairs()[index], source.ends
                     beta = math.fsum(tensor.betas[number] for tensor in own) / len(own)
                     norm, alpha = norms[key[0]][key[1]].layers[pair], alphas[id(source)][pair]
                     layers[key][pair] = KronLayer(pair, norm, alpha, beta, parts[number])
@@ -152,13 +152,12 @@ def _write_alphas(
     assert alpha is not None
     alphas = {id(s): alphas_of(s, inputs[s.source.model], dict.fromkeys(s.pairs(), alpha)) for s in sources}
     others: dict[_Merged, float] = {}
-    for key in dict.fromkeys((s.base, s.source.model) for s in sources):
-        own = [a for s in sources if (s.base, s.source.model) == key for a in alphas[id(s)].values()]
+    for key in dict.fromkeys(s.ends for s in sources):
+        own = [a for s in sources if s.ends == key for a in alphas[id(s)].values()]
         mean = math.fsum(own) / len(own) if own else alpha
         others[key] = mean if settings.alpha_other is None else settings.alpha_other
     for source in sources:
-        base, model = source.base, source.source.model
-        write_alpha(source, inputs[model], dict.fromkeys(source.pairs(), alpha), others[base, model])
+        write_alpha(source, inputs[source.source.model], dict.fromkeys(source.pairs(), alpha), others[source.ends])
     return alphas, others
 
 
@@ -168,13 +167,7 @@ def _tensors(group: Sequence[SourceSlice], inputs: Models, kept: Container[str])
     Raises:
         FimError: coefficients that leave the base less than nothing.
     """
-    models = [inputs[source.source.model] for source in group]
-    outside = [tensor.name for tensor in models[0].layout.modules[group[0].module] if tensor.name not in kept]
-    named: list[tuple[int | None, tuple[str, ...]]] = [(None, (name,) * len(group)) for name in outside]
-    for number, pairs in enumerate(zip(*(source.pairs() for source in group), strict=True)):
-        layers = [model.layout.layers[pair.source_layer] for model, pair in zip(models, pairs, strict=True)]
-        named += [(number, names) for names in zip(*([t.name for t in its.tensors] for its in layers), strict=True)]
-    for index, names in named:
+    for index, names in merged_tensors(group, inputs, kept):
         betas = _betas(group, names, 0.0 if index is None else group[0].gradient(index))
         try:
             check_betas(betas)

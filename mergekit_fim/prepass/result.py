@@ -34,6 +34,11 @@ class SourceSlice:
     source: InputSliceDefinition
     reader: ConfigReader
 
+    @property
+    def ends(self) -> tuple[ModelReference, ModelReference]:
+        """The base, and the fine-tuned model."""
+        return self.base, self.source.model
+
     def pairs(self) -> list[LayerPair]:
         """The pairs of decoder layers, in order."""
         if self.base_start is None:

@@ -28,7 +28,7 @@ from mergekit_fim.models.inputs import InputModel, check_compatible, check_token
 from mergekit_fim.prepass.kron import run as by_direction
 from mergekit_fim.prepass.measured import Measured, measured, once, saved_measurement
 from mergekit_fim.prepass.result import BaseCoefficients, Kron, ModelCoefficients, ModelSettings, PrePass, SourceSlice
-from mergekit_fim.prepass.slices import alphas_of, kept_tensors, population, source_slices
+from mergekit_fim.prepass.slices import alphas_of, kept_tensors, merged_tensors, population, source_slices
 from mergekit_fim.prepass.task_vectors import TaskVectorNorms, TaskVectorSweep
 from mergekit_fim.prepass.written import (
     default_density,
@@ -126,10 +126,10 @@ def _by_layer(
         The settings, with those of a measurement that was saved; the coefficients; what the user should know.
     """
     warnings: list[str] = []
-    automatic = [s for s in sources if not _is_set_by_hand(s, inputs[s.source.model], kept)]
+    automatic = [s for s in sources if not _is_set_by_hand(s, inputs, kept)]
     # All slices of a model that needs the pre-pass in one of them, so that the report can say what each layer gets.
-    needed = _distinct((s.base, s.source.model) for s in automatic)
-    to_measure = [s for s in sources if (s.base, s.source.model) in needed]
+    needed = _distinct(s.ends for s in automatic)
+    to_measure = [s for s in sources if s.ends in needed]
     bases = [inputs[reference] for reference in _distinct(s.base for s in to_measure)]
     saved = saved_measurement(settings, bases, options) if bases else None
     if saved is not None:
@@ -157,7 +157,7 @@ def _check_inputs(
 ) -> Iterator[str]:
     """Check that the models can be merged: what the user may not know of them and of the config, a line each."""
     aligned = bool(config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings)
-    for base, model in _distinct((s.base, s.source.model) for s in sources):
+    for base, model in _distinct(s.ends for s in sources):
         yield from check_compatible(inputs[base], inputs[model], vocabulary_aligned=aligned)
     for model in inputs.values():
         if model.unknown:
@@ -172,12 +172,10 @@ def _check_inputs(
         yield "the first and the last slice have no fine-tuned model: embeddings and head stay the base's"
 
 
-def _is_set_by_hand(source: SourceSlice, model: InputModel, kept: Container[str]) -> bool:
+def _is_set_by_hand(source: SourceSlice, inputs: Mapping[ModelReference, InputModel], kept: Container[str]) -> bool:
     """Whether the user's `alpha` settings cover every tensor of the slice that is merged."""
-    layers = [model.layout.layers[pair.source_layer] for pair in source.pairs()]
-    others = [tensor.name for tensor in model.layout.modules[source.module] if tensor.name not in kept]
-    names = [tensor.name for layer in layers for tensor in layer.tensors] + others
     by_hand = source.settings("alpha")
+    names = (name for _, (name,) in merged_tensors([source], inputs, kept))
     return all(evaluate_setting(name, by_hand, validate=float) is not None for name in names)
 
 
@@ -238,7 +236,7 @@ def _coefficients(
         pairs = list(its.layers)
         scores = importance_scores([layers[pair.base_layer].fisher for pair in pairs], list(its.layers.values()))
         alphas = merge_coefficients(scores, settings.mapping)
-        own = [s for s in sources if (s.base, s.source.model) == (base.reference, model.reference)]
+        own = [s for s in sources if s.ends == (base.reference, model.reference)]
         computed = dict(zip(pairs, alphas, strict=True))
         by_pair = dict(computed)
         for source in own:
@@ -270,8 +268,8 @@ def _without_information(coefficients: Sequence[BaseCoefficients]) -> Iterator[s
 def _model_settings(
     sources: Sequence[SourceSlice], inputs: Mapping[ModelReference, InputModel], density: float | None
 ) -> Iterator[ModelSettings]:
-    for base, model in _distinct((s.base, s.source.model) for s in sources):
-        readers = [s.reader for s in sources if (s.base, s.source.model) == (base, model)]
+    for base, model in _distinct(s.ends for s in sources):
+        readers = [s.reader for s in sources if s.ends == (base, model)]
         yield ModelSettings(
             inputs[base],
             inputs[model],

@@ -26,7 +26,7 @@ def write_alphas(
         if source not in automatic:  # but for tensors that are kept, of which mergekit wants to know it all the same
             source.write("alpha", [*source.settings("alpha"), ConditionalParameter(value=1.0)])
             continue
-        result = found[source.base, source.source.model]
+        result = found[source.ends]
         write_alpha(source, result.model, dict(zip(result.pairs, result.alphas, strict=True)), result.alpha_other)
 
 

@@ -258,7 +258,7 @@ class Odd(nn.Module):
 
 def test_what_is_used_otherwise_has_no_factors():
     odd, x = Odd(), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
-    watch = recording._Watch([{name: tuple(p.shape) for name, p in odd.named_parameters()}])
+    watch = recording._Watch()
     with torch.no_grad(), watch(0, odd):
         odd(x)
     rows = x.flatten(0, 1)
