@@ -62,7 +62,7 @@ class _Watch(TorchFunctionMode):
 
     @contextlib.contextmanager
     def __call__(self, index: int, layer: nn.Module) -> Iterator[None]:
-        """To be entered while a decoder layer runs forward."""
+        """Watch a decoder layer while it runs forward."""
         matrices = [(p.data_ptr(), name, p) for name, p in layer.named_parameters() if p.ndim in (2, 3)]
         self._index, self._held = index, sorted(matrices, key=lambda its: its[:2])
         self._copies: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -96,7 +96,7 @@ class _Watch(TorchFunctionMode):
         return (name, parameter) if inside else None
 
     def _note(self, name: str, parameter: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, turned: bool) -> bool:
-        """Note x · weight, [..., d_in] · [d_in, d_out] if `turned`; whether it is known what the weight is."""
+        """Note x · weight, [..., d_in] · [d_in, d_out] if `turned`; say whether the weight is known to be a matrix."""
         offset = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
         matrix, number = parameter, None
         if parameter.ndim == 3 and weight.ndim == 2:
@@ -118,7 +118,7 @@ class _Watch(TorchFunctionMode):
         return True
 
     def _copy(self, x: torch.Tensor) -> torch.Tensor:
-        """Inputs on the CPU, [token, d_in]; one copy for all matrices that are given the same."""
+        """Copy inputs to the CPU, [token, d_in]; make one copy for all matrices that are given the same."""
         same = (x.data_ptr(), x.numel(), x.shape[-1], x.stride()[-1:], x._version)
         if same not in self._copies:  # x beside it, so that no other tensor gets its address
             self._copies[same] = x.detach().reshape(-1, x.shape[-1]).to("cpu", copy=True), x
@@ -195,7 +195,7 @@ def _shapes(model: nn.Module, layers: Sequence[nn.Module]) -> list[dict[str, tor
 
 
 def _expected_size(base: InputModel, samples: Samples, dtype: torch.dtype) -> int:
-    """Bytes of factors by the layers' widths: the inputs of attention and MLP, and of what ends each of them."""
+    """Estimate the bytes of factors by the layers' widths: attention and MLP each have a first and a last input."""
     text = base.text_config
     inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
     experts = getattr(text, "num_experts_per_tok", None) or 1
@@ -206,7 +206,7 @@ def _expected_size(base: InputModel, samples: Samples, dtype: torch.dtype) -> in
 def _named(
     base: InputModel, shapes: Sequence[Mapping[str, torch.Size]], watches: Sequence[_Watch]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Linears], list[str], list[str]]:
-    """By the names of mergekit's layout: inputs, factors, experts that no token came to, and what has no factors.
+    """Find by mergekit's names: inputs, factors, experts that no token came to, and what has no factors.
 
     Raises:
         NotFiniteError: a value that isn't finite.
@@ -245,7 +245,7 @@ def _named(
 def _linear(
     model: str, key: _Key, watches: Sequence[_Watch], inputs: dict[tuple[int, ...], tuple[str, torch.Tensor]]
 ) -> LinearFactors | None:
-    """The factors of a matrix on all micro-batches, or None for one that no token came to.
+    """Join the factors of a matrix on all micro-batches; None for one that no token came to.
 
     Args:
         model: for the error.

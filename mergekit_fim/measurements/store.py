@@ -141,7 +141,7 @@ class CacheEntry:
         return kept and replace(kept, model=self.model)  # it may lie elsewhere by now
 
     def kept(self, read: Callable[[str], K]) -> K | None:
-        """What `read` makes of the file, or None where there is none that can be used."""
+        """Read the file by `read`; None where there is none that can be used."""
         if not os.path.exists(self.path):
             return None
         try:
@@ -154,7 +154,7 @@ class CacheEntry:
         return kept
 
     def write(self, write: Callable[[str], object]) -> bool:
-        """Have `write` keep what was just made, if that is possible; whether it was."""
+        """Keep what was just made by `write`, if that is possible; say whether it was."""
         try:
             os.makedirs(os.path.dirname(self.path), exist_ok=True)
             write(self.path)

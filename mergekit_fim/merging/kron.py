@@ -136,7 +136,7 @@ class InputMap:
 
 
 def spreads(inputs: Sequence[Tensor], betas: Sequence[float], damping: float) -> list[Spread]:
-    """The coefficients of every fine-tuned model's directions.
+    """Compute the coefficients of every fine-tuned model's directions.
 
     They are the eigenvalues of β_m A_m (Σ_k w_k A_k)⁻¹ within the span of the rows Z = √(w_k / n_k) X_k of all models.
     With ZZᵀ = Q D Qᵀ, the rows of Q √D are Z in an orthonormal basis of that span, in which Σ_k w_k A_k is D + λ̄ I.

@@ -26,7 +26,7 @@ from mergekit_fim.processes.together import in_all
 
 @functools.cache
 def _temporary_folder() -> str:
-    """Where what isn't kept is for as long as this process lives."""
+    """Make a folder for what isn't kept; it goes when this process ends."""
     folder = tempfile.TemporaryDirectory(prefix="mergekit-fim-")
     atexit.register(folder.cleanup)
     return folder.name
@@ -41,7 +41,7 @@ class MeasuredFactors:
 
 
 def settings_on(settings: FisherSettings, samples: Samples, dtype: str = "") -> FactorsSettings:
-    """The settings of factors on these tokens."""
+    """Make the settings of factors on these tokens."""
     tokens = hashlib.sha256(str(samples.input_ids.tolist()).encode()).hexdigest()[:16]
     return FactorsSettings(settings.samples, settings.seq_len, settings.seed, tokens, dtype)
 
@@ -56,7 +56,7 @@ def measured_factors(
     cache: bool = True,
     state: PartialState | None = None,
 ) -> MeasuredFactors:
-    """A model's factors, in every process the same file; the main process records them while the others wait.
+    """Find a model's factors, or record them: the main process does so while the others wait, and all open its file.
 
     Args:
         open_model: opens the model; called once in each process, first in one of each machine.

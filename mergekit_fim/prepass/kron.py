@@ -125,7 +125,7 @@ def run(
 def _sweeps(
     inputs: Models, sources: Sequence[SourceSlice], dtype: str | None, options: MergeOptions
 ) -> dict[ModelReference, TaskVectorSweep]:
-    """What measures the task vectors of each base, which checks that layers fit."""
+    """Make what measures the task vectors of each base, which checks that layers fit."""
     pairs: dict[ModelReference, dict[InputModel, dict[LayerPair, None]]] = {}
     for source in sources:
         its = pairs.setdefault(source.base, {}).setdefault(inputs[source.source.model], {})
@@ -162,7 +162,7 @@ def _write_alphas(
 
 
 def _tensors(group: Sequence[SourceSlice], inputs: Models, kept: Container[str]) -> Iterator[_Tensor]:
-    """All tensors that one output slice merges.
+    """List all tensors that one output slice merges, with their coefficients.
 
     Raises:
         FimError: coefficients that leave the base less than nothing.
@@ -180,7 +180,7 @@ def _tensors(group: Sequence[SourceSlice], inputs: Models, kept: Container[str])
 
 
 def _betas(group: Sequence[SourceSlice], names: Sequence[str], t: float) -> tuple[float, ...]:
-    """β of each fine-tuned model for one tensor, by its name in each; `t`: see `SourceSlice.gradient`."""
+    """Compute each fine-tuned model's β for one tensor, by its name in each; `t`: see `SourceSlice.gradient`."""
 
     def values(parameter: str, kind: type) -> list[Any]:
         default = PARAMETERS[parameter].default_for("fim_kron")
@@ -196,7 +196,7 @@ def _betas(group: Sequence[SourceSlice], names: Sequence[str], t: float) -> tupl
 def _factors(
     models: Sequence[InputModel], dtype: str | None, settings: Settings, options: MergeOptions
 ) -> tuple[Settings, dict[InputModel, MeasuredFactors]]:
-    """The factors of every model of the merge, all on the same tokens; and the settings, with those that were saved.
+    """Find or record the factors of every model, all on the same tokens; the settings become those that were saved.
 
     Raises:
         FimError: a file can't be used, is of none of the models, or was recorded on other tokens than the merge's.
@@ -263,7 +263,7 @@ def _write_sources(
 
 
 def _spreads(group: Sequence[SourceSlice], tensors: Sequence[_Tensor], device: torch.device) -> list[dict[str, Spread]]:
-    """Of each model of a slice, the spreads of one layer's attention and MLP."""
+    """Compute for each model of a slice the spreads of one layer's attention and MLP."""
     known: dict[object, list[Spread]] = {}
     parts: dict[str, list[list[Spread]]] = {}  # by matrix and model
     for tensor in tensors:
@@ -284,7 +284,7 @@ def _spreads(group: Sequence[SourceSlice], tensors: Sequence[_Tensor], device: t
 
 
 def _together(spreads_: Sequence[Spread]) -> Spread:
-    """Several matrices' as one: their directions count alike, and of these there are as many as in the mean one."""
+    """Join several matrices' spreads: each matrix counts alike, and the number of directions is the mean one."""
     count = len(spreads_)
     mean = math.fsum(s.mean for s in spreads_) / count
     square = math.fsum(s.std**2 + (s.mean - mean) ** 2 for s in spreads_) / count

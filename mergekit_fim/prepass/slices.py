@@ -85,7 +85,7 @@ def population(sources: Sequence[SourceSlice], num_layers: int) -> list[LayerPai
 
 
 def alphas_of(source: SourceSlice, model: InputModel, computed: Mapping[LayerPair, float]) -> dict[LayerPair, float]:
-    """What a slice's layers get: α, or where the user set it by hand, the mean over the layer's tensors."""
+    """Find what a slice's layers get: α, or where the user set it by hand, the mean over the layer's tensors."""
     by_hand, used = source.settings("alpha"), {}
     for index, pair in enumerate(source.pairs()):
         tensors = model.layout.layers[pair.source_layer].tensors
@@ -97,7 +97,7 @@ def alphas_of(source: SourceSlice, model: InputModel, computed: Mapping[LayerPai
 def merged_tensors(
     group: Sequence[SourceSlice], inputs: Mapping[ModelReference, InputModel], kept: Container[str]
 ) -> Iterator[tuple[int | None, tuple[str, ...]]]:
-    """The tensors that an output slice merges: which of its layers each is in, and its name in each fine-tuned model.
+    """List the tensors that an output slice merges: which of its layers each is in, its name in each fine-tuned model.
 
     Those outside the layers come first, with None for the layer.
 
