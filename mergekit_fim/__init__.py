@@ -39,7 +39,7 @@ _API = {
     "FisherSettings": "config.parameters",
     "Mapping": "coefficients",
     "Measurement": "measurements.record",
-    "compare_factors": "measurements.factors",
+    "compare_factors": "measurements.compare",
     "importance_scores": "coefficients",
     "measure": "api",
     "measure_delta": "api",

@@ -17,7 +17,7 @@ from click.core import ParameterSource
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import mergekit_fim
-from mergekit_fim.config.parameters import FACTORS, FLOAT_DTYPES, LABELS, PARAMETERS, FisherSettings
+from mergekit_fim.config.parameters import FLOAT_DTYPES, LABELS, PARAMETERS, FisherSettings
 from mergekit_fim.errors import FimError, reason
 from mergekit_fim.files import REPORT_NAME, check_writable, copy_whole, write_json, write_text
 from mergekit_fim.text import echo, size, wrapped
@@ -169,10 +169,7 @@ def _accepted(_context: click.Context, option: click.Parameter, value: Any) -> A
     "-o", "--output", required=True, type=click.Path(), help="The file to write: JSON, or with --factors safetensors."
 )
 @click.option(
-    "--factors",
-    type=click.Choice(FACTORS),
-    help="Record Kronecker factors instead, for fim_kron: what the linear layers are given, or also the gradients at "
-    "their outputs.",
+    "--factors", is_flag=True, help="Record Kronecker factors instead, for fim_kron: what the linear layers are given."
 )
 @click.option(
     "--vocab-size",
@@ -187,7 +184,7 @@ def _accepted(_context: click.Context, option: click.Parameter, value: Any) -> A
 def fisher(
     model: str,
     output: str,
-    factors: str | None,
+    factors: bool,
     vocab_size: int | None,
     samples: int,
     seq_len: int,
@@ -215,14 +212,13 @@ def fisher(
     accelerate launch --num_processes K -m mergekit_fim fisher MODEL -o FILE
     torchrun --nproc_per_node K -m mergekit_fim fisher MODEL -o FILE    (on CPUs)
     """
-    from mergekit_fim.fisher.samples import draw_samples
     from mergekit_fim.measurements.file import model_files, write_measurement
     from mergekit_fim.models.inputs import InputModel, open_model
     from mergekit_fim.prepass.factors import measured_factors
     from mergekit_fim.prepass.measured import measured
     from mergekit_fim.processes.together import SharedError, processes
 
-    if vocab_size is not None and factors is None:
+    if vocab_size is not None and not factors:
         raise click.UsageError("--vocab-size goes with --factors")
     with processes() as state:
         is_main = state is None or state.is_main_process
@@ -235,34 +231,33 @@ def fisher(
 
         try:
             default = click.get_current_context().get_parameter_source("samples") is ParameterSource.DEFAULT
-            if factors is not None and default:
+            if factors and default:
                 samples = PARAMETERS["fisher_samples"].default_for("fim_kron")
             settings = FisherSettings(samples, seq_len, seed, labels)
             wanted: Any = (open_base, settings, dtype, merge_options)
             found: Any = None
-            if factors is None:
-                found = measured(*wanted, cache=not no_cache, state=state)
+            if factors:
+                found = measured_factors(*wanted, vocab_size=vocab_size, cache=not no_cache, state=state)
             else:
-                drawn = None if vocab_size is None else draw_samples(settings, vocab_size)
-                found = measured_factors(*wanted, kind=factors, samples=drawn, cache=not no_cache, state=state)
+                found = measured(*wanted, cache=not no_cache, state=state)
         except SharedError:
             if is_main:
                 raise
             sys.exit(1)
         if not is_main:
             return
-        if factors is None:
-            write_measurement(found.measurement, output)
-        else:
+        if factors:
             copy_whole(found.file.path, output)
-    if factors is None:
-        warnings, its = found.measurement.fisher.warnings, found.measurement.fisher
-        what = f"{found.measurement.model.num_layers} decoder layers of {model}, in {its.dtype}"
-    else:
+        else:
+            write_measurement(found.measurement, output)
+    if factors:
         warnings, its = found.file.warnings, found.file
         if its.not_reached:
             warnings += (f"no token reached {len(its.not_reached)} tensors of experts, such as {its.not_reached[0]}",)
-        what = f"factors of {len(its.names)} tensors of {model}, in {its.settings.dtype}, {size(its.size)}"
+        what = f"factors of {len(its.tensors)} tensors of {model}, in {its.settings.dtype}, {size(its.size)}"
+    else:
+        warnings, its = found.measurement.fisher.warnings, found.measurement.fisher
+        what = f"{found.measurement.model.num_layers} decoder layers of {model}, in {its.dtype}"
     for warning in warnings:
         click.echo(f"Warning: {warning}", err=True)
     if not options["quiet"]:
@@ -527,8 +522,8 @@ def compare(first: str, second: str, count: int) -> None:
     Of two files that `fisher --factors` wrote: how alike the factors of each layer's tensors are, 1 where they are the
     same but for a number.
     """
-    from mergekit_fim.measurements.compare import render_comparison
-    from mergekit_fim.measurements.factors import FactorsFile, is_factors, render_factors
+    from mergekit_fim.measurements.compare import render_comparison, render_factors
+    from mergekit_fim.measurements.factors import FactorsFile, is_factors
     from mergekit_fim.measurements.store import read_measurement
 
     if is_factors(first) or is_factors(second):

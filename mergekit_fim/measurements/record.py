@@ -125,6 +125,11 @@ class Measurement:
     fisher: FisherMeasurement
     versions: Mapping[str, str]
 
+    @property
+    def settings(self) -> FisherSettings:
+        """Those of the numbers."""
+        return self.fisher.settings
+
     @classmethod
     def of(cls, fisher: FisherMeasurement, model: ModelIdentity) -> "Measurement":
         """A measurement that was just made."""

@@ -161,7 +161,7 @@ def test_a_twin_has_the_strength_and_what_it_knows_of_the_rest():
 
 
 def test_twins_of_fim_kron_lack_what_only_one_of_both_knows():
-    own = {"damping": 0.01, "factors": "both", "fisher": "a.safetensors", "fisher_samples": 4, "lambda": 0.9}
+    own = {"damping": 0.01, "fisher": "a.safetensors", "fisher_samples": 4, "lambda": 0.9}
     config = configured(PAIR, merge_method="fim_kron", parameters=own)
     kept = {"fisher_samples": 4, "lambda": 0.9, "alpha_mean": 0.4}
     assert written(twin_of(config, "fim_ta"))["parameters"] == kept
