@@ -157,14 +157,14 @@ def private_parts() -> set[str]:
 def test_the_private_parts_of_mergekit_are_those_that_the_hook_lists():
     page = ast.get_docstring(modules()["hook.planner"]) or ""
     listed = set(re.findall(r"`(?:mergekit\.merge|MergePlanner|MultiGPUExecutor)?\.(\w+)`", page))
-    assert listed == {"plan_in_memory", "plan_to_disk", "run_merge", "__init__", "_model_out_config"}
+    assert listed == {"plan_to_disk", "run_merge", "__init__", "_model_out_config"}
     assert private_parts() == {
         "hook.run_merge: run_merge",
         "merging.executor: __init__",
         "tools.plan: _model_out_config",
     }
     source = (PACKAGE / "hook" / "planner.py").read_text(encoding="utf-8")
-    assert set(re.findall(r"planner\.(\w+) = \1$", source, re.M)) == {"plan_in_memory", "plan_to_disk"}
+    assert set(re.findall(r"planner\.(\w+) = \1$", source, re.M)) == {"plan_to_disk"}
 
 
 def test_a_mergekit_without_the_private_part_is_refused(pair, monkeypatch):
@@ -190,6 +190,6 @@ def test_the_planner_is_hooked_once():
 
     from mergekit_fim.hook import planner
 
-    before = MergePlanner.plan_in_memory, MergePlanner.plan_to_disk
+    before = MergePlanner.plan_to_disk
     importlib.reload(planner)
-    assert (MergePlanner.plan_in_memory, MergePlanner.plan_to_disk) == before
+    assert MergePlanner.plan_to_disk == before

@@ -168,7 +168,7 @@ def test_where_site_does_not_run(installed):
     """`python -S`, and folders on PYTHONPATH: importing the package first does it, and so does importing it late."""
     path = f"import sys; sys.path[:0] = {[str(installed.site_packages), *sys.path]!r}; "
     assert names(installed, "-S", before=path + "import mergekit_fim; ") == "['fim_ties', 'fim_ta', 'fim_kron']"
-    late = path + "import mergekit.plan, mergekit_fim; assert mergekit.plan.MergePlanner.plan_in_memory.mergekit_fim; "
+    late = path + "import mergekit.plan, mergekit_fim; assert mergekit.plan.MergePlanner.plan_to_disk.mergekit_fim; "
     assert names(installed, "-S", before=late) == "['fim_ties', 'fim_ta', 'fim_kron']"
     assert "fim" not in names(installed, "-S", before=path)
 

@@ -3,10 +3,10 @@
 This lists all that the package uses of mergekit 0.1.5 beyond its public names. Each part acts for our methods only. A
 mergekit with the seams of docs/upstream/ calls `hook.methods` itself, and then nothing is wrapped here.
 
-- `MergePlanner.plan_to_disk` and `.plan_in_memory` are wrapped, here. Before them, when no output folder is made yet,
-  the config is normalised to modules, slices and sources, the pre-pass runs on it, and the planner's `arch_info` is
-  exchanged for one that has every tensor of the models (`models.completion`). After the first, the task that writes the
-  report is added. Guard: `_PLANNER_ATTRIBUTES` in `hook.methods`, which does all this.
+- `MergePlanner.plan_to_disk` is wrapped, here. Before it, when no output folder is made yet, the config is normalised
+  to modules, slices and sources, the pre-pass runs on it, and the planner's `arch_info` is exchanged for one that has
+  every tensor of the models (`models.completion`). After it, the task that writes the report is added. Guard:
+  `_PLANNER_ATTRIBUTES` in `hook.methods`, which does all this. (Plans in memory fail in mergekit 0.1.5.)
 - `mergekit.merge.run_merge` is wrapped, in `hook.run_merge`: of several processes one merges, and the others help it to
   measure; and our section is added to the card that mergekit writes last. A caller that imported the function before
   this package gets the card without it.
@@ -30,7 +30,7 @@ def _hook_planner() -> None:
     planner = plan.MergePlanner
     if HAS_SEAMS or hasattr(planner.plan_to_disk, "mergekit_fim"):
         return
-    to_disk, in_memory = planner.plan_to_disk, planner.plan_in_memory
+    to_disk = planner.plan_to_disk
 
     @functools.wraps(to_disk)
     def plan_to_disk(self: Any, out_path: str) -> list[Any]:
@@ -40,16 +40,8 @@ def _hook_planner() -> None:
         ours.prepare(self, out_path)
         return ours.adapt_tasks(self, to_disk(self, out_path), out_path)
 
-    @functools.wraps(in_memory)
-    def plan_in_memory(self: Any) -> list[Any]:
-        if self.config.merge_method in METHODS:
-            ours: Any = merge_methods.get(self.config.merge_method)
-            ours.prepare(self)
-        return in_memory(self)
-
     plan_to_disk.mergekit_fim = True  # type: ignore[attr-defined]
     planner.plan_to_disk = plan_to_disk
-    planner.plan_in_memory = plan_in_memory
 
 
 _hook_planner()

@@ -14,13 +14,11 @@ import tiny
 import torch
 import transformers
 import yaml
-from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from mergekit.plan import MergePlanner
 from merges import config_for
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
@@ -467,7 +465,7 @@ for module in sys.argv[1:]:
         import mergekit.plan, mergekit_fim
         from mergekit import merge_methods
         names = [method.spec.name for method in merge_methods.registered_methods()]
-        hooked = bool(mergekit.plan.MergePlanner.plan_in_memory.mergekit_fim)
+        hooked = bool(mergekit.plan.MergePlanner.plan_to_disk.mergekit_fim)
         print(module, hooked and names.count("fim_ties") == names.count("fim_ta") == 1, flush=True)
         os._exit(0)
     os.wait()
@@ -477,22 +475,6 @@ for module in sys.argv[1:]:
     done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines() == [f"{module} True" for module in modules]
-
-
-def test_a_merge_in_memory_has_the_coefficients(pair):
-    """As mergekit's evolution plans one, several times by one config."""
-    options, content = MergeOptions(quiet=True), config_for(pair)
-    config = MergeConfiguration.model_validate(content)
-    LoaderCache().setup(options)
-    architecture = get_architecture_info(config, options)
-    planner = MergePlanner(config, architecture, options, transformers.AutoConfig.from_pretrained(pair.base))
-    tasks = {task.weight_info.name: task.tensor_task for task in planner.plan_in_memory()}
-    (coefficients,) = planner.fim_pre_pass.coefficients
-    long = ModelReference.parse(str(pair.long))
-    for layer, alpha in enumerate(coefficients.models[0].alphas):
-        task = tasks[f"model.layers.{layer}.mlp.up_proj.weight"]
-        assert task.input_parameters[long]["alpha"] == alpha
-    assert config == MergeConfiguration.model_validate(content)
 
 
 def test_multi_gpu_in_worker_threads(pair, merge, request):
