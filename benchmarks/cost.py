@@ -33,9 +33,9 @@ SHAPES = {
     "7b": {"vocab": 152064, "hidden": 3584, "inter": 18944, "layers": 28, "heads": 28, "kv": 4, "tied": False},
 }
 SIDES = ["matmul", "paper", "reference", "fast", "ties", "by_hand", "fim_ties", "task_arithmetic", "fim_ta"]
-SIDES += ["fim_kron", "fim_kron_8x64", "fim_kron_both"]  # on its own default of tokens, and on 8 x 64, by either rule
+SIDES += ["fim_kron", "fim_kron_8x64"]  # on its own default of tokens, and on 8 x 64
 # Of the 1.5b shape, what fim_kron may take of the time of stock `ties`, and its memory; of the 7b shape its minutes.
-KRON_BARS = {"fim_kron": 0.75, "fim_kron_8x64": 0.75, "fim_kron_both": 1.0}
+KRON_BARS = {"fim_kron": 0.75, "fim_kron_8x64": 0.75}
 KRON_MEMORY = {"1.5b": 5.0, "7b": 7.0}
 KRON_MINUTES = {"7b": 8.0}
 # An accelerator also loads the base by transformers, and does the pre-pass with weights streamed to 8 GB.
@@ -264,7 +264,6 @@ OWN = {
     "fim_ta": "{}",
     "fim_kron": "{}",
     "fim_kron_8x64": "{}",
-    "fim_kron_both": "{}",
 }
 
 
@@ -274,8 +273,6 @@ def merge_config(side: str, folder: Path, dtype: str) -> str:
         shared = "{fisher_cache: false}"  # every side measures anew
     if side == "fim_kron_8x64":
         shared = "{fisher_cache: false, fisher_samples: 8}"
-    elif side == "fim_kron_both":
-        shared = "{fisher_cache: false, fisher_samples: 8, factors: both}"
     elif side == "by_hand":
         shared = "{gate_scale: 1, norm_tolerance: 0}"
     method = "fim_ties" if side == "by_hand" else re.sub("(?<=fim_kron)_.*", "", side)

@@ -9,11 +9,11 @@ from mergekit.options import MergeOptions
 
 from mergekit_fim.coefficients import Mapping, importance_scores, merge_coefficients
 from mergekit_fim.config.file import validated
-from mergekit_fim.config.parameters import FACTORS, KRON_SAMPLES, KRON_SEQ_LEN, FisherSettings
+from mergekit_fim.config.parameters import KRON_SAMPLES, KRON_SEQ_LEN, FisherSettings
 from mergekit_fim.errors import FimError
 from mergekit_fim.files import copy_whole
-from mergekit_fim.fisher.samples import draw_samples
-from mergekit_fim.measurements.factors import FactorsFile, compare_factors
+from mergekit_fim.measurements.compare import compare_factors
+from mergekit_fim.measurements.factors import FactorsFile
 from mergekit_fim.measurements.file import write_measurement
 from mergekit_fim.measurements.record import Measurement
 from mergekit_fim.measurements.store import read_measurement
@@ -75,7 +75,6 @@ def measure_factors(
     path: str | os.PathLike[str],
     settings: FisherSettings | None = None,
     *,
-    kind: str = "inputs",
     vocab_size: int | None = None,
     dtype: str | None = None,
     revision: str | None = None,
@@ -84,21 +83,17 @@ def measure_factors(
 ) -> FactorsFile:
     """Record the Kronecker factors of a model's linear layers on random tokens in a file, `path`.
 
-    `kind` is `inputs`, or `both` inputs and the gradients at the outputs, for which the labels count. `settings` are by
-    default fim_kron's own. `vocab_size` is how many tokens they are drawn from: the smallest of a merge's models, where
-    these differ; by default this model's. The rest is as for `measure`.
+    `settings` are by default fim_kron's own; labels have no effect. `vocab_size` is how many tokens they are drawn
+    from: the smallest of a merge's models, where these differ; by default this model's. The rest is as for `measure`.
 
     Raises:
         FimError: the model can't be opened or run, or the file not be written.
     """
-    if kind not in FACTORS:
-        raise FimError(f"kind: expected one of {', '.join(FACTORS)}, found {kind}")
     if vocab_size is not None and vocab_size < 1:
         raise FimError(f"vocab_size: expected a whole number of at least 1, found {vocab_size}")
     options, settings = options or MergeOptions(quiet=True), settings or FisherSettings(KRON_SAMPLES, KRON_SEQ_LEN)
     opened = functools.partial(open_model, os.fspath(model), revision, options)
-    samples = None if vocab_size is None else draw_samples(settings, vocab_size)
-    factors = measured_factors(opened, settings, dtype, options, kind=kind, samples=samples, cache=cache)
+    factors = measured_factors(opened, settings, dtype, options, vocab_size=vocab_size, cache=cache)
     copy_whole(factors.file.path, os.fspath(path))
     return FactorsFile.open(path, check=False)
 

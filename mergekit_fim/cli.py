@@ -17,7 +17,7 @@ from click.core import ParameterSource
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import mergekit_fim
-from mergekit_fim.config.parameters import FACTORS, FLOAT_DTYPES, LABELS, PARAMETERS, FisherSettings
+from mergekit_fim.config.parameters import FLOAT_DTYPES, LABELS, PARAMETERS, FisherSettings
 from mergekit_fim.errors import FimError, reason
 from mergekit_fim.files import REPORT_NAME, check_writable, copy_whole, write_json, write_text
 from mergekit_fim.text import echo, size, wrapped
@@ -172,10 +172,7 @@ def _warn(warnings: Iterable[str]) -> None:
     "-o", "--output", required=True, type=click.Path(), help="The file to write: JSON, or with --factors safetensors."
 )
 @click.option(
-    "--factors",
-    type=click.Choice(FACTORS),
-    help="Record Kronecker factors instead, for fim_kron: what the linear layers are given, or also the gradients at "
-    "their outputs.",
+    "--factors", is_flag=True, help="Record Kronecker factors instead, for fim_kron: what the linear layers are given."
 )
 @click.option(
     "--vocab-size",
@@ -190,7 +187,7 @@ def _warn(warnings: Iterable[str]) -> None:
 def fisher(
     model: str,
     output: str,
-    factors: str | None,
+    factors: bool,
     vocab_size: int | None,
     dtype: str | None,
     revision: str | None,
@@ -212,22 +209,20 @@ def fisher(
     accelerate launch --num_processes K -m mergekit_fim fisher MODEL -o FILE
     torchrun --nproc_per_node K -m mergekit_fim fisher MODEL -o FILE    (on CPUs)
     """
-    from mergekit_fim.fisher.samples import draw_samples
     from mergekit_fim.measurements.file import model_files
     from mergekit_fim.models.inputs import InputModel, open_model
     from mergekit_fim.prepass.factors import measured_factors
     from mergekit_fim.prepass.measured import measured
     from mergekit_fim.processes.together import SharedError, processes
 
-    if vocab_size is not None and factors is None:
+    if vocab_size is not None and not factors:
         raise click.UsageError("--vocab-size goes with --factors")
     settings = FisherSettings(*map(options.pop, _SETTINGS))
     measure: Callable[..., Any] = measured
-    if factors is not None:
+    if factors:
         if click.get_current_context().get_parameter_source("samples") is ParameterSource.DEFAULT:
             settings = replace(settings, samples=PARAMETERS["fisher_samples"].default_for("fim_kron"))
-        drawn = None if vocab_size is None else draw_samples(settings, vocab_size)
-        measure = functools.partial(measured_factors, kind=factors, samples=drawn)
+        measure = functools.partial(measured_factors, vocab_size=vocab_size)
     with processes() as state:
         is_main = state is None or state.is_main_process
         merge_options = _options_of_process(options, state)
@@ -244,7 +239,7 @@ def fisher(
                 raise
             sys.exit(1)
     if is_main:
-        what = (_write_measurement if factors is None else _write_factors)(result, model, output)
+        what = (_write_factors if factors else _write_measurement)(result, model, output)
         if not options["quiet"]:
             click.echo(f"{output}: {what}{f', {result.origin}' if result.origin else ''}")
 
@@ -266,7 +261,7 @@ def _write_factors(result: Any, model: str, output: str) -> str:
     _warn(file.warnings)
     if file.not_reached:
         _warn([f"no token reached {len(file.not_reached)} tensors of experts, such as {file.not_reached[0]}"])
-    return f"factors of {len(file.names)} tensors of {model}, in {file.settings.dtype}, {size(file.size)}"
+    return f"factors of {len(file.tensors)} tensors of {model}, in {file.settings.dtype}, {size(file.size)}"
 
 
 @main.command(short_help="Show what a task vector looks like.")
@@ -514,8 +509,8 @@ def compare(first: str, second: str, count: int) -> None:
     Of two files that `fisher --factors` wrote, print how alike the factors of each layer's tensors are: 1 where they
     are the same but for a number.
     """
-    from mergekit_fim.measurements.compare import render_comparison
-    from mergekit_fim.measurements.factors import FactorsFile, is_factors, render_factors
+    from mergekit_fim.measurements.compare import render_comparison, render_factors
+    from mergekit_fim.measurements.factors import FactorsFile, is_factors
     from mergekit_fim.measurements.store import read_measurement
 
     if is_factors(first) or is_factors(second):

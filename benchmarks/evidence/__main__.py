@@ -20,7 +20,7 @@ import transformers
 from benchmarks.evidence.answers import MODELS, save_answers
 from benchmarks.evidence.fronts import RUNS, Pair, distance
 from benchmarks.evidence.summary import DEVELOPMENT, KEPT, REFERENCE, Found, ends, file_of, rows, save
-from benchmarks.evidence.variants import EXPLORED, LISTED, VARIANTS
+from benchmarks.evidence.variants import EXPLORED, GONE, LISTED, VARIANTS
 from benchmarks.pairs.recipes import KINDS, make, seconds
 from mergekit_fim.prepass.measured import measured_once
 
@@ -42,7 +42,10 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     develops = arguments.seed in SEEDS_OF_DEVELOPMENT
     known = {**VARIANTS, **(EXPLORED if develops else {})}
-    names = arguments.variants or (list(dict.fromkeys([*LISTED, *EXPLORED])) if develops else list(VARIANTS))
+    every = dict.fromkeys([*LISTED, *EXPLORED] if develops else VARIANTS)
+    names = arguments.variants or [name for name in every if name not in GONE]
+    if gone := [name for name in names if name in GONE]:
+        parser.error(f"{gone[0]} can't be answered any more: {GONE[gone[0]]}")
     if unknown := ", ".join(set(names) - set(known)):
         parser.error(f"expected some of {', '.join(known)}, found {unknown}")
     if arguments.runs < RUNS and arguments.keep is None:

@@ -12,7 +12,6 @@ from mergekit_fim.errors import FimError, shown
 METHODS = ("fim_ties", "fim_ta", "fim_kron")
 BY_LAYER = METHODS[:2]  # those that weigh a layer by one number
 LABELS = ("inputs", "sampled")
-FACTORS = ("inputs", "both")
 OTHER_MODULES = ("merge", "base", "tuned")
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
@@ -107,10 +106,7 @@ def _parameters() -> dict[str, Parameter]:
                   "seed of the random tokens (mergekit's --random-seed doesn't change them)"),
         Parameter("fisher_labels", str, "`inputs` or `sampled`", lambda v: v in LABELS, merge, "inputs", "ours",
                   "what is predicted: the next random token (empirical Fisher), or a token drawn from the model's "
-                  "own distribution (a one-sample estimate of the true Fisher)"),
-        Parameter("factors", str, "`inputs` or `both`", lambda v: v in FACTORS, merge, "inputs", "ours",
-                  "fim_kron: what weighs a linear layer's directions: its inputs, or also the gradients at its outputs",
-                  methods=kron),
+                  "own distribution (a one-sample estimate of the true Fisher)", methods=BY_LAYER),
         Parameter("damping", float, "a number in (0, 1]", lambda v: 0 < v <= 1, merge, 1e-3, "ours",
                   "fim_kron: what is added to the diagonal of every factor, as a part of its mean", methods=kron),
         Parameter("sharpness", *finite, merge, 1.0, "ours", "slope of the sigmoid; 0 is the uniform merge, a negative "

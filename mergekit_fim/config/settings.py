@@ -20,19 +20,6 @@ from mergekit_fim.errors import FimError, brief, shown
 
 
 @dataclass(frozen=True)
-class KronSettings:
-    """What only fim_kron has; `config.parameters` says what it means.
-
-    Attributes:
-        factors: `inputs` or `both`.
-        damping: a part of the mean diagonal.
-    """
-
-    factors: str
-    damping: float
-
-
-@dataclass(frozen=True)
 class Settings:
     """The pre-pass settings: one value each for the whole merge.
 
@@ -43,7 +30,7 @@ class Settings:
         cache: whether measurements are kept and used again.
         mapping: how scores become coefficients.
         alpha_other: the coefficient outside the decoder layers; None for the mean of theirs.
-        kron: None for the other methods.
+        damping: what fim_kron adds to each factor, a part of its mean diagonal; None for the other methods.
     """
 
     fisher: FisherSettings
@@ -52,7 +39,7 @@ class Settings:
     cache: bool
     mapping: coefficients.Mapping
     alpha_other: float | None
-    kron: KronSettings | None = None
+    damping: float | None = None
 
 
 # A `parameters:` mapping of a merge config: its place in words, its values, and which parameters may stand there.
@@ -161,15 +148,8 @@ def read_settings(config: MergeConfiguration) -> Settings:
         raise FimError(f"the top-level parameters: {error}; change one of them") from None
     fisher = FisherSettings(**{field.name: values[f"fisher_{field.name}"] for field in fields(FisherSettings)})
     by_user = frozenset(name for name in vars(fisher) if f"fisher_{name}" in given)
-    kron = None
-    if config.merge_method == "fim_kron":
-        kron = KronSettings(values["factors"], values["damping"])
-        if kron.factors == "inputs" and "labels" in by_user:
-            raise FimError(
-                "the top-level parameters: `fisher_labels` has no effect in fim_kron with `factors: inputs`, which "
-                "predicts nothing; leave it out, or set `factors: both`"
-            )
-    return Settings(fisher, by_user, values["fisher"], values["fisher_cache"], mapping, values["alpha_other"], kron)
+    damping = values["damping"] if config.merge_method == "fim_kron" else None
+    return Settings(fisher, by_user, values["fisher"], values["fisher_cache"], mapping, values["alpha_other"], damping)
 
 
 def _check_parameter(name: str, setting: Any, where: str, scope: Scope, method: str) -> None:

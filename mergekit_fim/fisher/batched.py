@@ -59,7 +59,10 @@ def batched_engine(
         RuntimeError, MemoryError: a single sequence is too large (torch.OutOfMemoryError on an accelerator).
     """
     run = _Run(model, layers, weights or ResidentWeights(), progress)
-    return torch.cat(_by_micro_batches(run, samples, run.measure, warn, tokens))
+    try:
+        return torch.cat(_by_micro_batches(model, run.weights, samples, run.measure, warn, tokens))
+    finally:
+        run.layers.clear()  # which refer to the run in turn, and would keep the model in memory for now
 
 
 def watch_layers(
@@ -70,32 +73,43 @@ def watch_layers(
     weights: Weights,
     warn: Callable[[str], object],
     watcher: Callable[[], W],
-    *,
-    backward: bool,
 ) -> list[W]:
-    """Run the decoder layers one by one with their weights, and have them watched; see `batched_engine` for the rest.
+    """Run the decoder layers forward, one by one, and have them watched; see `batched_engine` for the other arguments.
 
     Args:
-        progress: called with the number of steps that are done, one or, with `backward`, two per layer and sequence.
-        watcher: makes what watches one micro-batch. It is entered around a layer's forward pass; with `backward` that
-            is the one which autograd goes back through, with the gradients of each sequence's sum of next-token losses.
-        backward: also the backward pass, as the engine does it; without it there is no output head either.
+        progress: called with the number of steps that are done, one per layer and sequence.
+        watcher: makes what watches one micro-batch, and is entered around each layer's forward pass.
 
     Returns:
         The watchers of all micro-batches, in the order of the sequences.
     """
-    run = _Run(model, layers, weights, progress)
+    embedding: Any = model.get_input_embeddings()
+    head = model.get_output_embeddings()
 
     def work(part: Samples, device: torch.device) -> W:
-        run.watch = made = watcher()
-        (run.measure if backward else run.forward)(part, device)
-        return made
+        watch = watcher()
 
-    return _by_micro_batches(run, samples, work, warn)
+        def watched(index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with weights.layer(layer), watch(index, layer):
+                results = original(*args, **kwargs)
+            progress(len(part.input_ids))
+            return results
+
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for index, layer in enumerate(layers):
+                stack.enter_context(replaced(layer, partial(watched, index, layer)))
+            stack.enter_context(replaced(embedding, partial(_embed, embedding, weights)))
+            if head is not None:  # which takes much and is not looked at
+                stack.enter_context(replaced(head, lambda _original, hidden: hidden[..., :1]))
+            model(input_ids=part.input_ids.to(device), use_cache=False)
+        return watch
+
+    return _by_micro_batches(model, weights, samples, work, warn)
 
 
 def _by_micro_batches(
-    run: "_Run",
+    model: PreTrainedModel,
+    weights: Weights,
     samples: Samples,
     work: Callable[[Samples, torch.device], T],
     warn: Callable[[str], object],
@@ -103,27 +117,24 @@ def _by_micro_batches(
 ) -> list[T]:
     """What `work` makes of one micro-batch after the other; they are halved where memory runs out."""
     count, length = samples.input_ids.shape
-    device = run.weights.rows(run.embedding, slice(0, 1)).device
+    device = weights.rows(model.get_input_embeddings(), slice(0, 1)).device
     size = wanted = micro_batch(count, length, device.type, tokens)
-    run.model.requires_grad_(False)
+    model.requires_grad_(False)
     parts: list[T] = []
     start = 0
-    try:
-        while start < count:
-            try:
-                parts.append(work(samples.part(start, start + size), device))
-            except (FimError, NotSupportedError, OSError):
+    while start < count:
+        try:
+            parts.append(work(samples.part(start, start + size), device))
+        except (FimError, NotSupportedError, OSError):
+            raise
+        except Exception as error:  # a model's own code raises anything
+            if not is_out_of_memory(error):
+                raise NotSupportedError from error
+            if size == 1:
                 raise
-            except Exception as error:  # a model's own code raises anything
-                if not is_out_of_memory(error):
-                    raise NotSupportedError from error
-                if size == 1:
-                    raise
-                size = (size + 1) // 2
-            else:
-                start += size
-    finally:
-        run.layers.clear()  # which refer to the run in turn, and would keep the model in memory for now
+            size = (size + 1) // 2
+        else:
+            start += size
     if size < wanted:
         warn(
             f"memory ran short for {wanted} sequences at a time, {size} at a time were measured in the end: the last "
@@ -145,7 +156,6 @@ class _Run:
         self, model: PreTrainedModel, layers: Sequence[nn.Module], weights: Weights, progress: Callable[[int], object]
     ) -> None:
         self.model, self.weights, self.progress = model, weights, progress
-        self.watch: Watch | None = None
         self.embedding: Any = model.get_input_embeddings()
         self.head: Any = model.get_output_embeddings()
         self.base = model.base_model if model.base_model is not model else decoder(model)[1]  # Llama 4's is itself
@@ -168,7 +178,7 @@ class _Run:
         with contextlib.ExitStack() as stack:
             for layer in self.layers:
                 stack.enter_context(replaced(layer.module, partial(_checkpointed, layer)))
-            stack.enter_context(replaced(self.embedding, self._embed))
+            stack.enter_context(replaced(self.embedding, partial(_embed, self.embedding, self.weights)))
             hidden, output = self._forward(ids)
             if not hidden.requires_grad:
                 raise NotSupportedError
@@ -184,16 +194,6 @@ class _Run:
         if (self.norms < 0).any():
             raise NotSupportedError  # no gradient came to some layer
         return self.norms / (ids.shape[1] - 1) ** 2  # the gradients were those of the sum over the positions
-
-    def forward(self, samples: Samples, device: torch.device) -> None:
-        """One micro-batch, only forward: every layer is watched, and nothing is kept."""
-        ids = samples.input_ids.to(device)
-        self.norms = torch.zeros(len(ids), 0)
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            for layer in self.layers:
-                stack.enter_context(replaced(layer.module, partial(_watched, layer)))
-            stack.enter_context(replaced(self.embedding, self._embed))
-            self._forward(ids)
 
     def _forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
         """The hidden states that go into the head, and what the model without the head gave."""
@@ -222,19 +222,20 @@ class _Run:
             logits: torch.Tensor = self.model(input_ids=ids, use_cache=False).logits
         return logits.to(head_output.device)  # accelerate's hooks bring results to where the ids are
 
-    def _embed(self, original: Callable[..., torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-        """The token embeddings, from which gradients are taken on; only the rows that occur are loaded."""
-        if self.embedding.weight.device.type != "meta":
-            return original(ids).detach().requires_grad_(True)
-        unique, inverse = ids.unique(return_inverse=True)
-        rows = self.weights.rows(self.embedding, unique).to(self.embedding.weight.dtype)
-        padding, self.embedding.padding_idx = self.embedding.padding_idx, None  # a row of the whole table
-        try:
-            with replaced(self.embedding, lambda _original, *args: original(*args)):
-                embedded: torch.Tensor = torch.func.functional_call(self.embedding, {"weight": rows}, (inverse,))
-        finally:
-            self.embedding.padding_idx = padding
-        return embedded.detach().requires_grad_(True)
+
+def _embed(embedding: Any, weights: Weights, original: Callable[..., torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
+    """The token embeddings, from which gradients are taken on; only the rows that occur are loaded."""
+    if embedding.weight.device.type != "meta":
+        return original(ids).detach().requires_grad_(True)
+    unique, inverse = ids.unique(return_inverse=True)
+    rows = weights.rows(embedding, unique).to(embedding.weight.dtype)
+    padding, embedding.padding_idx = embedding.padding_idx, None  # a row of the whole table
+    try:
+        with replaced(embedding, lambda _original, *args: original(*args)):
+            embedded: torch.Tensor = torch.func.functional_call(embedding, {"weight": rows}, (inverse,))
+    finally:
+        embedding.padding_idx = padding
+    return embedded.detach().requires_grad_(True)
 
 
 @dataclass
@@ -278,15 +279,6 @@ def _checkpointed(layer: "_Layer", _original: Callable[..., Any], *args: Any, **
         results[i] = tensor
     assert call.result_spec is not None
     return tree_unflatten(results, call.result_spec)
-
-
-def _watched(layer: "_Layer", _original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A decoder layer's forward pass while it is watched."""
-    assert layer.run.watch is not None
-    with layer.run.weights.layer(layer.module), layer.run.watch(layer.index, layer.module):
-        results = layer.forward(*args, **kwargs)
-    layer.run.progress(len(layer.run.norms))
-    return results
 
 
 @dataclass(frozen=True)
@@ -341,17 +333,7 @@ class _Layer:
             run.has_rules[self.kind] = False
 
     def backward(self, back: _Return) -> None:
-        """Recompute the layer, take its gradient norms, and leave the inputs' gradients in their `.grad`.
-
-        Where it is watched, there are no norms.
-        """
-        if self.run.watch is not None:
-            with torch.enable_grad(), self.run.weights.layer(self.module):
-                with self.run.watch(self.index, self.module):
-                    results = back.call.run(self.forward, back.inputs)
-                back.backward(results)
-            self.run.norms[:, self.index] = 0
-            return
+        """Recompute the layer, take its gradient norms, and leave the inputs' gradients in their `.grad`."""
         has_rules = self.run.has_rules.get(self.kind)
         norms = None if has_rules is False else self._by_rules(back)
         if has_rules is None:  # the first layer of a kind is checked against autograd

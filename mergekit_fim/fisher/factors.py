@@ -1,17 +1,16 @@
-"""Model + tokens -> what the linear layers of its decoder layers are given, and the gradients at their outputs.
+"""Model + tokens -> what the linear layers of its decoder layers are given.
 
 Which modules a model is made of doesn't matter: while a decoder layer runs, every function of torch that is given one
 of its matrices is looked at. A matrix that rows of inputs are multiplied by, alone or as one of a stack of experts, has
-factors; one that anything else is done with has none.
+factors; one that is used in any other way has none.
 """
 
 import contextlib
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,20 +20,19 @@ from mergekit.options import MergeOptions
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 
-from mergekit_fim.config.parameters import FisherSettings
-from mergekit_fim.errors import FimError
+from mergekit_fim.errors import FimError, reason
 from mergekit_fim.fisher.batched import watch_layers
-from mergekit_fim.fisher.engine import ForwardError, autograd_engine
+from mergekit_fim.fisher.engine import NotSupportedError
 from mergekit_fim.fisher.loading import LoadedModel
 from mergekit_fim.fisher.measure import NotFiniteError, with_model
 from mergekit_fim.fisher.samples import Samples
-from mergekit_fim.fisher.weights import replaced
-from mergekit_fim.measurements.factors import Factors, LinearFactors, is_finite
+from mergekit_fim.measurements.factors import FactorsFile, FactorsSettings, LinearFactors, Linears
+from mergekit_fim.measurements.record import ModelIdentity, versions
 from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.models.layout import local_name
 from mergekit_fim.models.names import Place
+from mergekit_fim.text import size
 
 # The functions that multiply x by a weight: which of their arguments are the two, and whether the weight is [in, out].
 _PRODUCTS: dict[Any, tuple[int, int, bool]] = {F.linear: (0, 1, False)}
@@ -49,40 +47,28 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 _Key = tuple[int, str, int | None]
 
 
-@dataclass
-class _Use:
-    """Rows of inputs of a matrix, and the gradients at its outputs: [token, d_in] and [token, d_out]."""
+class _Watch(TorchFunctionMode):
+    """What is seen of one micro-batch.
 
-    inputs: torch.Tensor
-    transposed: bool
-    gradients: torch.Tensor | None = None
+    Attributes:
+        uses: by matrix, the inputs [token, d_in] of each use, and whether the weight is [d_in, d_out] in it.
+        others: the parameters that are used in another way, by layer and name.
+    """
 
-    def keep(self, rows: Any, scale: float, gradient: torch.Tensor) -> None:
-        self.gradients = gradient.detach()[rows].reshape(len(self.inputs), -1).to("cpu", copy=True).mul_(scale)
-
-
-class _Part:
-    """What is seen of a micro-batch: the `uses` of each matrix, and the `others` that something else is done with."""
-
-    def __init__(self, matrices: Sequence[Mapping[str, Sequence[int]]], scale: float = 1.0) -> None:
-        self._matrices, self.scale = matrices, scale
-        self.uses: dict[_Key, list[_Use]] = {}
+    def __init__(self) -> None:
+        super().__init__()
+        self.uses: dict[_Key, list[tuple[torch.Tensor, bool]]] = {}
         self.others: set[tuple[int, str]] = set()
 
-    def __call__(self, index: int, layer: nn.Module) -> "_Watching":
-        """To be entered while a layer runs forward."""
-        own = dict(layer.named_parameters())
-        return _Watching(index, {name: own[name] for name in self._matrices[index]}, self)
-
-
-class _Watching(TorchFunctionMode):
-    """What the matrices of one decoder layer are multiplied by, while this lasts."""
-
-    def __init__(self, index: int, matrices: Mapping[str, torch.Tensor], part: _Part) -> None:
-        super().__init__()
-        self._index, self._part = index, part
-        self._held = sorted(((p.data_ptr(), name, p) for name, p in matrices.items()), key=lambda its: its[:2])
+    @contextlib.contextmanager
+    def __call__(self, index: int, layer: nn.Module) -> Iterator[None]:
+        """Watch a decoder layer while it runs forward."""
+        matrices = [(p.data_ptr(), name, p) for name, p in layer.named_parameters() if p.ndim in (2, 3)]
+        self._index, self._held = index, sorted(matrices, key=lambda its: its[:2])
         self._copies: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
+        with self:
+            yield
+        self._copies = {}
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -96,8 +82,8 @@ class _Watching(TorchFunctionMode):
                 continue  # a view, of which we hear when it is used
             at, own, turned = _PRODUCTS.get(func, (0, len(args), False))
             is_product = len(owners) == 1 and own < len(args) and args[own] is weight
-            if not is_product or not self._note(name, parameter, weight, args[at], result, turned):
-                self._part.others.add((self._index, name))
+            if not is_product or not self._note(name, parameter, weight, args[at], turned):
+                self.others.add((self._index, name))
         return result
 
     def _owner(self, tensor: torch.Tensor) -> tuple[str, torch.Tensor] | None:
@@ -109,10 +95,8 @@ class _Watching(TorchFunctionMode):
         inside = tensor.data_ptr() < start + parameter.nbytes and tensor.device == parameter.device
         return (name, parameter) if inside else None
 
-    def _note(
-        self, name: str, parameter: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, y: torch.Tensor, turned: bool
-    ) -> bool:
-        """Note y = x · weight, [..., d_in] · [d_in, d_out] if `turned`; whether it is known what the weight is."""
+    def _note(self, name: str, parameter: torch.Tensor, weight: torch.Tensor, x: torch.Tensor, turned: bool) -> bool:
+        """Note x · weight, [..., d_in] · [d_in, d_out] if `turned`; say whether the weight is known to be a matrix."""
         offset = (weight.data_ptr() - parameter.data_ptr()) // parameter.element_size()
         matrix, number = parameter, None
         if parameter.ndim == 3 and weight.ndim == 2:
@@ -120,188 +104,176 @@ class _Watching(TorchFunctionMode):
         is_it = [(w.shape, w.stride()) == (weight.shape, weight.stride()) for w in (matrix, matrix.mT)]
         if not any(is_it) or offset or not parameter.dtype == weight.dtype == x.dtype:
             return False
-        transposed = turned is is_it[0]
-        if weight.ndim == 2:
-            self._keep((self._index, name, number), x, y, transposed)
-            return True
-        if x.ndim != 3 or len(x) != len(weight):
+        if weight.ndim == 3 and (x.ndim != 3 or len(x) != len(weight)):
             return False
-        for expert in range(len(weight)):  # all tokens go to all experts, as zeros where they aren't for them
-            rows = x[expert].any(-1)
-            if bool(rows.any()):
-                self._keep((self._index, name, expert), x[expert][rows], y, transposed, (expert, rows))
+        rows: dict[int | None, torch.Tensor] = {number: x}
+        if weight.ndim == 3:  # all tokens go to all experts, as zeros where they aren't for them
+            rows = {expert: x[expert][its] for expert in range(len(x)) if (its := x[expert].any(-1)).any()}
+        transposed = turned is is_it[0]
+        for which, its_rows in rows.items():
+            uses = self.uses.setdefault((self._index, name, which), [])
+            uses.append((self._copy(its_rows), transposed))
+            if uses[0][1] is not transposed:
+                return False
         return True
 
-    def _keep(self, key: _Key, x: torch.Tensor, y: torch.Tensor, transposed: bool, rows: Any = ...) -> None:
+    def _copy(self, x: torch.Tensor) -> torch.Tensor:
+        """Copy inputs to the CPU, [token, d_in]; make one copy for all matrices that are given the same."""
         same = (x.data_ptr(), x.numel(), x.shape[-1], x.stride()[-1:], x._version)
         if same not in self._copies:  # x beside it, so that no other tensor gets its address
             self._copies[same] = x.detach().reshape(-1, x.shape[-1]).to("cpu", copy=True), x
-        use = _Use(self._copies[same][0], transposed)
-        self._part.uses.setdefault(key, []).append(use)
-        if torch.is_grad_enabled():
-            y.requires_grad_(True)
-            y.register_hook(partial(use.keep, rows, self._part.scale))
-
-
-def _whole(loaded: LoadedModel, samples: Samples, part: _Part, progress: Callable[[int], object]) -> list[_Part]:
-    """As `watch_layers`, by the reference engine."""
-
-    def watched(index: int, layer: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        with part(index, layer):
-            return original(*args, **kwargs)
-
-    with contextlib.ExitStack() as stack:
-        for index, layer in enumerate(loaded.layers):
-            stack.enter_context(replaced(layer, partial(watched, index, layer)))
-        autograd_engine(loaded.model, loaded.layers, samples, progress)
-    return [part]
-
-
-@dataclass(frozen=True, eq=False)
-class RecordedFactors:
-    """Factors that were recorded just now: what `measurements.factors.write_factors` is given, and the dtype."""
-
-    factors: list[Factors]
-    lists: dict[str, list[str]]
-    dtype: str
+        return self._copies[same][0]
 
 
 def record_factors(
     base: InputModel,
-    settings: FisherSettings,
+    identity: ModelIdentity,
+    settings: FactorsSettings,
     samples: Samples,
-    kind: str,
     dtype: str | None,
     options: MergeOptions,
     *,
     running: torch.dtype | None = None,
-) -> RecordedFactors:
+) -> tuple[FactorsFile, dict[str, torch.Tensor]]:
     """Load a model, record what its linear layers are given on tokens, and let it go.
 
     Args:
         base: the model.
-        settings: how many tokens, and which labels.
+        identity: which model that is.
+        settings: what is recorded.
         samples: the tokens.
-        kind: `inputs`, or `both` inputs and gradients: those of the sum of each sequence's next-token losses.
         dtype: the merge's dtype, or None for the checkpoint's own.
         options: the merge's options, which say where it runs.
         running: what to run it in.
 
+    Returns:
+        What to write, and the inputs that it names.
+
     Raises:
         FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
-    backward = kind == "both"
 
-    def work(loaded: LoadedModel, whole: bool) -> RecordedFactors:
+    def work(loaded: LoadedModel, whole: bool) -> tuple[FactorsFile, dict[str, torch.Tensor]]:
         model, layers, lines = loaded.model, loaded.layers, list[str]()
-        matrices = _matrices(model, layers)
         for module in model.modules():  # transformers' mixtures then take one expert after the other
             config: Any = getattr(module, "config", None)
             if hasattr(config, "_experts_implementation"):
                 config._experts_implementation = "eager"
-        steps = (1 + (backward or whole)) * len(layers) * len(samples.input_ids)
-        title = f"Recording factors of {base}"
-        with tqdm.tqdm(total=steps, desc=title, unit="step", disable=options.quiet) as progress, torch.enable_grad():
-            if whole:
-                parts = _whole(loaded, samples, _Part(matrices, samples.input_ids.shape[1] - 1.0), progress.update)
-            else:
-                given = (model, layers, samples, progress.update, loaded.weights, lines.append)
-                parts = watch_layers(*given, lambda: _Part(matrices), backward=backward)
-        factors, lists = _named(base, matrices, *_together(str(base), parts, backward))
-        lists["warnings"] = [f"{base}: {line}" for line in lines]
-        return RecordedFactors(factors, lists, str(model.dtype).removeprefix("torch."))
+        steps = len(layers) * len(samples.input_ids)
+        title = f"Recording factors of {base}, about {size(_expected_size(base, samples, model.dtype))}"
+        with tqdm.tqdm(total=steps, desc=title, unit="step", disable=options.quiet) as progress:
+            given = (model, layers, samples, progress.update, loaded.weights, lines.append)
+            try:
+                watches = watch_layers(*given, _Watch)
+            except NotSupportedError as error:
+                if not whole:
+                    raise
+                why = reason(error.__cause__ or error)
+                raise FimError(f"{base}: it can't be run on random tokens ({why}); check its config.json") from error
+        inputs, tensors, not_reached, without = _named(base, _shapes(model, layers), watches)
+        found = FactorsFile(
+            model=identity,
+            settings=replace(settings, dtype=str(model.dtype).removeprefix("torch.")),
+            tensors=tensors,
+            not_reached=tuple(not_reached),
+            without=tuple(without),
+            warnings=tuple(f"{base}: {line}" for line in lines),
+            versions=versions(),
+        )
+        return found, inputs
 
-    try:
-        found, warnings = with_model(base, settings, dtype, options, work, running=running)
-    except ForwardError as error:
-        raise FimError(f"{base}: {error}") from error
-    found.lists["warnings"][:0] = warnings
-    return found
+    (found, inputs), warnings = with_model(base, settings.seq_len, dtype, options, work, running=running)
+    return found.model_copy(update={"warnings": (*warnings, *found.warnings)}), inputs
 
 
-def _matrices(model: PreTrainedModel, layers: Sequence[nn.Module]) -> list[dict[str, Sequence[int]]]:
-    """The shapes of every decoder layer's matrices and stacks of them, by their names in it: none that is shared."""
+def _shapes(model: nn.Module, layers: Sequence[nn.Module]) -> list[dict[str, torch.Size]]:
+    """The shapes of each decoder layer's matrices and stacks of them, by their parameters' names; no shared ones."""
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     return [
         {n: p.shape for n, p in layer.named_parameters() if p.ndim in (2, 3) and owners[id(p)] == 1} for layer in layers
     ]
 
 
-def _together(
-    name: str, parts: Sequence[_Part], backward: bool
-) -> tuple[dict[_Key, LinearFactors], set[tuple[int, str]]]:
-    """The factors on all micro-batches, their rows stacked; and the parameters that have none for how they are used.
+def _expected_size(base: InputModel, samples: Samples, dtype: torch.dtype) -> int:
+    """Estimate the bytes of factors by the layers' widths: attention and MLP each have a first and a last input."""
+    text = base.text_config
+    inner = getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None)
+    experts = getattr(text, "num_experts_per_tok", None) or 1
+    width = 2 * text.hidden_size + experts * (text.hidden_size + (inner or 4 * text.hidden_size))
+    return dtype.itemsize * samples.input_ids.numel() * len(base.layout.layers) * width
+
+
+def _named(
+    base: InputModel, shapes: Sequence[Mapping[str, torch.Size]], watches: Sequence[_Watch]
+) -> tuple[dict[str, torch.Tensor], dict[str, Linears], list[str], list[str]]:
+    """Find by mergekit's names: inputs, factors, experts that no token came to, and what has no factors.
 
     Raises:
         NotFiniteError: a value that isn't finite.
     """
-    seen: dict[_Key, LinearFactors] = {}
-    others = set().union(*(part.others for part in parts))
-    joined: dict[tuple[int, ...], torch.Tensor] = {}  # what several share, they go on sharing
-    for key in dict.fromkeys(key for part in parts for key in part.uses):
-        uses = [use for part in parts for use in part.uses.get(key, ())]
-        sides = [[use.inputs for use in uses], [use.gradients for use in uses if use.gradients is not None]]
-        if len({use.transposed for use in uses}) > 1 or (backward and len(sides[1]) < len(uses)):
-            others.add(key[:2])
-            continue
-        stacked = []
-        for side in sides[: 1 + backward]:
-            own = tuple(map(id, side))
-            if own not in joined:
-                joined[own] = side[0] if len(side) == 1 else torch.cat(side)
-                if not is_finite(joined[own]):
-                    raise NotFiniteError(
-                        f"{name}: what the tensor {key[1]} of decoder layer {key[0]} is given, or its gradient, isn't "
-                        f"finite (in {str(side[0].dtype).removeprefix('torch.')}); check the checkpoint for NaN, or "
-                        "set a wider `dtype:` such as bfloat16 or float32"
-                    )
-            stacked.append(joined[own])
-        seen[key] = LinearFactors(stacked[0], stacked[1] if backward else None, uses[0].transposed)
-    return {key: linear for key, linear in seen.items() if key[:2] not in others}, others
-
-
-def _named(
-    base: InputModel,
-    matrices: Sequence[Mapping[str, Sequence[int]]],
-    seen: Mapping[_Key, LinearFactors],
-    others: set[tuple[int, str]],
-) -> tuple[list[Factors], dict[str, list[str]]]:
-    """By the names of mergekit's layout: the factors, for each decoder layer, and the lists of what has none."""
-    shapes = {name: header.shape for name, header in base.headers.items()}
-    factors, not_reached, without = list[Factors](), list[str](), list[str]()
-    for layer in base.layout.layers:
-        its: dict[str, Any] = {}
-        own = matrices[layer.index]
-        experts = {s[0] for s in own.values() if len(s) == 3} | {getattr(base.text_config, n, None) for n in _EXPERTS}
+    stored = {name: header.shape for name, header in base.headers.items()}
+    others = set().union(*(watch.others for watch in watches))
+    inputs: dict[tuple[int, ...], tuple[str, torch.Tensor]] = {}
+    found, not_reached, without = dict[str, Linears](), list[str](), list[str]()
+    for index, layer in enumerate(base.layout.layers):
+        counts: set[Any] = {shape[0] for shape in shapes[index].values() if len(shape) == 3}
+        counts |= {getattr(base.text_config, name, None) for name in _EXPERTS}
         for name in (tensor.name for tensor in layer.tensors if tensor.name not in base.absent):
             is_whole = base.loading.is_whole(name)
-            place = None if is_whole else base.loading.place(name, shapes)
+            place = None if is_whole else base.loading.place(name, stored)
             keys = base.loading.keys_of(name) if is_whole else [place.key] if place else []
-            local = local_name(keys[0], layer.index) if len(keys) == 1 else ""
-            shape = own.get(local, ())
-            numbers = range(shape[0]) if len(shape) == 3 else [None]
-            linears = [seen.get((layer.index, local, number)) for number in numbers]
-            is_router = len(shape) == 2 and _ROUTER.search(local) and not experts.isdisjoint(shape)
-            is_used = (layer.index, local) in others or (len(shape) == 3 and not any(linears))  # in another way
-            one = linears[place.expert or 0 if place else 0]
-            part = _part(one, place) if one and place else one
-            if not shape or is_router or is_used or (one and not part):
-                without += [name] if len(shape or shapes.get(name, ())) > 1 else []
-            elif len(shape) == 3 and not place:
-                its[name] = linears
-                not_reached += [f"{name}[{number}]" for number, linear in enumerate(linears) if not linear]
-            elif part:
-                its[name] = part
-            else:
-                not_reached.append(name)
-        factors.append(its)
-    return factors, {"not_reached": not_reached, "without": without}
+            local = local_name(keys[0], index) if len(keys) == 1 else ""
+            shape: Sequence[int] = shapes[index].get(local, ())
+            is_router = len(shape) == 2 and _ROUTER.search(local) and not counts.isdisjoint(shape)
+            numbers: Sequence[int | None] = range(shape[0]) if len(shape) == 3 else [None]
+            linears: Linears = ()
+            if shape and not is_router and (index, local) not in others:
+                linears = tuple(_linear(str(base), (index, local, n), watches, inputs) for n in numbers)
+            if len(shape) == 3 and not any(linears):
+                linears = ()  # the model uses the stack in another way
+            if place and linears:
+                linears = _of_part(linears[place.expert or 0], place, shape)
+            if not linears and len(shape or stored.get(name, ())) > 1:
+                without.append(name)
+            if any(linears):
+                found[name] = linears
+            idle = [number for number, linear in enumerate(linears) if linear is None]
+            not_reached += [name if len(linears) == 1 else f"{name}[{number}]" for number in idle]
+    return dict(inputs.values()), found, not_reached, without
 
 
-def _part(linear: LinearFactors, place: Place) -> LinearFactors | None:
-    """The factors of a part of a matrix; None where it doesn't have all inputs in their order."""
-    inputs, outputs = (place.rows, place.columns) if linear.transposed else (place.columns, place.rows)
-    if not torch.equal(inputs, torch.arange(linear.inputs.shape[1])):
+def _linear(
+    model: str, key: _Key, watches: Sequence[_Watch], inputs: dict[tuple[int, ...], tuple[str, torch.Tensor]]
+) -> LinearFactors | None:
+    """Join the factors of a matrix on all micro-batches; None for one that no token came to.
+
+    Args:
+        model: for the error.
+        key: the matrix.
+        watches: of each micro-batch.
+        inputs: by the ids of their parts, name and values, [token, d_in]; gets this matrix's, unless it shares others'.
+    """
+    uses = [use for watch in watches for use in watch.uses.get(key, ())]
+    if not uses:
         return None
-    gradients = None if linear.gradients is None else linear.gradients[:, outputs]
-    return LinearFactors(linear.inputs, gradients, linear.transposed ^ place.turned)
+    parts = [rows for rows, _ in uses]
+    ids = tuple(map(id, parts))
+    if ids not in inputs:
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not all(end.isfinite() for end in whole.aminmax()):  # in 16 bits much faster than to look at all
+            raise NotFiniteError(
+                f"{model}: what the tensor {key[1]} of decoder layer {key[0]} is given isn't finite (in "
+                f"{str(whole.dtype).removeprefix('torch.')}); check the checkpoint for NaN, or set a wider `dtype:` "
+                "such as bfloat16 or float32"
+            )
+        inputs[ids] = f"inputs.{len(inputs)}", whole
+    return LinearFactors(key[0], inputs[ids][0], uses[0][1])
+
+
+def _of_part(linear: LinearFactors | None, place: Place, shape: Sequence[int]) -> Linears:
+    """The factors of a part of a parameter of this shape; none where it doesn't have all inputs in their order."""
+    if linear is None:
+        return (None,)
+    own, width = (place.rows, shape[-2]) if linear.transposed else (place.columns, shape[-1])
+    has_all = torch.equal(own, torch.arange(width))
+    return (replace(linear, transposed=linear.transposed ^ place.turned),) if has_all else ()

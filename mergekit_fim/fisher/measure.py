@@ -188,7 +188,7 @@ def measure_checkpoint(
             quiet=options.quiet,
         )
 
-    found, warnings = with_model(base, settings, dtype, options, work, running=running, beside=beside)
+    found, warnings = with_model(base, settings.seq_len, dtype, options, work, running=running, beside=beside)
     return replace(found, warnings=(*warnings, *found.warnings))
 
 
@@ -229,7 +229,7 @@ class _Attempt:
 
 def with_model(
     base: InputModel,
-    settings: FisherSettings,
+    seq_len: int,
     dtype: str | None,
     options: MergeOptions,
     work: Callable[[LoadedModel, bool], T],
@@ -242,6 +242,7 @@ def with_model(
     See `measure_checkpoint` for the other arguments and the errors.
 
     Args:
+        seq_len: how many tokens it is run on at a time.
         work: is given the model, and whether all of it is in memory because it can't be run layer by layer; raises
             `NotSupportedError` where it can't be, and `NotFiniteError`.
 
@@ -273,7 +274,7 @@ def with_model(
         remedy = "free some memory" if first.device.type == "cpu" else "merge without --cuda, --device and --multi-gpu"
         raise FimError(
             f"{base}: {first.device} has too little memory for the Fisher pre-pass, which needs that of one decoder "
-            f"layer and one sequence of {settings.seq_len} tokens; lower fisher_seq_len (--seq-len), or {remedy}"
+            f"layer and one sequence of {seq_len} tokens; lower fisher_seq_len (--seq-len), or {remedy}"
         ) from None
     finally:
         loaded = None  # or its memory couldn't be given back

@@ -1,13 +1,18 @@
-"""Compare two measurements: do they rank the layers alike?"""
+"""Compare two measurements: do they rank the layers alike? And two files of factors: how alike are they?"""
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mergekit_fim.errors import FimError
+from mergekit_fim.measurements.factors import FactorsFile
 from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher, Measurement
 from mergekit_fim.text import wrapped
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # A layer moved beyond what chance explains where its shift is more than this many standard errors.
 SIGNIFICANT = 2.0
@@ -124,4 +129,54 @@ def render_comparison(first: Measurement, second: Measurement, count: int) -> st
         verdict = {None: "", True: "  beyond", False: "  within"}[layer.is_beyond]
         values = f"{layer.first.fisher:>12.3e}{layer.second.fisher:>12.3e}{math.exp(layer.shift):>9.2f}×"
         lines.append(f"{layer.first.index:>8}{values}{stderr:>10}{verdict}")
+    return "\n".join(lines)
+
+
+def compare_factors(first: FactorsFile, second: FactorsFile) -> dict[int, list[tuple[str, float]]]:
+    """How alike the factors of the same tensors are: the cosine ⟨A, A'⟩ / (‖A‖ ‖A'‖).
+
+    Only products of tokens with tokens are formed: ⟨A, A'⟩ is ‖X X'ᵀ‖² but for a factor.
+
+    Returns:
+        For each decoder layer (tensor, cosine), of a stack for each expert.
+
+    Raises:
+        FimError: they have no tensor of one shape in common.
+    """
+
+    def product(x: "Tensor", y: "Tensor") -> float:
+        return float((x.float() @ y.float().T).square().sum())
+
+    found: dict[int, list[tuple[str, float]]] = {}
+    for name, its in first.tensors.items():
+        for a, b in zip(its, second.tensors.get(name, ()), strict=False):
+            if a is None or b is None:
+                continue
+            x, y = first.inputs(a.inputs), second.inputs(b.inputs)
+            if x.shape[1] == y.shape[1]:
+                cosine = product(x, y) / (math.sqrt(product(x, x) * product(y, y)) or 1.0)
+                found.setdefault(a.layer, []).append((name, cosine))
+    if not found:
+        raise FimError(
+            f"these can't be compared: expected factors of tensors of one shape, found none in {first.path} and "
+            f"{second.path}; name two of models of one shape"
+        )
+    return found
+
+
+def render_factors(first: FactorsFile, second: FactorsFile) -> str:
+    """Two files of factors side by side: for each decoder layer the mean cosine, and the least alike tensor.
+
+    Raises:
+        FimError: they can't be compared.
+    """
+    lines = []
+    for name, its in (("first", first), ("second", second)):
+        lines += wrapped(f"{name}: {its.model.id}, {its.settings}, in {its.settings.dtype}")
+    lines += ["They are of different tokens."] if first.settings.tokens != second.settings.tokens else []
+    lines += ["", f"{'layer':>8}{'inputs':>10}   least alike"]
+    for layer, cosines in sorted(compare_factors(first, second).items()):
+        least, name = min((cosine, name) for name, cosine in cosines)
+        mean = math.fsum(cosine for _, cosine in cosines) / len(cosines)
+        lines.append(f"{layer:>8}{mean:>10.3f}   {least:.3f} {name}")
     return "\n".join(lines)

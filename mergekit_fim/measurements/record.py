@@ -123,6 +123,11 @@ class Measurement:
     fisher: FisherMeasurement
     versions: Mapping[str, str]
 
+    @property
+    def settings(self) -> FisherSettings:
+        """Those of the numbers."""
+        return self.fisher.settings
+
     @classmethod
     def of(cls, fisher: FisherMeasurement, model: ModelIdentity) -> "Measurement":
         """Make the record of a measurement that was just taken."""

@@ -9,7 +9,9 @@ import json
 import logging
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import huggingface_hub
 from huggingface_hub.errors import (
@@ -22,11 +24,13 @@ from huggingface_hub.errors import (
 from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.errors import FimError, reason
 from mergekit_fim.files import read_json
-from mergekit_fim.measurements.factors import FactorsSettings
-from mergekit_fim.measurements.file import from_json, write_measurement
+from mergekit_fim.measurements.factors import FactorsFile, FactorsSettings
+from mergekit_fim.measurements.file import from_json
 from mergekit_fim.measurements.record import Measurement, ModelIdentity, versions
 
 LOG = logging.getLogger("mergekit_fim")
+
+K = TypeVar("K", Measurement, FactorsFile)
 
 # What `user/repo` stands for.
 DEFAULT_NAME, DEFAULT_NAME_OF_FACTORS = "fisher.json", "factors.safetensors"
@@ -127,22 +131,28 @@ class CacheEntry:
 
     def read(self) -> Measurement | None:
         """Read the kept measurement, as one of this model; None where there is none that can be used."""
-        path = self.path
-        if not os.path.exists(path):
+        kept = self.kept(lambda path: from_json(read_json(path), path))
+        return kept and replace(kept, model=self.model)  # it may lie elsewhere by now
+
+    def kept(self, read: Callable[[str], K]) -> K | None:
+        """Read the file by `read`; None where there is none that can be used."""
+        if not os.path.exists(self.path):
             return None
         try:
-            kept = from_json(read_json(path), path)
-            if kept.model.difference(self.model) or kept.fisher.settings != self.settings:
-                raise FimError(f"{path} is of another model")
+            kept = read(self.path)
+            if kept.model.difference(self.model) or kept.settings != self.settings:
+                raise FimError(f"{self.path} is of another model")
         except FimError as error:
             LOG.warning("the cache can't be used, the model is measured anew: %s", error)
             return None
-        return replace(kept, model=self.model)  # it may lie elsewhere by now
+        return kept
 
-    def write(self, made: Measurement) -> None:
-        """Keep a measurement that was just made, if that is possible."""
+    def write(self, write: Callable[[str], object]) -> bool:
+        """Keep what was just made by `write`, if that is possible; say whether it was."""
         try:
-            os.makedirs(cache_folder(), exist_ok=True)
-            write_measurement(made, self.path)
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            write(self.path)
         except (OSError, FimError) as error:
             LOG.warning("the measurement is not kept for the next merge: %s", error)
+            return False
+        return True

@@ -29,7 +29,7 @@ from mergekit_fim.merging.trim import Threshold, find_threshold, runs, trim_run
 from mergekit_fim.norms import squared_norm
 
 PAPER = "https://arxiv.org/abs/2603.21705"
-SOURCE = "kron_source"  # fim_kron's: `directions.Source` as a string, which the pre-pass alone sets; see there
+SOURCE = "kron_source"  # fim_kron's: `directions.source`, which the pre-pass alone sets
 _PRETTY_NAMES = {"fim_ties": "FIM-TIES", "fim_ta": "FIM Task Arithmetic", "fim_kron": "FIM-Kronecker"}
 
 
@@ -143,7 +143,7 @@ class FimMerge(GroupMergeMethod):
 
 
 class FimKron(FimMerge):
-    """`fim_kron`: every pair of a matrix' directions has a coefficient of its own; see `mergekit_fim.merging.kron`."""
+    """`fim_kron`: every direction of a matrix has a coefficient of its own; see `mergekit_fim.merging.kron`."""
 
     @torch.no_grad()
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
@@ -156,8 +156,8 @@ class FimKron(FimMerge):
         base, entries, name = group.base.tensor, group.non_base, group.metadata.name or ""
         told = [parameters[SOURCE][entry.id] for entry in entries]
         found: list[directions.Place | None] = []
-        if parameters["other_modules"] == "merge" and told and all(told) and base.ndim > 1:
-            found = directions.places(name, [directions.Source.parse(text) for text in told])
+        if parameters["other_modules"] == "merge" and told and base.ndim > 1:
+            found = directions.places(name, told)
         if not any(found) and (parameters["density"] == 1 or not entries or parameters["other_modules"] != "merge"):
             return super().merge_group(group, **parameters)
         parts = shares([parameters["weight"][entry.id] for entry in entries], parameters["normalize"])

@@ -6,18 +6,20 @@ by the names of the source layers: `alpha`, and which files of factors, and whic
 
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
+from typing import Any
 
 import torch
 from mergekit.common import ModelReference
-from mergekit.config import ConditionalParameter, MergeConfiguration, evaluate_setting
+from mergekit.config import MergeConfiguration, evaluate_setting
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_fim.config.parameters import PARAMETERS, FisherSettings
-from mergekit_fim.config.settings import Settings, settings_of
+from mergekit_fim.config.settings import Settings
 from mergekit_fim.errors import FimError, shown
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.measure import check_measurable
@@ -25,16 +27,21 @@ from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.measurements.factors import FactorsFile
 from mergekit_fim.measurements.store import DEFAULT_NAME_OF_FACTORS, local_file
 from mergekit_fim.merging import directions
-from mergekit_fim.merging.kron import Spread, check_betas, spread
+from mergekit_fim.merging.kron import Spread, check_betas, spreads
 from mergekit_fim.merging.methods import SOURCE, shares
 from mergekit_fim.models.identity import identity
 from mergekit_fim.models.inputs import InputModel
-from mergekit_fim.prepass.factors import MeasuredFactors, measured_factors
-from mergekit_fim.prepass.measured import once
+from mergekit_fim.models.layout import local_name
+from mergekit_fim.prepass.factors import MeasuredFactors, measured_factors, settings_on
+from mergekit_fim.prepass.measured import check_as_set, once
 from mergekit_fim.prepass.result import Kron, KronLayer, KronModel, SourceSlice
+from mergekit_fim.prepass.slices import alphas_of, merged_tensors
 from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
+from mergekit_fim.prepass.written import write_alpha
 from mergekit_fim.processes import launched
-from mergekit_fim.processes.together import in_all
+
+Models = Mapping[ModelReference, InputModel]
+_Merged = tuple[ModelReference, ModelReference]  # a base, and a fine-tuned model that is merged into it
 
 # What mixes tokens, by the names that the architectures give it; all else that has factors counts as MLP.
 _ATTENTION = re.compile(r"attn|attention|mixer|mamba|conv|recurrent|temporal")
@@ -43,10 +50,25 @@ _ATTENTION = re.compile(r"attn|attention|mixer|mamba|conv|recurrent|temporal")
 _EXPERTS_OF_SPREAD = 8
 
 
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of one output slice.
+
+    Attributes:
+        index: which of the slice's layers it is in; None outside of them.
+        names: in each of the slice's fine-tuned models.
+        betas: their coefficients, α × the model's share of the weights.
+    """
+
+    index: int | None
+    names: tuple[str, ...]
+    betas: tuple[float, ...]
+
+
 def run(
     config: MergeConfiguration,
     settings: Settings,
-    inputs: Mapping[ModelReference, InputModel],
+    inputs: Models,
     sources: Sequence[SourceSlice],
     kept: Container[str],
     options: MergeOptions,
@@ -67,215 +89,141 @@ def run(
     Raises:
         FimError: layers that don't fit, coefficients out of range, or factors that can't be had or used.
     """
-    kron, alpha = settings.kron, settings.mapping.alpha_mean
-    assert kron is not None
-    assert alpha is not None
     directions.forget()
-    sweeps = {
-        base: _sweep(inputs[base], sources, inputs, config, options) for base in _distinct(s.base for s in sources)
+    sweeps = _sweeps(inputs, sources, config.dtype, options)
+    alphas, others = _write_alphas(sources, inputs, settings)
+    groups = [list(its) for _, its in groupby(sources, key=lambda source: id(source.reader))]
+    tensors = [list(_tensors(group, inputs, kept)) for group in groups]
+
+    models = [inputs[reference] for reference in dict.fromkeys(r for s in sources for r in s.ends)]
+    settings, factors = _factors(models, config.dtype, settings, options)
+    _write_sources(sources, inputs, factors, settings)
+
+    norms = {
+        base: once(("norms", base, config.dtype, sweep.pairs), partial(_norms, sweep, options))
+        for base, sweep in sweeps.items()
     }
-    others = {(s.base, s.source.model): _outside(s, sources, inputs, settings) for s in sources}
-    by_hand = {id(s): s.settings("alpha") for s in sources}
+    layers: dict[_Merged, dict[LayerPair, KronLayer]] = {key: {} for key in others}
+    for group, its in zip(groups, tensors, strict=True):
+        for index in range(len(group[0].pairs())):
+            own = [tensor for tensor in its if tensor.index == index]
+            parts = _spreads(group, own, loading.placement(options).device)
+            for number, source in enumerate(group):
+                pair, key = source.pairs()[index], source.ends
+                beta = math.fsum(tensor.betas[number] for tensor in own) / len(own)
+                norm, alpha = norms[key[0]][key[1]].layers[pair], alphas[id(source)][pair]
+                layers[key][pair] = KronLayer(pair, norm, alpha, beta, parts[number])
+    ordered = {key: sorted(found) for key, found in layers.items()}
+    weighed = tuple(KronModel(*key, tuple(layers[key][p] for p in its), others[key]) for key, its in ordered.items())
+    return settings, Kron(factors, weighed), list(_warnings(factors))
+
+
+def _sweeps(
+    inputs: Models, sources: Sequence[SourceSlice], dtype: str | None, options: MergeOptions
+) -> dict[ModelReference, TaskVectorSweep]:
+    """Make what measures the task vectors of each base, which checks that layers fit."""
+    pairs: dict[ModelReference, dict[InputModel, dict[LayerPair, None]]] = {}
     for source in sources:
-        model, other = inputs[source.source.model], others[source.base, source.source.model]
-        layers = {p: alpha for pair in source.pairs() for p in model.layout.layers[pair.source_layer].prefixes}
-        own = [*by_hand[id(source)], *source.filters(model, layers, other)]
-        source.source.parameters = {**(source.source.parameters or {}), "alpha": own}
-    groups = _groups(sources)
-    for group in groups:
-        _check_coefficients(group, inputs, kept)
+        its = pairs.setdefault(source.base, {}).setdefault(inputs[source.source.model], {})
+        its.update(dict.fromkeys(source.pairs()))
+    devices = loading.placement(options).devices()
+    return {base: TaskVectorSweep(inputs[base], of_base, dtype, devices) for base, of_base in pairs.items()}
 
-    models = [inputs[reference] for reference in _distinct(r for s in sources for r in (s.base, s.source.model))]
-    saved = _saved(settings, models, options)
-    if saved:
-        its = {name: getattr(saved[0].settings, name) for name in vars(settings.fisher)}
-        settings = replace(settings, fisher=FisherSettings(**its))
-    factors = _factors(models, saved, config.dtype, settings, options)
+
+def _norms(sweep: TaskVectorSweep, options: MergeOptions) -> dict[ModelReference, TaskVectorNorms]:
+    found = sweep.norms(quiet=options.quiet)
+    LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
+    return {model.reference: norms for model, norms in found.items()}
+
+
+def _write_alphas(
+    sources: Sequence[SourceSlice], inputs: Models, settings: Settings
+) -> tuple[dict[int, dict[LayerPair, float]], dict[_Merged, float]]:
+    """Put α into the config, behind what the user set by hand.
+
+    Returns:
+        By a source's id, what its layers get; by base and fine-tuned model, α outside the layers.
+    """
+    alpha = settings.mapping.alpha_mean
+    assert alpha is not None
+    alphas = {id(s): alphas_of(s, inputs[s.source.model], dict.fromkeys(s.pairs(), alpha)) for s in sources}
+    others: dict[_Merged, float] = {}
+    for key in dict.fromkeys(s.ends for s in sources):
+        own = [a for s in sources if s.ends == key for a in alphas[id(s)].values()]
+        mean = math.fsum(own) / len(own) if own else alpha
+        others[key] = mean if settings.alpha_other is None else settings.alpha_other
     for source in sources:
-        base, model = inputs[source.base], inputs[source.source.model]
-        told = {}
-        for pair in source.pairs():
-            prefixes = (m.layout.layers[i].prefixes for m, i in ((base, pair.base_layer), (model, pair.source_layer)))
-            for of_base, of_model in zip(*prefixes, strict=False):
-                ends = (factors[base][0].path, of_base), (factors[model][0].path, of_model)
-                told[of_model] = str(directions.Source(*ends, kron.factors, kron.damping))
-        source.source.parameters = {
-            **(source.source.parameters or {}),
-            SOURCE: source.filters(model, told, ""),
-        }
-
-    def weigh() -> list[KronModel]:
-        norms = {base: _norms(base, sweep, config.dtype, options) for base, sweep in sweeps.items()}
-        return list(_models(groups, inputs, norms, others, loading.placement(options).device))
-
-    found = in_all(launched.together(), lambda: [_portable(m) for m in weigh()] if launched.is_main() else [])[0]
-    result = tuple(KronModel(inputs[base], inputs[model], layers, others[base, model]) for base, model, layers in found)
-    return settings, Kron(factors, result), list(_warnings(factors))
+        write_alpha(source, inputs[source.source.model], dict.fromkeys(source.pairs(), alpha), others[source.ends])
+    return alphas, others
 
 
-def _portable(model: KronModel) -> tuple[ModelReference, ModelReference, tuple[KronLayer, ...]]:
-    """What processes can send one another."""
-    return model.base.reference, model.model.reference, model.layers
-
-
-def _distinct(items: Iterable[ModelReference]) -> list[ModelReference]:
-    return list(dict.fromkeys(items))
-
-
-def _groups(sources: Sequence[SourceSlice]) -> list[list[SourceSlice]]:
-    """The sources of each output slice."""
-    groups: dict[int, list[SourceSlice]] = {}
-    for source in sources:
-        groups.setdefault(id(source.reader), []).append(source)
-    return list(groups.values())
-
-
-def _outside(
-    source: SourceSlice,
-    sources: Sequence[SourceSlice],
-    inputs: Mapping[ModelReference, InputModel],
-    settings: Settings,
-) -> float:
-    """α outside the decoder layers: `alpha_other`, or the mean of the layers'."""
-    if settings.alpha_other is not None:
-        return settings.alpha_other
-    own = [s for s in sources if (s.base, s.source.model) == (source.base, source.source.model)]
-    default, model = settings.mapping.alpha_mean or 0.0, inputs[source.source.model]
-    alphas = [_alpha(s, model, index, default) for s in own for index in range(len(s.pairs()))]
-    return math.fsum(alphas) / len(alphas) if alphas else default
-
-
-def _alpha(source: SourceSlice, model: InputModel, index: int, default: float | None = None) -> float:
-    """The mean of α over the tensors of one of a slice's layers."""
-    settings = source.settings("alpha")
-    tensors = model.layout.layers[source.pairs()[index].source_layer].tensors
-    values = [evaluate_setting(t.name, settings, _gradient(source, index), validate=float) for t in tensors]
-    return math.fsum(default if v is None and default is not None else v for v in values) / len(values)
-
-
-def _gradient(source: SourceSlice, index: int) -> float:
-    """Where a layer of a slice stands on mergekit's gradients."""
-    count = len(source.pairs())
-    return index / (count - 1) if count > 1 else 1.0
-
-
-def _betas(
-    group: Sequence[SourceSlice], inputs: Mapping[ModelReference, InputModel], index: int | None, local: str
-) -> list[float]:
-    """β of each model of a slice for one tensor: of one of the layers by its local name, or outside them."""
-    names, t = [local] * len(group), 0.0
-    if index is not None:
-        layers = [inputs[s.source.model].layout.layers[s.pairs()[index].source_layer] for s in group]
-        names = [next(t.name for t in layer.tensors if layer.local(t.name) == local) for layer in layers]
-        t = _gradient(group[0], index)
-
-    def value(name: str, setting: list[ConditionalParameter], kind: type) -> float:
-        found: float = evaluate_setting(name, setting, t, validate=kind)
-        return found
-
-    def default(name: str) -> ConditionalParameter:
-        return ConditionalParameter(value=PARAMETERS[name].default_for("fim_kron"))
-
-    weights = [
-        value(name, [*s.settings("weight"), default("weight")], float) for s, name in zip(group, names, strict=True)
-    ]
-    alphas = [value(name, s.settings("alpha"), float) for s, name in zip(group, names, strict=True)]
-    normalize = value(names[0], [*settings_of(group[0].reader, "normalize"), default("normalize")], bool)
-    return [part * alpha for part, alpha in zip(shares(weights, bool(normalize)), alphas, strict=True)]
-
-
-def _check_coefficients(
-    group: Sequence[SourceSlice], inputs: Mapping[ModelReference, InputModel], kept: Container[str]
-) -> None:
-    """Check that the models' coefficients leave the base at least nothing, before anything is measured.
+def _tensors(group: Sequence[SourceSlice], inputs: Models, kept: Container[str]) -> Iterator[_Tensor]:
+    """List all tensors that one output slice merges, with their coefficients.
 
     Raises:
-        FimError: they don't.
+        FimError: coefficients that leave the base less than nothing.
     """
-    first = inputs[group[0].source.model]
-    outside = [t.name for t in first.layout.modules[group[0].module] if t.name not in kept]
-    named: list[tuple[int | None, str, str]] = [(None, name, name) for name in outside]
-    for index, pair in enumerate(group[0].pairs()):
-        layer = first.layout.layers[pair.source_layer]
-        named += [(index, layer.local(t.name), t.name) for t in layer.tensors]
-    for where, local, name in named:
+    for index, names in merged_tensors(group, inputs, kept):
+        betas = _betas(group, names, 0.0 if index is None else group[0].gradient(index))
         try:
-            check_betas(_betas(group, inputs, where, local))
+            check_betas(betas)
         except ValueError as error:
             raise FimError(
-                f"{name}: {error}: alpha × weight of each model, the weights divided by their sum with `normalize: "
+                f"{names[0]}: {error}: alpha × weight of each model, the weights divided by their sum with `normalize: "
                 "true`; change `alpha` or `weight`"
             ) from None
+        yield _Tensor(index, names, betas)
 
 
-def _sweep(
-    base: InputModel,
-    sources: Sequence[SourceSlice],
-    inputs: Mapping[ModelReference, InputModel],
-    config: MergeConfiguration,
-    options: MergeOptions,
-) -> TaskVectorSweep:
-    """What measures the task vectors, which checks that layers fit."""
-    pairs: dict[InputModel, list[LayerPair]] = {}
-    for source in sources:
-        if source.base == base.reference:
-            own = pairs.setdefault(inputs[source.source.model], [])
-            own += [pair for pair in source.pairs() if pair not in own]
-    return TaskVectorSweep(base, pairs, config.dtype, loading.placement(options).devices())
+def _betas(group: Sequence[SourceSlice], names: Sequence[str], t: float) -> tuple[float, ...]:
+    """Compute each fine-tuned model's β for one tensor, by its name in each; `t`: see `SourceSlice.gradient`."""
 
+    def values(parameter: str, kind: type) -> list[Any]:
+        default = PARAMETERS[parameter].default_for("fim_kron")
+        found = [
+            evaluate_setting(n, s.settings(parameter), t, validate=kind) for n, s in zip(names, group, strict=True)
+        ]
+        return [default if value is None else value for value in found]
 
-def _norms(
-    base: ModelReference, sweep: TaskVectorSweep, dtype: str | None, options: MergeOptions
-) -> Mapping[ModelReference, TaskVectorNorms]:
-    def measure() -> Mapping[ModelReference, TaskVectorNorms]:
-        found = sweep.norms(quiet=options.quiet)
-        LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
-        return {model.reference: norms for model, norms in found.items()}
-
-    return once(("norms", base, dtype, sweep.pairs), measure)
-
-
-def _saved(settings: Settings, models: Sequence[InputModel], options: MergeOptions) -> list[FactorsFile]:
-    """The files of factors that the config names.
-
-    Raises:
-        FimError: one can't be used, is of none of the models, or was recorded with other settings than the config's.
-    """
-    names = [name.strip() for name in (settings.saved or "").split(",")]
-    if settings.saved is not None and not all(names):
-        raise FimError(f"fisher: expected files of factors, separated by commas, found {shown(settings.saved)}")
-    where = {"kind": "factors", "default": DEFAULT_NAME_OF_FACTORS}
-    saved = [FactorsFile.open(local_file(name, options.transformers_cache, **where)) for name in names if name]
-    identities = [identity(model) for model in models] if saved else []
-    for file in saved:
-        if all(file.identity.difference(own) for own in identities):
-            raise FimError(
-                f"fisher: {file.path} has the factors of {file.identity.id}, which is none of the merge's models; "
-                "record theirs with `mergekit-fim fisher --factors`, or leave `fisher` out"
-            )
-        for name in sorted(settings.given):
-            wanted, has = getattr(settings.fisher, name), getattr(file.settings, name)
-            if wanted != has:
-                raise FimError(
-                    f"fisher: {file.path} was recorded with {name} {has}, but the config sets fisher_{name} to "
-                    f"{wanted}; leave out one of the two"
-                )
-    return saved
+    parts = shares(values("weight", float), values("normalize", bool)[0])
+    return tuple(part * alpha for part, alpha in zip(parts, values("alpha", float), strict=True))
 
 
 def _factors(
-    models: Sequence[InputModel],
-    saved: Sequence[FactorsFile],
-    dtype: str | None,
-    settings: Settings,
-    options: MergeOptions,
-) -> dict[InputModel, tuple[FactorsFile, str]]:
-    """The factors of every model of the merge, all on the same tokens; and where each file comes from."""
-    assert settings.kron is not None
+    models: Sequence[InputModel], dtype: str | None, settings: Settings, options: MergeOptions
+) -> tuple[Settings, dict[InputModel, MeasuredFactors]]:
+    """Find or record the factors of every model, all on the same tokens; the settings become those that were saved.
+
+    Raises:
+        FimError: a file can't be used, is of none of the models, or was recorded on other tokens than the merge's.
+    """
+    names = [name.strip() for name in settings.saved.split(",")] if settings.saved is not None else []
+    if not all(names):
+        raise FimError(f"fisher: expected files of factors, separated by commas, found {shown(settings.saved)}")
+    where = {"kind": "factors", "default": DEFAULT_NAME_OF_FACTORS}
+    files = [FactorsFile.open(local_file(name, options.transformers_cache, **where)) for name in names]
+    if files:
+        its = files[0].settings
+        check_as_set(settings, its, files[0].path)
+        settings = replace(settings, fisher=FisherSettings(its.samples, its.seq_len, its.seed))
     for model in models:
         check_measurable(model, settings.fisher)
-    vocabulary = min(model.text_config.vocab_size for model in models)
-    kind, samples = settings.kron.factors, draw_samples(settings.fisher, vocabulary)
+    vocab_size = min(model.text_config.vocab_size for model in models)
+    found: dict[InputModel, MeasuredFactors] = {}
+    for file in files:
+        own = [model for model in models if not file.model.difference(identity(model))]
+        wanted = settings_on(settings.fisher, draw_samples(settings.fisher, vocab_size))
+        if not own:
+            raise FimError(
+                f"fisher: {file.path} has the factors of {file.model.id}, which is none of the merge's models; record "
+                "theirs with `mergekit-fim fisher --factors`, or leave `fisher` out"
+            )
+        if file.settings != wanted:
+            raise FimError(
+                f"fisher: {file.path} is of {file.settings}, expected the same tokens for all models, {wanted}; record "
+                "it again with `mergekit-fim fisher --factors`, and --vocab-size where the vocabularies differ"
+            )
+        found |= dict.fromkeys(own, MeasuredFactors(file, f"from {file.path}"))
 
     def measure(model: InputModel) -> MeasuredFactors:
         return measured_factors(
@@ -283,108 +231,66 @@ def _factors(
             settings.fisher,
             dtype,
             launched.options_of_process(options),
-            kind=kind,
-            samples=samples,
-            saved=saved,
+            vocab_size=vocab_size,
             cache=settings.cache,
-            state=launched.together(),
         )
 
-    found = {}
     for model in models:
-        key = ("factors", model.reference, dtype, settings.fisher, settings.saved, kind, vocabulary)
-        made = once(key, partial(measure, model))
-        found[model] = made.file, made.origin
-    return found
+        key = ("factors", model.reference, dtype, settings.fisher, vocab_size)
+        found[model] = found.get(model) or once(key, partial(measure, model))
+    return settings, {model: found[model] for model in models}
 
 
-def _models(
-    groups: Sequence[Sequence[SourceSlice]],
-    inputs: Mapping[ModelReference, InputModel],
-    norms: Mapping[ModelReference, Mapping[ModelReference, TaskVectorNorms]],
-    others: Mapping[tuple[ModelReference, ModelReference], float],
-    device: torch.device,
-) -> Iterator[KronModel]:
-    layers: dict[tuple[ModelReference, ModelReference], dict[LayerPair, KronLayer]] = {key: {} for key in others}
-    for group in groups:
-        first = inputs[group[0].source.model]
-        for index in range(len(group[0].pairs())):
-            spreads = _spreads(group, inputs, index, device)
-            tensors = first.layout.layers[group[0].pairs()[index].source_layer]
-            betas = [_betas(group, inputs, index, tensors.local(tensor.name)) for tensor in tensors.tensors]
-            for number, source in enumerate(group):
-                model, pair = inputs[source.source.model], source.pairs()[index]
-                layers[source.base, source.source.model][pair] = KronLayer(
-                    pair,
-                    norms[source.base][model.reference].layers[pair],
-                    _alpha(source, model, index),
-                    math.fsum(of_tensor[number] for of_tensor in betas) / len(betas),
-                    {part: _together(found[number]) for part, found in spreads.items()},
-                )
-    for (base, model), found in layers.items():
-        ordered = sorted(found.values(), key=lambda layer: (layer.pair.base_layer, layer.pair.source_layer))
-        yield KronModel(inputs[base], inputs[model], tuple(ordered), others[base, model])
+def _write_sources(
+    sources: Sequence[SourceSlice], inputs: Models, factors: Mapping[InputModel, MeasuredFactors], settings: Settings
+) -> None:
+    """Put into the config where the factors of each layer's tensors are."""
+    assert settings.damping is not None
+    for source in sources:
+        base, model = inputs[source.base], inputs[source.source.model]
+        told = {}
+        for pair in source.pairs():
+            prefixes = (m.layout.layers[i].prefixes for m, i in ((base, pair.base_layer), (model, pair.source_layer)))
+            for of_base, of_model in zip(*prefixes, strict=False):
+                ends = (factors[base].file.path, of_base), (factors[model].file.path, of_model)
+                told[of_model] = directions.source(*ends, settings.damping)
+        source.write(SOURCE, source.filters(model, told, ""))
 
 
-def _spreads(
-    group: Sequence[SourceSlice], inputs: Mapping[ModelReference, InputModel], index: int, device: torch.device
-) -> dict[str, list[list[Spread]]]:
-    """Of the attention and the MLP of a layer, for each model, the spreads of their matrices."""
-    first = group[0]
-    layer = inputs[first.source.model].layout.layers[first.pairs()[index].source_layer]
-    found: dict[str, list[list[Spread]]] = {}
+def _spreads(group: Sequence[SourceSlice], tensors: Sequence[_Tensor], device: torch.device) -> list[dict[str, Spread]]:
+    """Compute for each model of a slice the spreads of one layer's attention and MLP."""
     known: dict[object, list[Spread]] = {}
-    for tensor in layer.tensors:
-        at = [place for place in _places(group, inputs, index, layer.local(tensor.name)) if place is not None]
-        at = at[:: -(-len(at) // _EXPERTS_OF_SPREAD)] if at else []
-        betas = _betas(group, inputs, index, layer.local(tensor.name))
-        for place in at:
-            key = place, tuple(betas)
-            if key not in known:
-                a, g = place.rows(device)
-                try:
-                    known[key] = [spread(m, a, g, betas, place.damping) for m in range(len(group))]
-                except ValueError as error:
-                    raise FimError(f"{tensor.name}: {error}; measure again, or raise `damping`") from error
-            part = "attention" if _ATTENTION.search(layer.local(tensor.name)) else "mlp"
-            for of_model, its in zip(found.setdefault(part, [[] for _ in group]), known[key], strict=True):
-                of_model.append(its)
-    return found
+    parts: dict[str, list[list[Spread]]] = {}  # by matrix and model
+    for tensor in tensors:
+        told = [evaluate_setting(n, s.settings(SOURCE), validate=str) for n, s in zip(tensor.names, group, strict=True)]
+        at = [place for place in directions.places(tensor.names[0], told) if place is not None]
+        for place in at[:: -(-len(at) // _EXPERTS_OF_SPREAD) or 1]:
+            key = place, tensor.betas
+            try:
+                known[key] = known.get(key) or spreads(place.rows(device), tensor.betas, place.damping)
+            except ValueError as error:
+                raise FimError(f"{tensor.names[0]}: {error}; measure again, or raise `damping`") from error
+            local = local_name(tensor.names[0], group[0].pairs()[tensor.index or 0].source_layer)
+            parts.setdefault("attention" if _ATTENTION.search(local) else "mlp", []).append(known[key])
+    return [
+        {part: _together([its[number] for its in found]) for part, found in parts.items()}
+        for number in range(len(group))
+    ]
 
 
-def _places(
-    group: Sequence[SourceSlice], inputs: Mapping[ModelReference, InputModel], index: int, local: str
-) -> list[directions.Place | None]:
-    """Where the merge finds the factors of a tensor of one of a slice's layers, by its local name."""
-    told, name = [], ""
-    for source in group:
-        layer = inputs[source.source.model].layout.layers[source.pairs()[index].source_layer]
-        name = next(t.name for t in layer.tensors if layer.local(t.name) == local)
-        text = evaluate_setting(name, source.settings(SOURCE), validate=str)
-        if not text:
-            return []
-        told.append(directions.Source.parse(text))
-    return directions.places(name, told)
+def _together(spreads_: Sequence[Spread]) -> Spread:
+    """Join several matrices' spreads: each matrix counts alike, and the number of directions is the mean one."""
+    count = len(spreads_)
+    mean = math.fsum(s.mean for s in spreads_) / count
+    square = math.fsum(s.std**2 + (s.mean - mean) ** 2 for s in spreads_) / count
+    number = math.fsum(s.directions for s in spreads_) / count
+    return Spread(mean, math.sqrt(square), min(s.least for s in spreads_), max(s.largest for s in spreads_), number)
 
 
-def _together(spreads: Sequence[Spread]) -> Spread:
-    """Several matrices' as one: their directions count alike, and of these there are as many as in the mean one."""
-    count = len(spreads)
-    mean = math.fsum(s.mean for s in spreads) / count
-    square = math.fsum(s.std**2 + (s.mean - mean) ** 2 for s in spreads) / count
-    directions_of = math.fsum(s.directions for s in spreads) / count
-    return Spread(
-        mean, math.sqrt(square), min(s.least for s in spreads), max(s.largest for s in spreads), directions_of
-    )
-
-
-def _warnings(factors: Mapping[InputModel, tuple[FactorsFile, str]]) -> Iterator[str]:
-    for model, (file, _) in factors.items():
-        yield from file.warnings
-        idle = [*file.not_reached]
-        for name in file.names:
-            idle += [f"{name}[{i}]" for i, keys in enumerate(file.keys_of(name)) if keys is None]
-        if idle:
+def _warnings(factors: Mapping[InputModel, MeasuredFactors]) -> Iterator[str]:
+    for model, its in factors.items():
+        yield from its.file.warnings
+        if idle := its.file.not_reached:
             yield (
                 f"{model}: no token came to the experts of {len(idle)} matrices such as {idle[0]}, which are merged by "
                 "α alone; more fisher_samples reach more"

@@ -19,7 +19,7 @@ from mergekit_fim.fisher.measure import check_measurable
 from mergekit_fim.models.inputs import InputModel, open_models
 from mergekit_fim.prepass.measured import Measured, measured, once, saved_measurement
 from mergekit_fim.prepass.result import BaseCoefficients, ModelCoefficients, SourceSlice
-from mergekit_fim.prepass.slices import alphas_of, by_model, population
+from mergekit_fim.prepass.slices import alphas_of, by_model, merged_tensors, population
 from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorNorms, TaskVectorSweep
 from mergekit_fim.prepass.written import write_alphas
 from mergekit_fim.processes import launched
@@ -39,7 +39,7 @@ def by_layer(
         The settings, with those of a saved measurement; the coefficients; what the user should know.
     """
     warnings: list[str] = []
-    automatic = [s for s in sources if not _is_set_by_hand(s, inputs[s.source.model], kept)]
+    automatic = [s for s in sources if not _is_set_by_hand(s, inputs, kept)]
     # All slices of a model that needs the pre-pass in one of them, so that the report can say what each layer gets.
     needed = {k: own for k, own in by_model(sources, inputs).items() if any(s in automatic for s in own)}
     bases = list(dict.fromkeys(base for base, _ in needed))
@@ -64,12 +64,10 @@ def by_layer(
     return settings, tuple(coefficients), warnings
 
 
-def _is_set_by_hand(source: SourceSlice, model: InputModel, kept: Container[str]) -> bool:
+def _is_set_by_hand(source: SourceSlice, inputs: Mapping[ModelReference, InputModel], kept: Container[str]) -> bool:
     """Whether the user's `alpha` settings cover every tensor of the slice, but for kept ones."""
-    layers = [model.layout.layers[pair.source_layer] for pair in source.pairs()]
-    others = [tensor.name for tensor in model.layout.modules[source.module] if tensor.name not in kept]
-    names = [tensor.name for layer in layers for tensor in layer.tensors] + others
     by_hand = source.settings("alpha")
+    names = (name for _, (name,) in merged_tensors([source], inputs, kept))
     return all(evaluate_setting(name, by_hand, validate=float) is not None for name in names)
 
 

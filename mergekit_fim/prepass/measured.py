@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from mergekit_fim.fisher.engine import autograd_engine
 from mergekit_fim.fisher.loading import Beside
 from mergekit_fim.fisher.measure import check_measurable, dtypes, measure_checkpoint
 from mergekit_fim.measurements.factors import FactorsSettings
+from mergekit_fim.measurements.file import write_measurement
 from mergekit_fim.measurements.record import Experts, FisherMeasurement, Measurement
 from mergekit_fim.measurements.store import CacheEntry, read_measurement
 from mergekit_fim.models.identity import identity
@@ -75,7 +77,7 @@ def saved_measurement(settings: Settings, bases: Iterable[InputModel], options: 
     if settings.saved is None:
         return None
     saved = read_measurement(settings.saved, options.transformers_cache)
-    check_as_set(settings, saved.fisher.settings, settings.saved)
+    check_as_set(settings, saved.settings, settings.saved)
     differences = {str(base): saved.model.difference(identity(base)) for base in bases}
     if all(differences.values()):
         base, difference = next(iter(differences.items()))
@@ -159,7 +161,7 @@ def measured(
 
     made = Measurement.of(_with_experts_of_all(in_all(state, measure)), entry.model)
     if cache and is_main:
-        entry.write(made)
+        entry.write(partial(write_measurement, made))
     return Measured(made)
 
 

@@ -8,11 +8,11 @@ from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, ConfigReader, InputSliceDefinition, MergeConfiguration
 
 from mergekit_fim.config.settings import Settings, settings_of
-from mergekit_fim.measurements.factors import FactorsFile
 from mergekit_fim.measurements.record import FisherMeasurement, Measurement
 from mergekit_fim.merging.kron import Spread
 from mergekit_fim.merging.output_config import ConfigDifference
 from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.prepass.factors import MeasuredFactors
 from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorNorms
 
 
@@ -33,6 +33,11 @@ class SourceSlice:
     base_start: int | None
     source: InputSliceDefinition
     reader: ConfigReader
+
+    @property
+    def ends(self) -> tuple[ModelReference, ModelReference]:
+        """The base, and the fine-tuned model."""
+        return self.base, self.source.model
 
     def pairs(self) -> list[LayerPair]:
         """The pairs of decoder layers, in order."""
@@ -135,8 +140,8 @@ class KronLayer:
 class KronModel:
     """What `fim_kron` does with a fine-tuned model: its layers in the base's order, and α outside them."""
 
-    base: InputModel
-    model: InputModel
+    base: ModelReference
+    model: ModelReference
     layers: tuple[KronLayer, ...]
     alpha_other: float
 
@@ -146,11 +151,11 @@ class Kron:
     """What the pre-pass of `fim_kron` found.
 
     Attributes:
-        factors: of every model, the file and where it comes from, in words; empty if it was made now.
+        factors: of every model.
         models: the fine-tuned models.
     """
 
-    factors: Mapping[InputModel, tuple[FactorsFile, str]]
+    factors: Mapping[InputModel, MeasuredFactors]
     models: tuple[KronModel, ...]
 
 

@@ -80,7 +80,7 @@ def run(
 
     kron: Kron | None = None
     coefficients: tuple[BaseCoefficients, ...] = ()
-    if settings.kron is not None:
+    if settings.damping is not None:
         settings, kron, more = by_direction(config, settings, inputs, sources, kept, options)
     else:
         settings, coefficients, more = by_layer(config, settings, inputs, sources, kept, options)

@@ -1,7 +1,7 @@
 """Normalised config -> which layers are merged into which, and which tensors stay as they are."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from mergekit.common import ModelReference
 from mergekit.config import ConfigReader, MergeConfiguration, OutputSliceDefinition, evaluate_setting
@@ -116,3 +116,25 @@ def alphas_of(source: SourceSlice, model: InputModel, computed: Mapping[LayerPai
         values = [evaluate_setting(t.name, by_hand, source.gradient(index), validate=float) for t in tensors]
         used[pair] = math.fsum(computed[pair] if v is None else v for v in values) / len(values)
     return used
+
+
+def merged_tensors(
+    group: Sequence[SourceSlice], inputs: Mapping[ModelReference, InputModel], kept: Container[str]
+) -> Iterator[tuple[int | None, tuple[str, ...]]]:
+    """List the tensors that an output slice merges: which of its layers each is in, its name in each fine-tuned model.
+
+    Those outside the layers come first, with None for the layer.
+
+    Args:
+        group: the sources of the slice.
+        inputs: every model.
+        kept: the names of tensors that aren't merged.
+    """
+    models = [inputs[source.source.model] for source in group]
+    for tensor in models[0].layout.modules[group[0].module]:
+        if tensor.name not in kept:
+            yield None, (tensor.name,) * len(group)
+    for index, pairs in enumerate(zip(*(source.pairs() for source in group), strict=True)):
+        layers = [model.layout.layers[pair.source_layer] for model, pair in zip(models, pairs, strict=True)]
+        for tensors in zip(*(layer.tensors for layer in layers), strict=True):
+            yield index, tuple(tensor.name for tensor in tensors)

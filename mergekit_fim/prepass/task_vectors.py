@@ -1,6 +1,6 @@
 """Checkpoints -> squared norms of task vectors, tensor by tensor."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -47,7 +47,7 @@ class TaskVectorSweep:
     def __init__(
         self,
         base: InputModel,
-        models: Mapping[InputModel, Sequence[LayerPair]],
+        models: Mapping[InputModel, Collection[LayerPair]],
         dtype: str | None,
         devices: Sequence[torch.device] = (torch.device("cpu"),),
     ) -> None:
@@ -163,7 +163,7 @@ def _outside(base: InputModel, models: Sequence[InputModel]) -> Iterator[_Compar
 
 
 def _of_layer(
-    base: InputModel, layer: DecoderLayer, models: Mapping[InputModel, Sequence[LayerPair]]
+    base: InputModel, layer: DecoderLayer, models: Mapping[InputModel, Collection[LayerPair]]
 ) -> Iterator[_Comparison]:
     """The tensors of one of the base's layers.
 

@@ -24,7 +24,7 @@ def write_alphas(
     results = {(c.base.reference, m.model.reference): m for c in coefficients for m in c.models}
     for source in sources:
         if source in automatic:
-            result = results[source.base, source.source.model]
+            result = results[source.ends]
             write_alpha(source, result.model, dict(zip(result.pairs, result.alphas, strict=True)), result.alpha_other)
         else:  # mergekit wants a value for kept tensors, too
             source.write("alpha", [*source.settings("alpha"), ConditionalParameter(value=1.0)])

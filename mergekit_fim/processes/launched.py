@@ -170,16 +170,3 @@ def _ends_in_order() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-# `prepass.kron` asks for these. The main process alone runs it, without jobs.
-
-
-def together() -> PartialState | None:
-    """None: nothing of `prepass.kron` is shared."""
-    return None
-
-
-def is_main() -> bool:
-    """True: only the main process comes to `prepass.kron`."""
-    return True

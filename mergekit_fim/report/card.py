@@ -151,13 +151,11 @@ def _layers(model: Mapping[str, Any], fisher: Mapping[str, Any]) -> Iterator[lis
 def _kron_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[str]:
     """What `fim_kron` did: the coefficients of each layer's directions."""
     kron, its = report["kron"], report["kron"]["factors"][0]["settings"]
-    is_inputs = report["settings"]["factors"] == "inputs"
-    by = "the inputs of every linear layer" if is_inputs else "every linear layer's inputs and gradients"
     yield (
         f"Merged by `{report['method']}` of mergekit-fim {report['versions']['mergekit-fim']}: each direction of a "
-        f"matrix has a coefficient of its own, which follows from its size in {by} at the base and at the fine-tuned "
-        f"models, on {its['samples']} × {its['seq_len']} {its['text']} tokens (Kronecker factors as in K-FAC, "
-        "[arXiv 1503.05671](https://arxiv.org/abs/1503.05671); by inputs alone a weighted RegMean, "
+        f"matrix has a coefficient of its own, which follows from its size in the inputs of every linear layer at the "
+        f"base and at the fine-tuned models, on {its['samples']} × {its['seq_len']} random tokens (Kronecker factors "
+        "as in K-FAC, [arXiv 1503.05671](https://arxiv.org/abs/1503.05671); by inputs alone a weighted RegMean, "
         "[arXiv 2212.09849](https://arxiv.org/abs/2212.09849)). Below stand their mean and standard deviation, the "
         "least and the largest, and how many directions are told apart, of attention and of MLP."
     )

@@ -13,16 +13,14 @@ PARTS = ("attention", "mlp")
 
 def table(kron: Kron) -> Iterator[str]:
     """Which factors were used, and one table per fine-tuned model."""
-    for model, (file, origin) in kron.factors.items():
-        its = file.settings
-        labels = f", labels: {its.labels}" if its.kind == "both" else ""
+    for model, found in kron.factors.items():
+        its = found.file.settings
         yield from wrapped(
-            f"Kronecker factors of {model} ({'inputs alone' if its.kind == 'inputs' else 'inputs and gradients'}) on "
-            f"{its.samples} × {its.seq_len} {its.text} tokens (seed {its.seed}{labels}, in {its.dtype}), "
-            f"{size(file.size)}"
+            f"Kronecker factors of {model} on {its.samples} × {its.seq_len} random tokens (seed {its.seed}, in "
+            f"{its.dtype}), {size(found.file.size)}"
         )
-        if origin:
-            yield from wrapped(f"({origin})")
+        if found.origin:
+            yield from wrapped(f"({found.origin})")
     for its_model in kron.models:
         yield ""
         if len(kron.models) > 1:
@@ -48,9 +46,9 @@ def notes(kron: Kron) -> Iterator[str]:
         "standard deviation, the least and the largest, and how many directions are told apart; all else in the "
         "layers, such as biases, norms and the other directions, gets α × the model's share of the weights"
     )
-    for model, (file, _) in kron.factors.items():
-        if file.without:
-            yield f"{model}: {len(file.without)} matrices such as {file.without[0]} have no factors"
+    for model, found in kron.factors.items():
+        if without := found.file.without:
+            yield f"{model}: {len(without)} matrices such as {without[0]} have no factors"
 
 
 def as_json(kron: Kron) -> dict[str, Any]:
@@ -58,11 +56,14 @@ def as_json(kron: Kron) -> dict[str, Any]:
     return {
         "factors": [
             {
-                **{"model": str(model), "fingerprint": file.identity.fingerprint, "bytes": file.size},
-                **{"settings": dict(vars(file.settings)), "not_reached": list(file.not_reached)},
-                "without": list(file.without),
+                "model": str(model),
+                "fingerprint": found.file.model.fingerprint,
+                "bytes": found.file.size,
+                "settings": dict(vars(found.file.settings)),
+                "not_reached": list(found.file.not_reached),
+                "without": list(found.file.without),
             }
-            for model, (file, _) in kron.factors.items()
+            for model, found in kron.factors.items()
         ],
         "models": [
             {
@@ -77,12 +78,12 @@ def as_json(kron: Kron) -> dict[str, Any]:
 
 
 def _layer(layer: KronLayer) -> dict[str, Any]:
-    found = {
+    is_same = layer.pair.source_layer == layer.pair.base_layer
+    return {
         "index": layer.pair.source_layer,
         "task_vector_sq_norm": layer.sq_norm,
         "alpha": layer.alpha,
         "beta": layer.beta,
         "parts": {part: dict(vars(spread)) for part, spread in layer.spreads.items()},
+        **({} if is_same else {"base_index": layer.pair.base_layer}),
     }
-    is_same = layer.pair.source_layer == layer.pair.base_layer
-    return found if is_same else found | {"base_index": layer.pair.base_layer}

@@ -47,12 +47,10 @@ def as_json(pre_pass: PrePass) -> dict[str, Any]:
 
 def _settings(pre_pass: PrePass) -> dict[str, Any]:
     settings, method = pre_pass.settings, pre_pass.config.merge_method
-    own = vars(settings.mapping) | {"alpha_other": settings.alpha_other}
-    if settings.kron is not None:
-        own |= vars(settings.kron)
+    own = {f"fisher_{key}": value for key, value in vars(settings.fisher).items()} | vars(settings.mapping)
+    own |= {"alpha_other": settings.alpha_other, "damping": settings.damping}
     return {
         "fisher": settings.saved,
-        **{f"fisher_{key}": value for key, value in vars(settings.fisher).items()},
         **{name: value for name, value in own.items() if method in PARAMETERS[name].methods},
         **{name: jsonable(value) for name, value in pre_pass.shared.items()},
         "default_density": pre_pass.default_density,

@@ -20,6 +20,7 @@ from mergekit.options import MergeOptions
 from transformers import AutoModelForCausalLM
 
 from benchmarks import fidelity
+from benchmarks.evidence import __main__ as evidence
 from benchmarks.evidence import directions, entries, mappings, over_pairs, summary, tables
 from benchmarks.evidence.answers import MODELS, Answers, load_answers, save_answers
 from benchmarks.evidence.directions import Directions, power, share
@@ -737,6 +738,15 @@ def test_what_is_listed_and_drawn_is_there():
     assert set(LISTED) <= set(VARIANTS)
     assert set(tables.DRAWN) <= set(LISTED)
     assert len(tables.DRAWN) <= 6
+
+
+def test_what_can_no_longer_be_answered_says_since_when(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evidence", "scratch-llama", "0", str(tmp_path), "fim_kron both factors"])
+    with pytest.raises(SystemExit):
+        evidence.main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "fim_kron both factors can't be answered any more: it was answered at commit 3019a90" in said
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_pages_are_of_what_is_kept(tmp_path):

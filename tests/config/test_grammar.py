@@ -69,7 +69,6 @@ GOOD = {
     "density": st.floats(1e-3, 1),
     "alpha": st.floats(-1, 2),
     "damping": st.floats(1e-4, 1),
-    "factors": st.sampled_from(["inputs", "both"]),
 }
 
 

@@ -1,5 +1,6 @@
 """Kronecker factors: against plain hooks and autograd, by name for every architecture, as files, kept, and compared."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from kinds import ADDED, KINDS, configure
 from launching import together
 from mergekit.options import MergeOptions
 from merges import ends_in_one_line
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -28,47 +30,42 @@ from mergekit_fim.fisher.engine import NotSupportedError
 from mergekit_fim.fisher.factors import record_factors
 from mergekit_fim.fisher.loading import Placement
 from mergekit_fim.fisher.samples import draw_samples
-from mergekit_fim.measurements.factors import FactorsFile, LinearFactors
+from mergekit_fim.measurements.factors import FactorsFile
+from mergekit_fim.models.identity import identity
 from mergekit_fim.models.inputs import open_model
 from mergekit_fim.prepass import factors as measuring
 
 SETTINGS = FisherSettings(samples=3, seq_len=8, seed=2)
 
 
-def recorded(path, kind="both", settings=SETTINGS, running=torch.float32):
+def recorded(path, settings=SETTINGS, running=torch.float32):
+    """What would be written, and the inputs."""
     base = open_model(str(path), None, MergeOptions())
     samples = draw_samples(settings, base.text_config.vocab_size)
-    return record_factors(base, settings, samples, kind, None, MergeOptions(quiet=True), running=running)
+    wanted = measuring.settings_on(settings, samples)
+    return record_factors(base, identity(base), wanted, samples, None, MergeOptions(quiet=True), running=running)
 
 
 def all_of(found) -> dict:
-    return {name: one for its in found.factors for name, one in its.items()}
+    """By name the inputs and whether they are transposed, or for a stack those of each expert."""
+    file, inputs = found
+    its = {n: [one and (inputs[one.inputs], one.transposed) for one in ls] for n, ls in file.tensors.items()}
+    return {name: linears[0] if len(linears) == 1 else linears for name, linears in its.items()}
 
 
 def naive(path, settings=SETTINGS, experts="eager"):
-    """By hooks on a model that transformers loaded: {module: (inputs, gradients)}, sequence by sequence."""
+    """By hooks on a model that transformers loaded: {module: inputs}, sequence by sequence."""
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, experts_implementation=experts)
-    samples = draw_samples(settings, model.config.vocab_size)
     seen: dict = {}
-
-    def hook(name):
-        def forward(_module, args, output):
-            seen.setdefault(name, ([], []))[0].append(args[0].detach().flatten(0, -2))
-            if output.requires_grad:
-                output.register_hook(lambda gradient: seen[name][1].append(gradient.flatten(0, -2)))
-
-        return forward
-
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)):
-            module.register_forward_hook(hook(name))
-    for n, ids in enumerate(samples.input_ids):
-        log_p = model(input_ids=ids[None], use_cache=False).logits[0].log_softmax(-1)
-        labels = ids[1:]
-        if samples.uniforms is not None:
-            labels = (log_p[:-1].exp().double().cumsum(-1) <= samples.uniforms[n][:, None]).sum(-1)
-        (-log_p[torch.arange(len(labels)), labels].sum()).backward()
-    return {name: tuple(torch.cat(side) for side in sides) for name, sides in seen.items()}, model
+            module.register_forward_hook(
+                lambda _m, args, _y, name=name: seen.setdefault(name, []).append(args[0].detach().flatten(0, -2))
+            )
+    with torch.no_grad():
+        for ids in draw_samples(settings, model.config.vocab_size).input_ids:
+            model(input_ids=ids[None], use_cache=False)
+    return {name: torch.cat(rows) for name, rows in seen.items()}, model
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -81,63 +78,62 @@ def saved(request, tmp_path_factory):
     return tiny.save(tiny.build(tiny.config(request.param)), tmp_path_factory.mktemp("model") / "model")
 
 
-@pytest.mark.parametrize("labels", ["inputs", "sampled"])
-def test_inputs_and_gradients_are_those_of_plain_hooks(saved, labels, monkeypatch):
+def test_inputs_are_those_of_plain_hooks(saved, monkeypatch):
     monkeypatch.setattr(batched, "_TOKENS", 16)  # two micro-batches
-    settings = FisherSettings(3, 8, 2, labels)
-    found, (wanted, model) = all_of(recorded(saved, settings=settings)), naive(saved, settings)
+    found, (wanted, model) = all_of(recorded(saved)), naive(saved)
     layers = {f"{name}.weight" for name in wanted if any(part.isdigit() for part in name.split("."))}
     prefix = "" if set(found) <= layers else "transformer."
     assert {prefix + name for name in found} == layers
-    for name, linear in found.items():
-        inputs, gradients = wanted[(prefix + name).removesuffix(".weight")]
-        close(linear.inputs, inputs)
-        close(linear.gradients, gradients)
-        weight = model.get_parameter(prefix + name)
-        shape = (linear.gradients.shape[1], linear.inputs.shape[1])
-        assert weight.shape == (shape[::-1] if linear.transposed else shape)
-        assert linear.transposed is (model.config.model_type == "gpt2")
-        # Bᵀ X is the gradient of the sum of all sequences' losses.
-        product = linear.gradients.T @ linear.inputs
-        close(product.T if linear.transposed else product, weight.grad)
+    for name, (inputs, transposed) in found.items():
+        close(inputs, wanted[(prefix + name).removesuffix(".weight")])
+        assert model.get_parameter(prefix + name).shape[0 if transposed else 1] == inputs.shape[1]
+        assert transposed is (model.config.model_type == "gpt2")
 
 
-def test_inputs_alone_are_the_same_and_are_shared(saved):
-    both, alone = all_of(recorded(saved)), all_of(recorded(saved, "inputs"))
-    assert both.keys() == alone.keys()
-    for name, linear in alone.items():
-        assert linear.gradients is None
-        close(linear.inputs, both[name].inputs)
-    tensors = {id(linear.inputs) for linear in alone.values()}
-    names = [name for name in alone if any(part in name for part in ("k_proj", "v_proj", "up_proj"))]
-    assert len(tensors) == len(alone) - len(names)
+def test_what_is_given_the_same_shares_it(saved):
+    found = all_of(recorded(saved))
+    names = [name for name in found if any(part in name for part in ("k_proj", "v_proj", "up_proj"))]
+    assert len({id(inputs) for inputs, _ in found.values()}) == len(found) - len(names)
 
 
-@pytest.mark.parametrize("kind", ["inputs", "both"])
-def test_resident_is_as_streamed(saved, kind, monkeypatch):
-    streamed = all_of(recorded(saved, kind))
+def test_resident_is_as_streamed(saved, monkeypatch):
+    streamed = all_of(recorded(saved))
     on_cpu = Placement(torch.device("cpu"), spread=False, streamed=False)
     monkeypatch.setattr("mergekit_fim.fisher.loading.placement", lambda options: on_cpu)
-    resident = all_of(recorded(saved, kind))
+    resident = all_of(recorded(saved))
+    original, calls = recording.watch_layers, []
 
-    def unsupported(*_args, **_options):
-        raise NotSupportedError
+    def unsupported(*args, **options):
+        calls.append(args)
+        if len(calls) == 1:
+            raise NotSupportedError
+        return original(*args, **options)
 
     monkeypatch.setattr(recording, "watch_layers", unsupported)
-    whole = recorded(saved, kind)
-    assert "can't be run layer by layer" in whole.lists["warnings"][0]
+    whole = recorded(saved)
+    assert "can't be run layer by layer" in whole[0].warnings[0]
     for other in (resident, all_of(whole)):
         assert other.keys() == streamed.keys()
-        for name, linear in streamed.items():
-            close(other[name].inputs, linear.inputs)
-            assert (linear.gradients is None) is (kind == "inputs")
-            if linear.gradients is not None:
-                close(other[name].gradients, linear.gradients)
+        for name, (inputs, transposed) in streamed.items():
+            close(other[name][0], inputs)
+            assert other[name][1] is transposed
+
+
+def test_a_model_that_cannot_be_run_ends_in_one_line(pair, monkeypatch):
+    def broken(*_args, **_options):
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", broken)
+    with pytest.raises(
+        FimError, match=r"can't be run on random tokens \(no such thing\); check its config.json"
+    ) as caught:
+        recorded(pair.base)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_every_expert_has_the_tokens_that_it_is_given(kind, tmp_path):
-    """By transformers' own choice of experts, and by the gradient of each expert's weight."""
+    """By transformers' own choice of experts."""
     path = tiny.save(tiny.build(tiny.config(kind)), tmp_path / "model")
     found = all_of(recorded(path))
     _, model = naive(path)
@@ -159,13 +155,13 @@ def test_every_expert_has_the_tokens_that_it_is_given(kind, tmp_path):
                 if not len(tokens):
                     assert linear is None
                     continue
+                inputs, transposed = linear
+                assert len(inputs) == len(tokens)
+                assert transposed is (kind == "gpt_oss")
+                assert inputs.shape[1] == weight.shape[1 if transposed else 2]
                 if name == "gate_up_proj":
                     rows = hidden.flatten(0, -2)[tokens]
-                    assert len(linear.inputs) == len(rows)
-                    close(linear.inputs.T @ linear.inputs, rows.T @ rows)  # in whichever order it is given them
-                assert linear.transposed is (kind == "gpt_oss")
-                product = linear.gradients.T @ linear.inputs
-                close(product.T if linear.transposed else product, weight.grad[number])
+                    close(inputs.T @ inputs, rows.T @ rows)  # in whichever order it is given them
     assert not [name for name in found if "router" in name or ".gate." in name]
 
 
@@ -183,27 +179,25 @@ def test_single_experts_of_a_checkpoint_have_the_factors_of_their_part(tmp_path)
         if both is None:
             assert (gate, up, down, last) == (None,) * 4
             continue
-        assert gate.inputs is up.inputs
-        close(gate.inputs, both.inputs)
-        close(torch.cat([gate.gradients, up.gradients], 1), both.gradients)
-        close(down.inputs, last.inputs)
-        close(down.gradients, last.gradients)
-        assert not any(part.transposed for part in (gate, up, down))
+        assert gate[0] is up[0]
+        close(gate[0], both[0])
+        close(down[0], last[0])
+        assert not any(transposed for _, transposed in (gate, up, down))
 
 
 def test_experts_that_no_token_reaches_are_named(tmp_path):
     model = zoo.build("deepseek_v3")
     with torch.no_grad():
         model.model.layers[1].mlp.gate.e_score_correction_bias[2] = -100
-    single = recorded(tiny.save(model, tmp_path / "single"), "inputs", FisherSettings(8, 8))
+    single, _ = recorded(tiny.save(model, tmp_path / "single"), FisherSettings(8, 8))
     prefix = "model.layers.1.mlp.experts"
-    assert sorted(single.lists["not_reached"]) == [f"{prefix}.2.{name}_proj.weight" for name in ("down", "gate", "up")]
-    assert f"{prefix}.1.up_proj.weight" in single.factors[1]
+    assert sorted(single.not_reached) == [f"{prefix}.2.{name}_proj.weight" for name in ("down", "gate", "up")]
+    assert f"{prefix}.1.up_proj.weight" in single.tensors
     one = tiny.save(model, tmp_path / "one")
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, one / "model.safetensors")
-    stacked = recorded(one, "inputs", FisherSettings(8, 8))
-    assert sorted(stacked.lists["not_reached"]) == [f"{prefix}.{name}[2]" for name in ("down_proj", "gate_up_proj")]
-    assert [linear is None for linear in stacked.factors[1][f"{prefix}.down_proj"]] == [False, False, True, False]
+    stacked, _ = recorded(one, FisherSettings(8, 8))
+    assert sorted(stacked.not_reached) == [f"{prefix}.{name}[2]" for name in ("down_proj", "gate_up_proj")]
+    assert [one is None for one in stacked.tensors[f"{prefix}.down_proj"]] == [False, False, True, False]
 
 
 # What has no factors of the matrices in decoder layers, by the last parts of its name: routers, convolutions and norms;
@@ -216,36 +210,31 @@ WITHOUT = {
     *("mixer.dt_proj.weight", "mamba.dt_proj.weight"),
     *(f"rel_attn.{name}" for name in ("k", "o", "q", "r", "v", "r_r_bias", "r_w_bias", "r_s_bias", "seg_embed")),
 }
-# What no gradient comes to: it only chooses.
-ONLY_INPUTS = {"indexer.weights_proj.weight", "indexer.wk.weight", "indexer.wq_b.weight"}
 
 
-@pytest.mark.parametrize(("name", "kind"), [(name, "both") for name in (*KINDS, *ADDED)] + [("deepseek_v32", "inputs")])
-def test_the_matrices_of_every_architecture_have_factors(name, kind, tmp_path):
+@pytest.mark.parametrize("name", [*KINDS, *ADDED])
+def test_the_matrices_of_every_architecture_have_factors(name, tmp_path):
     """By the names and shapes of the checkpoint, or of the stacks that mergekit makes of its experts."""
     model = tiny.build(configure(KINDS[name].kind, KINDS[name].changes)) if name in KINDS else zoo.build(name)
     path = tiny.save(model, tmp_path / "model")
     base = open_model(str(path), None, MergeOptions())
-    found = recorded(path, kind, FisherSettings(samples=2, seq_len=8))
-    exempt = WITHOUT | (ONLY_INPUTS if kind == "both" else set())
-    for layer, its in zip(base.layout.layers, found.factors, strict=True):
+    file, inputs = recorded(path, FisherSettings(samples=2, seq_len=8))
+    for layer in base.layout.layers:
         for tensor in layer.tensors:
             shape = base.load(tensor, None).shape if tensor.name not in base.absent else ()
             if len(shape) < 2:
-                assert tensor.name not in its
-            elif tensor.name in its:
-                stack = its[tensor.name]
-                linears = [stack] if isinstance(stack, LinearFactors) else stack
-                assert len(shape) == 2 or len(linears) == shape[0]
+                assert tensor.name not in file.tensors
+            elif tensor.name in file.tensors:
+                linears = file.tensors[tensor.name]
+                assert len(linears) == (1 if len(shape) == 2 else shape[0])
                 for linear in (one for one in linears if one is not None):
-                    ends = shape[-2:] if linear.transposed else shape[-2:][::-1]
-                    assert linear.inputs.shape[1] == ends[0], tensor.name
-                    assert linear.gradients is None or linear.gradients.shape == (len(linear.inputs), ends[1])
-                    assert linear.inputs.isfinite().all()
-                    assert (linear.gradients is None) is (kind == "inputs")
-            elif tensor.name not in found.lists["not_reached"]:
-                assert tensor.name in found.lists["without"]
-                assert any(tensor.name.endswith(f".{end}") for end in exempt), tensor.name
+                    rows = inputs[linear.inputs]
+                    assert rows.shape[1] == shape[-2 if linear.transposed else -1], tensor.name
+                    assert rows.isfinite().all()
+                    assert linear.layer == layer.index
+            elif tensor.name not in file.not_reached:
+                assert tensor.name in file.without
+                assert any(tensor.name.endswith(f".{end}") for end in WITHOUT), tensor.name
 
 
 class Odd(nn.Module):
@@ -269,12 +258,12 @@ class Odd(nn.Module):
 
 def test_what_is_used_otherwise_has_no_factors():
     odd, x = Odd(), torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
-    part = recording._Part([{name: tuple(p.shape) for name, p in odd.named_parameters()}])
-    with torch.no_grad(), part(0, odd):
+    watch = recording._Watch()
+    with torch.no_grad(), watch(0, odd):
         odd(x)
     rows = x.flatten(0, 1)
-    uses = {key[1:]: torch.cat([use.inputs for use in its]) for key, its in part.uses.items()}
-    assert {name for _, name in part.others} == {"scaled", "copied", "rows"}
+    uses = {key[1:]: torch.cat([inputs for inputs, _ in its]) for key, its in watch.uses.items()}
+    assert {name for _, name in watch.others} == {"scaled", "copied", "rows"}
     assert uses.keys() == {("plain", None), ("again", None), ("stack", 0), ("stack", 2)}
     torch.testing.assert_close(uses["plain", None], rows)
     torch.testing.assert_close(uses["again", None], torch.cat([rows, 2 * rows]))
@@ -284,10 +273,10 @@ def test_what_is_used_otherwise_has_no_factors():
 # Files, and what is kept
 
 
-def measured(path, kind="inputs", settings=SETTINGS, **more):
+def measured(path, settings=SETTINGS, **more):
     options = MergeOptions(quiet=True)
     opener = lambda: open_model(str(path), None, options)  # noqa: E731
-    return measuring.measured_factors(opener, settings, "float32", options, kind=kind, **more)
+    return measuring.measured_factors(opener, settings, "float32", options, **more)
 
 
 @pytest.fixture
@@ -298,33 +287,29 @@ def counted(monkeypatch):
     return calls
 
 
-def test_what_is_written_is_read(pair):
-    file, found = measured(pair.base, "both").file, recorded(pair.base)
-    assert file.identity.id == str(pair.base)
-    assert (file.settings.kind, file.settings.samples, file.settings.dtype) == ("both", 3, "float32")
-    assert set(file.names) == set(all_of(found))
-    for index, its in enumerate(found.factors):
-        for name, linear in its.items():
-            again = file.of(name)
-            assert torch.equal(again.inputs, linear.inputs)
-            assert torch.equal(again.gradients, linear.gradients)
-            assert again.transposed is linear.transposed
-            assert file.layer_of(name) == index
-    assert file.of("lm_head.weight") is file.experts_of("lm_head.weight") is None
-    keys = load_file(file.path)
-    assert len([key for key in keys if key.startswith("inputs")]) == 4 * 5
-    assert file.size == Path(file.path).stat().st_size > sum(tensor.nbytes for tensor in keys.values())
+def test_what_is_written_is_read(pair, tmp_path):
+    file, (found, inputs) = measured(pair.base).file, recorded(pair.base)
+    assert file.model.id == str(pair.base)
+    assert (file.settings.samples, file.settings.dtype) == (3, "float32")
+    assert file.tensors == found.tensors
+    assert "lm_head.weight" not in file.tensors
+    assert load_file(file.path).keys() == inputs.keys()
+    for name, rows in inputs.items():
+        assert torch.equal(file.inputs(name), rows)
+    assert len(inputs) == 4 * 5
+    assert file.size == Path(file.path).stat().st_size > sum(rows.nbytes for rows in inputs.values())
+    with pytest.raises(FimError, match=r"none/f: can't be written \(.*No such file"):
+        found.write(str(tmp_path / "none" / "f"), inputs)
 
 
 def test_stacks_are_written_and_read(tmp_path):
     path = tiny.save(tiny.build(tiny.config("mixtral")), tmp_path / "model")
     settings = FisherSettings(1, 2)
-    file, found = measured(path, settings=settings).file, recorded(path, "inputs", settings)
+    file, (found, inputs) = measured(path, settings).file, recorded(path, settings)
     name = "model.layers.0.mlp.experts.down_proj"
-    assert file.of(name) is None
-    for again, linear in zip(file.experts_of(name), found.factors[0][name], strict=True):
-        assert (again is None) is (linear is None)
-        assert linear is None or torch.equal(again.inputs, linear.inputs)
+    assert file.tensors == found.tensors
+    for linear in (one for one in file.tensors[name] if one is not None):
+        assert torch.equal(file.inputs(linear.inputs), inputs[linear.inputs])
     assert f"{name}[" in " ".join(file.not_reached)  # two tokens reach no more than four experts of four
 
 
@@ -333,22 +318,20 @@ def test_what_was_kept_is_used_and_whatever_changes_it_is_recorded_anew(pair, ca
     assert first.origin == ""
     again = measured(pair.base)
     assert again.origin == f"kept from an earlier recording: {first.file.path}"
-    measured(pair.base, settings=FisherSettings(3, 8, 2, "sampled"))  # without gradients there are no labels
+    measured(pair.base, FisherSettings(3, 8, 2, "sampled"))  # nothing is predicted
     assert len(counted) == 1
     shutil.copytree(pair.base, tmp_path / "copy")
     assert measured(tmp_path / "copy").origin
     assert len(counted) == 1
-    measured(pair.base, "both")
     measured(pair.long)
-    measured(pair.base, settings=FisherSettings(3, 8, 3))
-    measured(pair.base, samples=draw_samples(SETTINGS, 50))
-    measured(pair.base, text="own", samples=draw_samples(SETTINGS, tiny.VOCAB))
-    assert len(counted) == 6
-    assert len(list(cache_folder.iterdir())) == 6
+    measured(pair.base, FisherSettings(3, 8, 3))
+    measured(pair.base, vocab_size=50)
+    assert len(counted) == 4
+    assert len(list(cache_folder.iterdir())) == 4
     other = measured(pair.base, cache=False)
-    assert len(counted) == 7
+    assert len(counted) == 5
     assert not other.file.path.startswith(str(cache_folder))
-    assert torch.equal(other.file.of(first.file.names[0]).inputs, first.file.of(first.file.names[0]).inputs)
+    assert torch.equal(other.file.inputs("inputs.0"), first.file.inputs("inputs.0"))
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "of another model"])
@@ -359,7 +342,7 @@ def test_what_was_kept_and_cannot_be_trusted_is_recorded_anew(kind, pair, counte
     bad["of another model"] = other.read_bytes()
     path.write_bytes(bad[kind])
     assert measured(pair.base).origin == ""
-    assert "recorded anew" in caplog.text
+    assert "measured anew" in caplog.text
     assert path.read_bytes() == content
     assert len(counted) == 3
 
@@ -367,37 +350,21 @@ def test_what_was_kept_and_cannot_be_trusted_is_recorded_anew(kind, pair, counte
 def test_a_cache_that_cannot_be_written_costs_no_factors(pair, cache_folder, caplog):
     cache_folder.rmdir()
     cache_folder.write_text("")
-    assert measured(pair.base).file.names
+    assert measured(pair.base).file.tensors
     assert "not kept for the next merge" in caplog.text
 
 
-def test_saved_factors_are_taken_where_they_are_of_the_model(pair, counted):
-    files = [measured(path, "both", cache=False).file for path in (pair.base, pair.long)]
-    files = [FactorsFile.open(shutil.copy(file.path, f"{file.path}-{i}")) for i, file in enumerate(files)]
-    found = measured(pair.long, saved=files)
-    assert found.file.path == files[1].path
-    assert found.origin == f"from {files[1].path}"
-    assert len(counted) == 2
-    with pytest.raises(FimError, match=r"\(other tokens\)") as caught:
-        measured(pair.long, saved=files, settings=FisherSettings(3, 8, 1))
-    assert "\n" not in str(caught.value)
-    with pytest.raises(FimError, match=r"\(other labels\)"):
-        measured(pair.long, "both", saved=files, settings=FisherSettings(3, 8, 2, "sampled"))
-
-
-def changed(path, target, change=lambda metadata: None, tensors=None):
-    """A file with other metadata or tensors, and (where its parts are not what is wrong) sealed again."""
-    from safetensors import safe_open
-
-    from mergekit_fim.measurements.factors import _checksum
+def changed(path, target, change=lambda content: None, tensors=None):
+    """A file with other content or tensors, and (where its parts are not what is wrong) sealed again."""
+    from mergekit_fim.measurements.factors import FORMAT, _checksum
 
     tensors = load_file(path) if tensors is None else tensors
     with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    change(metadata)
-    if "checksum" in metadata:
-        metadata["checksum"] = _checksum(metadata, tensors.items())
-    save_file(tensors, target, metadata=metadata)
+        content = json.loads(file.metadata()[FORMAT])
+    del content["checksum"]
+    change(content)
+    content["checksum"] = _checksum(content, tensors, tensors.__getitem__)
+    save_file(tensors, target, {FORMAT: json.dumps(content)})
     return target
 
 
@@ -412,7 +379,7 @@ def test_damaged_files_are_refused_in_one_line(pair, tmp_path):
     assert edited != content
     (tmp_path / "edited").write_bytes(edited)
     name = next(iter(tensors))
-    nan = tensors | {name: torch.full_like(tensors[name], torch.nan)}
+    flat = tensors | {name: tensors[name].flatten()}
     fewer = {key: tensor for key, tensor in tensors.items() if key != name}
     cases = {
         "nothing": (tmp_path / "nothing", "No such file"),
@@ -422,15 +389,12 @@ def test_damaged_files_are_refused_in_one_line(pair, tmp_path):
         "flipped": (tmp_path / "flipped", "changed after it was written"),
         "edited": (tmp_path / "edited", "changed after it was written"),
         "model": (pair.base / "model.safetensors", "expected factors (format mergekit-fim/factors), found"),
-        "newer": (lambda m: m.update(version="2"), "expected factors of version 1, found 2"),
-        "odd": (lambda m: m.update(version='"x"'), "`version`"),
-        "no settings": (lambda m: m.pop("settings"), "`settings` is missing"),
-        "no JSON": (lambda m: m.update(tensors="{"), "damaged"),
-        "few": (
-            lambda m: m.update(settings=m["settings"].replace('"samples": 3', '"samples": 0')),
-            "`samples` must be",
-        ),
-        "a tensor less": (fewer, "expected two axes, token and feature"),
+        "newer": (lambda m: m.update(version=2), "expected factors of version 1, found 2"),
+        "odd": (lambda m: m.update(version="x"), "expected a file of factors"),
+        "no settings": (lambda m: m.pop("settings"), "settings Field required"),
+        "odd tensors": (lambda m: m.update(tensors="{"), "tensors Input should be"),
+        "a tensor less": (fewer, "expected a file of factors"),
+        "one axis": (flat, "expected inputs of two axes, token and feature"),
     }
     for case, (what, words) in cases.items():
         if callable(what) and not isinstance(what, type(tmp_path)):
@@ -443,8 +407,6 @@ def test_damaged_files_are_refused_in_one_line(pair, tmp_path):
         assert message.startswith(str(what)), case
         assert words in message, case
         assert message.isprintable(), case
-    with pytest.raises(FimError, match="expected finite numbers, found others in"):
-        FactorsFile.open(changed(path, target, tensors=nan))
 
 
 def test_a_value_that_is_not_finite_is_named(tmp_path, cache_folder):
@@ -461,31 +423,30 @@ def test_float16_that_overflows_is_recorded_in_a_wider_type(tmp_path):
     model = tiny.build(tiny.config("llama"))
     model.model.layers[2].mlp.up_proj.weight.data.mul_(3e4)
     path = tiny.save(model, tmp_path / "model", torch.float16)
-    found = recorded(path, "inputs", running=torch.float16)
-    assert found.dtype == "float32"
-    assert "overflows in float16" in found.lists["warnings"][0]
-    assert found.factors[2]["model.layers.2.mlp.down_proj.weight"].inputs.dtype is torch.float32
+    file, inputs = recorded(path, running=torch.float16)
+    assert file.settings.dtype == "float32"
+    assert "overflows in float16" in file.warnings[0]
+    assert all(rows.dtype is torch.float32 for rows in inputs.values())
 
 
-@pytest.mark.parametrize("kind", ["inputs", "both"])
-def test_memory_that_runs_short_halves_the_micro_batches(kind, pair, monkeypatch):
-    wanted = all_of(recorded(pair.base, kind))
+def test_memory_that_runs_short_halves_the_micro_batches(pair, monkeypatch):
+    wanted = all_of(recorded(pair.base))
     most = [2]
-    original = recording._Watching._keep
+    original = recording._Watch._copy
 
-    def keep(self, key, x, *rest):
+    def copy(self, x):
         if len(x) > most[0]:
             raise torch.OutOfMemoryError
-        original(self, key, x, *rest)
+        return original(self, x)
 
-    monkeypatch.setattr(recording._Watching, "_keep", keep)
-    found = recorded(pair.base, kind)
-    assert f"{pair.base}: memory ran short for 3 sequences at a time, 2 at a time" in found.lists["warnings"][0]
-    for name, linear in all_of(found).items():
-        close(linear.inputs, wanted[name].inputs)
+    monkeypatch.setattr(recording._Watch, "_copy", copy)
+    found = recorded(pair.base)
+    assert f"{pair.base}: memory ran short for 3 sequences at a time, 2 at a time" in found[0].warnings[0]
+    for name, (inputs, _) in all_of(found).items():
+        close(inputs, wanted[name][0])
     most[0] = 0
     with pytest.raises(FimError, match="cpu has too little memory") as caught:
-        recorded(pair.base, kind)
+        recorded(pair.base)
     assert "\n" not in str(caught.value)
 
 
@@ -499,32 +460,28 @@ def run(*arguments):
 def test_the_commands_record_and_compare(pair, tmp_path):
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     for model, file in zip((pair.base, pair.long), files, strict=True):
-        result = run("fisher", model, "--factors", "both", "-o", file, "--samples", 2, "--seq-len", 8)
+        result = run("fisher", model, "--factors", "-o", file, "--samples", 2, "--seq-len", 8)
         assert result.exit_code == 0, result.output
         assert f"{file}: factors of 35 tensors of {model}, in float32, " in result.output
-    assert (
-        "kept from"
-        in run("fisher", pair.base, "--factors", "both", "-o", files[0], "--samples", 2, "--seq-len", 8).output
-    )
+    assert "kept from" in run("fisher", pair.base, "--factors", "-o", files[0], "--samples", 2, "--seq-len", 8).output
     result = run("compare", *files)
     assert result.exit_code == 0, result.output
     assert len([line for line in result.output.splitlines() if line.strip()[:1].isdigit()]) == 5
     found = mergekit_fim.compare_factors(*map(FactorsFile.open, files))
     assert sorted(found) == list(range(5))
-    name, cosines = found[3][0]
-    sides = [FactorsFile.open(file).of(name) for file in files]
-    for part, cosine in zip(("inputs", "gradients"), cosines, strict=True):
-        first, second = (getattr(side, part).numpy().astype(np.float64) for side in sides)
-        first, second = first.T @ first, second.T @ second
-        wanted = np.sum(first * second) / np.linalg.norm(first) / np.linalg.norm(second)
-        assert cosine == pytest.approx(wanted, rel=1e-4)
-    same = mergekit_fim.compare_factors(FactorsFile.open(files[0]), FactorsFile.open(files[0]))
-    assert all(value == pytest.approx(1) for its in same.values() for _, values in its for value in values)
+    name, cosine = found[3][0]
+    sides = [FactorsFile.open(file) for file in files]
+    first, second = (side.inputs(side.tensors[name][0].inputs).numpy().astype(np.float64) for side in sides)
+    first, second = first.T @ first, second.T @ second
+    wanted = np.sum(first * second) / np.linalg.norm(first) / np.linalg.norm(second)
+    assert cosine == pytest.approx(wanted, rel=1e-4)
+    same = mergekit_fim.compare_factors(sides[0], sides[0])
+    assert all(value == pytest.approx(1) for its in same.values() for _, value in its)
 
 
 def test_the_command_has_the_default_of_fim_kron(pair, tmp_path):
     file = tmp_path / "factors.safetensors"
-    result = run("fisher", pair.base, "--factors", "inputs", "-o", file)
+    result = run("fisher", pair.base, "--factors", "-o", file)
     assert result.exit_code == 0, result.output
     its = FactorsFile.open(file).settings
     assert (its.samples, its.seq_len) == (KRON_SAMPLES, KRON_SEQ_LEN)
@@ -533,14 +490,14 @@ def test_the_command_has_the_default_of_fim_kron(pair, tmp_path):
 def test_the_tokens_of_the_smallest_vocabulary(pair, tmp_path):
     """What a merge of models of different vocabularies wants of each of them."""
     file, few = tmp_path / "factors.safetensors", ("--samples", 2, "--seq-len", 8, "-q")
-    result = run("fisher", pair.base, "--factors", "inputs", "-o", file, "--vocab-size", 20, *few)
+    result = run("fisher", pair.base, "--factors", "-o", file, "--vocab-size", 20, *few)
     assert result.exit_code == 0, result.output
     settings = FisherSettings(samples=2, seq_len=8)
     plain = mergekit_fim.measure_factors(pair.base, tmp_path / "plain.safetensors", settings)
     again = mergekit_fim.measure_factors(pair.base, tmp_path / "again.safetensors", settings, vocab_size=20)
     assert FactorsFile.open(file).settings.tokens == again.settings.tokens != plain.settings.tokens
     for options, words in (
-        (("--factors", "inputs", "--vocab-size", 10**6), "expected tokens of its vocabulary"),
+        (("--factors", "--vocab-size", 10**6), "expected tokens of its vocabulary"),
         (("--vocab-size", 20), "--vocab-size goes with --factors"),
     ):
         result = run("fisher", pair.base, "-o", tmp_path / "none", *options, *few)
@@ -555,15 +512,15 @@ def test_what_cannot_be_compared_ends_in_one_line(pair, tmp_path):
     options = ("--samples", 2, "--seq-len", 8, "-q")
     small = tiny.save(tiny.build(tiny.config("gpt2")), tmp_path / "gpt2")
     for name, model, more in (
-        *(("both", pair.base, ["--factors", "both"]), ("inputs", pair.base, ["--factors", "inputs"])),
-        *(("other", small, ["--factors", "inputs"]), ("fisher", pair.base, [])),
+        ("inputs", pair.base, ["--factors"]),
+        ("other", small, ["--factors"]),
+        ("fisher", pair.base, []),
     ):
         assert run("fisher", model, "-o", tmp_path / name, *more, *options).exit_code == 0
     cases = {
-        ("both", "inputs"): ["expected factors of one kind", "with both", "with inputs"],
-        ("inputs", "other"): ["of tensors of one shape", "0 layers alike"],
+        ("inputs", "other"): ["expected factors of tensors of one shape", str(tmp_path / "other")],
         ("inputs", "fisher"): [str(tmp_path / "fisher"), "expected a file of factors"],
-        ("fisher", "both"): [str(tmp_path / "fisher"), "expected a file of factors"],
+        ("fisher", "inputs"): [str(tmp_path / "fisher"), "expected a file of factors"],
         ("inputs", "nothing"): [str(tmp_path / "nothing"), "No such file"],
     }
     for files, words in cases.items():
@@ -572,9 +529,7 @@ def test_what_cannot_be_compared_ends_in_one_line(pair, tmp_path):
 
 def test_in_python(pair, tmp_path):
     file = mergekit_fim.measure_factors(pair.base, tmp_path / "f.safetensors", SETTINGS, dtype="float32", cache=False)
-    assert file.names == FactorsFile.open(tmp_path / "f.safetensors").names
-    with pytest.raises(FimError, match="kind: expected one of inputs, both, found x"):
-        mergekit_fim.measure_factors(pair.base, tmp_path / "g", kind="x")
+    assert file.tensors == FactorsFile.open(tmp_path / "f.safetensors").tensors
 
 
 RECORDING = """
@@ -588,11 +543,11 @@ measuring.record_factors = record
 
 
 def test_of_several_processes_the_main_one_records(pair, warm, tmp_path):
-    options = ("--factors", "both", "--no-cache", "--samples", "3", "--seq-len", "8", "--dtype", "float32")
+    options = ("--factors", "--no-cache", "--samples", "3", "--seq-len", "8", "--dtype", "float32")
     arguments = ["fisher", str(pair.base), "-o", str(tmp_path / "f.safetensors"), *options]
     first, other = together(warm, 2, *arguments, code=RECORDING)
     assert (first.status, other.status) == (0, 0), (first, other)
     assert first.stdout.startswith("recorded\n")
     assert "Recording factors of" in first.stderr
     assert (other.stdout, other.stderr) == ("", "")
-    assert FactorsFile.open(tmp_path / "f.safetensors").names == measured(pair.base, "both").file.names
+    assert FactorsFile.open(tmp_path / "f.safetensors").tensors == measured(pair.base).file.tensors

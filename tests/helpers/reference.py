@@ -135,50 +135,40 @@ def merge_tensor(method, theta0, thetas, alphas, weights, densities, gate, toler
 
 
 def linear_rows(path: Path, samples=2, seq_len=64, seed=0, vocab=None, dtype=torch.float32) -> dict:
-    """By weight name, [token, input] and [token, output]: a linear layer's inputs, and the gradients at its outputs.
-
-    The gradients are those of the sum of each sequence's next-token losses.
-    """
+    """By weight name, what a linear layer is given, [token, input]."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     model.eval()
     generator = torch.Generator("cpu").manual_seed(seed)
     vocab = vocab or model.config.get_text_config().vocab_size
     ids = torch.randint(0, vocab, (samples, seq_len), generator=generator)
-    found: dict[str, list[list]] = {}
+    found: dict[str, list] = {}
 
     def hook(name: str):
-        def note(_module, args, output):
+        def note(_module, args, _output):
             x = args[0].detach().reshape(-1, args[0].shape[-1]).double().numpy()
-            rows = found.setdefault(f"{name}.weight", [[], []])
-            rows[0].append(x)
-            output.register_hook(lambda g: rows[1].append(g.reshape(-1, g.shape[-1]).double().numpy()))
+            found.setdefault(f"{name}.weight", []).append(x)
 
         return note
 
     for name, module in model.named_modules():
         if type(module).__name__ in ("Linear", "Conv1D"):
             module.register_forward_hook(hook(name))
-    for row in ids:
-        logits = model(input_ids=row[None], use_cache=False).logits[0].float()
-        torch.nn.functional.cross_entropy(logits[:-1], row[1:], reduction="sum").backward()
-    return {name: tuple(np.concatenate(each) for each in rows) for name, rows in found.items()}
+    with torch.no_grad():
+        for row in ids:
+            model(input_ids=row[None], use_cache=False)
+    return {name: np.concatenate(rows) for name, rows in found.items()}
 
 
-def kron(deltas, rows, betas, damping=1e-3, both=False):
-    """A merged task vector [output, input] by Kronecker factors: the whole system, solved. `rows`: the base's first."""
+def kron(deltas, rows, betas, damping=1e-3):
+    """A merged task vector [output, input] by inputs alone: the whole system, solved. `rows`: the base's first."""
 
     def factor(x):
         made = x.T @ x / len(x)
         return made + damping * np.trace(made) / len(made) * np.eye(len(made))
 
-    weights = [1 - sum(betas), *betas]
-    a = [factor(x) for x, _ in rows]
-    if not both:
-        right = sum(b * d @ x for b, d, x in zip(betas, deltas, a[1:], strict=True))
-        return np.linalg.solve(sum(w * x for w, x in zip(weights, a, strict=True)), right.T).T
-    system = [np.kron(factor(g), x) for (_, g), x in zip(rows, a, strict=True)]
-    right = sum(b * s @ d.reshape(-1) for b, d, s in zip(betas, deltas, system[1:], strict=True))
-    return np.linalg.solve(sum(w * s for w, s in zip(weights, system, strict=True)), right).reshape(deltas[0].shape)
+    a = [factor(x) for x in rows]
+    right = sum(b * d @ x for b, d, x in zip(betas, deltas, a[1:], strict=True))
+    return np.linalg.solve(sum(w * x for w, x in zip([1 - sum(betas), *betas], a, strict=True)), right.T).T
 
 
 def report(path: Path) -> dict:

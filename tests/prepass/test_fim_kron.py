@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import huggingface_hub
 import numpy as np
@@ -10,7 +11,7 @@ import reference
 import tiny
 import torch
 import transformers
-from merges import config_for, ends_in_one_line, unwrapped
+from merges import config_for, ends_in_one_line, run, unwrapped
 from safetensors.torch import load_file
 
 from mergekit_fim.api import measure_factors
@@ -25,7 +26,7 @@ def rows_of(path, **options):
     return reference.linear_rows(path, **options)
 
 
-def expected(paths, betas, *, both=False, transposed=False, other=None, plan=None, layers=range(LAYERS), **options):
+def expected(paths, betas, *, transposed=False, other=None, plan=None, layers=range(LAYERS), **options):
     """The merged model: `betas` of the fine-tuned models, `other` outside the layers.
 
     `plan`: (base layer, model layer) of every layer of the output.
@@ -47,7 +48,7 @@ def expected(paths, betas, *, both=False, transposed=False, other=None, plan=Non
             if name in rows[0]:
                 its = [r[n] for r, n in zip(rows, names, strict=True)]
                 turned = [d.T if transposed else d for d in deltas]
-                delta = reference.kron(turned, its, betas, both=both)
+                delta = reference.kron(turned, its, betas)
                 delta = delta.T if transposed else delta
             else:
                 delta = sum(b * d for b, d in zip(betas, deltas, strict=True))
@@ -78,22 +79,12 @@ def test_as_dense_solutions_of_what_plain_hooks_see(pair, merge):
         assert (out / name).read_bytes() == (again / name).read_bytes()
 
 
-@pytest.mark.parametrize("both", [False, True], ids=["inputs", "both"])
-def test_two_fine_tuned_models_with_weights(both, pair, merge):
+def test_two_fine_tuned_models_with_weights(pair, merge):
     models = [{"model": str(pair.long), "parameters": {"weight": 3}}, {"model": str(pair.third)}]
     parameters = {"alpha_mean": 0.8, "alpha_other": 0.1, "fisher_seq_len": 16, "fisher_samples": 2}
-    out, _ = merge.ok(kron(pair, models=models, parameters=parameters | {"factors": "both" if both else "inputs"}))
+    out, _ = merge.ok(kron(pair, models=models, parameters=parameters))
     paths, options = [pair.base, pair.long, pair.third], {"samples": 2, "seq_len": 16}
-    layers = range(1 if both else LAYERS)
-    wanted = expected(paths, [0.6, 0.2], both=both, other=[0.075, 0.025], layers=layers, **options)
-    assert_same(out, wanted, atol=1e-4, names=wanted)
-
-
-def test_both_factors(pair, merge):
-    parameters = {"factors": "both", "alpha_mean": 0.3, "fisher_seq_len": 8}
-    out, _ = merge.ok(kron(pair, parameters=parameters))
-    wanted = expected([pair.base, pair.long], [0.3], both=True, layers=range(2), seq_len=8)
-    assert_same(out, wanted, names=wanted)
+    assert_same(out, expected(paths, [0.6, 0.2], other=[0.075, 0.025], **options), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -155,31 +146,26 @@ def test_conv1d_is_the_other_way_round(merge, tmp_path):
     base = tiny.build(tiny.config("gpt2"))
     paths = [tiny.save(base, tmp_path / "base"), tiny.save(tiny.tuned(base, 1), tmp_path / "long")]
     config = {"merge_method": "fim_kron", "base_model": str(paths[0]), "models": [{"model": str(paths[1])}]}
-    for both in (False, True):
-        parameters = {"factors": "both" if both else "inputs", "fisher_samples": 1, "fisher_seq_len": 12}
-        out, _ = merge.ok(config | {"dtype": "float32", "parameters": parameters}, out=f"out{both}")
-        layers = range(1 if both else LAYERS)
-        wanted = expected(paths, [0.5], both=both, transposed=True, samples=1, seq_len=12, layers=layers)
-        found = {name.removeprefix("transformer."): v for name, v in reference.load(out).items()}
-        for name, value in wanted.items():
-            if both and value.size > 2000:
-                continue
-            np.testing.assert_allclose(
-                found[name.removeprefix("transformer.")], value, rtol=1e-4, atol=5e-5, err_msg=name
-            )
+    out, _ = merge.ok(config | {"dtype": "float32", "parameters": {"fisher_samples": 1, "fisher_seq_len": 12}})
+    found = {name.removeprefix("transformer."): v for name, v in reference.load(out).items()}
+    for name, value in expected(paths, [0.5], transposed=True, samples=1, seq_len=12).items():
+        np.testing.assert_allclose(found[name.removeprefix("transformer.")], value, rtol=1e-4, atol=5e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("factors", ["inputs", "both"])
-def test_experts(kind, factors, merge, tmp_path):
+def test_experts(kind, merge, tmp_path):
     """Each by the tokens that come to it; one that no token reaches by α alone."""
     base = tiny.build(tiny.config(kind, num_hidden_layers=2))
     paths = [tiny.save(base, tmp_path / "base"), tiny.save(tiny.tuned(base, 1), tmp_path / "long")]
     config = {"merge_method": "fim_kron", "base_model": str(paths[0]), "models": [{"model": str(paths[1])}]}
-    parameters = {"factors": factors, "fisher_samples": 1, "fisher_seq_len": 4}
+    parameters = {"fisher_samples": 1, "fisher_seq_len": 4}
     out, _ = merge.ok(config | {"dtype": "float32", "parameters": parameters})
-    warnings = reference.report(out)["warnings"]
-    assert any("no token came to the experts of" in line for line in warnings), warnings
+    report = reference.report(out)
+    idle = {its["model"]: len(its["not_reached"]) for its in report["kron"]["factors"] if its["not_reached"]}
+    assert idle
+    for model, count in idle.items():
+        words = f"{model}: no token came to the experts of {count} matrices"
+        assert any(line.startswith(words) for line in report["warnings"]), report["warnings"]
     theta = [transformers.AutoModelForCausalLM.from_pretrained(p).state_dict() for p in (*paths, out)]
     alike = 0  # to α alone
     experts = [name for name in theta[0] if "experts" in name and theta[0][name].ndim == 3 and "bias" not in name]
@@ -214,9 +200,9 @@ BAD = {
     "sharpness": ({"sharpness": 1}, "`sharpness` has no meaning in fim_kron"),
     "mapping": ({"mapping": "anchored"}, "`mapping` has no meaning in fim_kron"),
     "alpha_min": ({"alpha_min": 0.1}, "`alpha_min` has no meaning in fim_kron"),
-    "labels": ({"fisher_labels": "sampled"}, "`fisher_labels` has no effect in fim_kron with `factors: inputs`"),
+    "labels": ({"fisher_labels": "sampled"}, "`fisher_labels` has no meaning in fim_kron"),
     "damping": ({"damping": 0}, "`damping` must be a number in (0, 1], found 0"),
-    "factors": ({"factors": "outputs"}, "`factors` must be `inputs` or `both`, found 'outputs'"),
+    "factors": ({"factors": "both"}, "unknown parameter `factors`"),
     "source": ({"kron_source": "x"}, "unknown parameter `kron_source`"),
     "too much": ({"alpha": 1.2}, "sum up to at most 1, found 1.2"),
     "below nothing": ({"alpha": [{"filter": "q_proj", "value": -0.1}]}, "q_proj.weight: expected coefficients"),
@@ -239,12 +225,10 @@ def test_density_of_one_model_is_refused(pair, merge):
     ends_in_one_line(result, "`density` has no effect on a single model", absent=target)
 
 
-@pytest.mark.parametrize("name", ["factors", "damping"])
 @pytest.mark.parametrize("method", ["fim_ta", "fim_ties"])
-def test_the_other_methods_refuse_its_parameters(name, method, pair, merge):
-    value = {"factors": "both", "damping": 0.1}[name]
-    target, result = merge(config_for(pair, method, parameters={name: value}))
-    ends_in_one_line(result, f"`{name}` has no meaning in {method}, only in fim_kron", absent=target)
+def test_the_other_methods_refuse_its_parameter(method, pair, merge):
+    target, result = merge(config_for(pair, method, parameters={"damping": 0.1}))
+    ends_in_one_line(result, f"`damping` has no meaning in {method}, only in fim_kron", absent=target)
 
 
 def test_saved_factors(pair, merge, tmp_path):
@@ -254,14 +238,16 @@ def test_saved_factors(pair, merge, tmp_path):
     paths = {n: str(tmp_path / f"{n}.safetensors") for n in ("base", "long", "third")}
     for name, path in paths.items():
         measure_factors(getattr(pair, name), path, settings, dtype="float32")
+    other = str(tmp_path / "other.safetensors")
+    measure_factors(pair.long, other, FisherSettings(samples=2, seq_len=16, seed=6), dtype="float32")
     saved = {"fisher": f"{paths['long']}, {paths['base']}"}
     out, _ = merge.ok(kron(pair, parameters=saved))
     assert_same(out, expected([pair.base, pair.long], [0.5], samples=2, seq_len=16, seed=5))
     assert reference.report(out)["settings"]["fisher_seed"] == 5
     for parameters, *words in (
         ({"fisher": paths["third"]}, "which is none of the merge's models"),
-        (saved | {"fisher_seed": 1}, "was recorded with seed 5, but the config sets fisher_seed to 1"),
-        (saved | {"factors": "both"}, "kind"),
+        (saved | {"fisher_seed": 1}, "was measured with seed 5, but the config sets fisher_seed to 1"),
+        ({"fisher": f"{paths['base']}, {other}"}, f"{other} is of 2 × 16 random tokens, seed 6, expected the same"),
     ):
         target, result = merge(kron(pair, parameters=parameters), out="refused")
         ends_in_one_line(result, *words, absent=target)
@@ -313,3 +299,16 @@ def test_what_is_seen(pair, merge):
         assert len(line) <= 100
     assert "Kronecker factors" in unwrapped(result)
     assert json.dumps(found)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2"])
+def test_the_size_of_factors_is_said_before_they_are_recorded(kind, tmp_path):
+    base = tiny.build(tiny.config(kind))
+    paths = [tiny.save(base, tmp_path / "base"), tiny.save(tiny.tuned(base, 1), tmp_path / "long")]
+    config = {"merge_method": "fim_kron", "base_model": str(paths[0]), "models": [{"model": str(paths[1])}]}
+    (tmp_path / "config.yml").write_text(json.dumps(config | {"dtype": "float32"}))
+    result = run("plan", tmp_path / "config.yml", "--json", tmp_path / "plan.json")
+    recorded = json.loads((tmp_path / "plan.json").read_text())["kron"]["factors"]
+    for path, factors in zip(paths, recorded, strict=True):
+        (said,) = set(re.findall(rf"Recording factors of {path}, about ([\d.]+) MB", result.stderr))
+        assert float(said) == pytest.approx(factors["bytes"] / 1e6, rel=0.15)

@@ -214,7 +214,7 @@ def test_a_twin_has_the_strength_and_what_it_knows_of_the_rest():
         "dtype": "bfloat16",
         "parameters": {"lambda": 0.9, "normalize": False},
     }
-    own = {"damping": 0.01, "factors": "both", "fisher": "a.safetensors", "fisher_samples": 4, "lambda": 0.9}
+    own = {"damping": 0.01, "fisher": "a.safetensors", "fisher_samples": 4, "lambda": 0.9}
     config = configured(PAIR, merge_method="fim_kron", parameters=own)
     assert written(twin_of(config, "task_arithmetic"))["parameters"] == {"lambda": 0.9, "normalize": False}
 
