@@ -176,7 +176,7 @@ def test_a_cache_that_cannot_be_written(kind, pair, merge, cache_folder, measure
         def refuse(*_args, **_kwargs):
             raise OSError(number, os.strerror(number))
 
-        monkeypatch.setattr(cache, "write_measurement", refuse)
+        monkeypatch.setattr("mergekit_fim.prepass.measured.write_measurement", refuse)
     out, _ = merge.ok(config_for(pair))
     assert "not kept for the next merge" in caplog.text
     assert reference.report(out)["fisher"]["layers"]
