@@ -143,8 +143,8 @@ def limited(bytes_on_gpu: float, *, resident: bool, sequences: int) -> Iterator[
         patch.setattr(batched._Run, "measure", short)
         patch.setattr(measuring, "is_out_of_memory", lambda error: isinstance(error, torch.OutOfMemoryError))
         if not resident:  # there is no falling back on a CPU: nothing is streamed where it was to be resident
-            load = measuring.load_model
-            patch.setattr(measuring, "load_model", lambda b, d, o, w, **k: load(b, d, o, STREAMED, **k))
+            load = measuring.load_to_run
+            patch.setattr(measuring, "load_to_run", lambda b, d, o, w, **k: load(b, d, o, STREAMED, **k))
         yield
 
 
@@ -351,8 +351,8 @@ def test_several_accelerators(roomy, large, place, monkeypatch):
     _, expected = norms_of(large)
     place(streamed=False, spread=True)
     kept = []
-    original = measuring.load_model
-    monkeypatch.setattr(measuring, "load_model", lambda *a, **k: kept.append(original(*a, **k)) or kept[-1])
+    original = measuring.load_to_run
+    monkeypatch.setattr(measuring, "load_to_run", lambda *a, **k: kept.append(original(*a, **k)) or kept[-1])
     if not roomy:
         usable = int(0.9 * bytes_of(large) * 1.1) + (1 << 30)
         monkeypatch.setattr(loading, "_free", lambda devices: [usable] * len(devices))

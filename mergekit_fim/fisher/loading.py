@@ -117,7 +117,7 @@ class LoadedModel:
     placement: Placement  # as it was chosen
 
 
-def load_model(
+def load_to_run(
     base: InputModel,
     dtype: str | None,
     options: MergeOptions,
@@ -164,7 +164,7 @@ def load_model(
 
 
 def device_plan(base: InputModel, dtype: str | None, options: MergeOptions) -> DevicePlan | None:
-    """Say what `load_model` will choose, with the memory that is free now; None on the CPU.
+    """Say what `load_to_run` will choose, with the memory that is free now; None on the CPU.
 
     Raises:
         FimError: an accelerator was asked for that torch doesn't see.

@@ -20,7 +20,7 @@ from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.engine import FisherEngine, ForwardError, NotSupportedError, autograd_engine
 from mergekit_fim.fisher.experts import ReachedExperts
-from mergekit_fim.fisher.loading import LoadedModel, Placement, load_model
+from mergekit_fim.fisher.loading import LoadedModel, Placement, load_to_run
 from mergekit_fim.fisher.samples import draw_samples
 from mergekit_fim.fisher.weights import Beside, ResidentWeights, Weights
 from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher
@@ -60,7 +60,7 @@ def _prepared(model: PreTrainedModel, name: str) -> Iterator[None]:
             module.training = mode
 
 
-def measure(
+def measure_model(
     model: PreTrainedModel,
     layers: Sequence[nn.Module],
     settings: FisherSettings,
@@ -157,14 +157,15 @@ def measure_checkpoint(
 ) -> FisherMeasurement:
     """Load the base model, measure it, and let it go.
 
-    See `measure` for the engines, of which `reference` has all of the model in memory, and `load_model` for the rest.
+    See `measure_model` for the engines, of which `reference` has all of the model in memory. See `load_to_run` for the
+    rest.
 
     Raises:
         FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
 
     def work(loaded: LoadedModel, whole: bool) -> FisherMeasurement:
-        return measure(
+        return measure_model(
             loaded.model,
             loaded.layers,
             settings,
@@ -227,7 +228,7 @@ def with_model(
 ) -> tuple[T, list[str]]:
     """Load a model, do something with it, and let it go; again in another way where memory or digits don't suffice.
 
-    See `load_model` for the other arguments.
+    See `load_to_run` for the other arguments.
 
     Args:
         work: is given the model, and whether all of it is in memory because it can't be run layer by layer; raises
@@ -245,7 +246,7 @@ def with_model(
     try:
         for this in attempts:  # one that fails adds the next
             try:
-                loaded = load_model(
+                loaded = load_to_run(
                     base, dtype, options, this.where, running=this.running, rows=this.rows, beside=beside
                 )
                 if this.whole and loaded.placement.streamed:
