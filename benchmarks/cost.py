@@ -113,7 +113,7 @@ def worker(side: str, folder: Path, dtype_name: str, device: str) -> dict:
         return fast(folder, dtype_name, device, side) | on_device(device)
     from mergekit_fim import FisherSettings
     from mergekit_fim.fisher.engine import autograd_engine
-    from mergekit_fim.fisher.measure import measure
+    from mergekit_fim.fisher.measure import measure_model
     from mergekit_fim.fisher.samples import draw_samples
 
     transformers.utils.logging.disable_progress_bar()
@@ -125,7 +125,7 @@ def worker(side: str, folder: Path, dtype_name: str, device: str) -> dict:
     settings = FisherSettings(SEQUENCES, LENGTH)
     layers = list(model.model.layers)
     if side == "reference":
-        found = measure(model, layers, settings, engine=autograd_engine, quiet=True)
+        found = measure_model(model, layers, settings, engine=autograd_engine, quiet=True)
         norms = [layer.squared_norms for layer in found.layers]
     else:  # as the paper describes it, by plain PyTorch
         columns = []
@@ -163,8 +163,8 @@ def fast(folder: Path, dtype_name: str, device: str, side: str = "fast") -> dict
 
     from mergekit_fim import FisherSettings
     from mergekit_fim.fisher import loading
-    from mergekit_fim.fisher.loading import load_model, placement
-    from mergekit_fim.fisher.measure import measure
+    from mergekit_fim.fisher.loading import load_to_run, placement
+    from mergekit_fim.fisher.measure import measure_model
     from mergekit_fim.models.inputs import open_model
     from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorSweep
 
@@ -182,10 +182,10 @@ def fast(folder: Path, dtype_name: str, device: str, side: str = "fast") -> dict
     base, tuned = (open_model(str(folder / which), None, options) for which in ("base", "long"))
     pairs = [LayerPair(layer.index, layer.index) for layer in base.layout.layers]
     sweep = TaskVectorSweep(base, {tuned: pairs}, dtype_name, where.devices())
-    loaded = load_model(base, dtype_name, options, where, beside=sweep)
+    loaded = load_to_run(base, dtype_name, options, where, beside=sweep)
     ready = now(device)
     settings = FisherSettings(SEQUENCES, LENGTH)
-    found = measure(loaded.model, loaded.layers, settings, weights=loaded.weights, quiet=True)
+    found = measure_model(loaded.model, loaded.layers, settings, weights=loaded.weights, quiet=True)
     measured = now(device)
     sweep.norms(quiet=True)
     end = now(device)

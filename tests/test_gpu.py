@@ -143,8 +143,8 @@ def limited(bytes_on_gpu: float, *, resident: bool, sequences: int) -> Iterator[
         patch.setattr(batched._Run, "measure", short)
         patch.setattr(measuring, "is_out_of_memory", lambda error: isinstance(error, torch.OutOfMemoryError))
         if not resident:  # there is no falling back on a CPU: nothing is streamed where it was to be resident
-            load = measuring.load_model
-            patch.setattr(measuring, "load_model", lambda b, d, o, w, **k: load(b, d, o, STREAMED, **k))
+            load = measuring.load_to_run
+            patch.setattr(measuring, "load_to_run", lambda b, d, o, w, **k: load(b, d, o, STREAMED, **k))
         yield
 
 
@@ -184,7 +184,7 @@ def test_a_model_that_does_not_fit_is_streamed(large, place, monkeypatch):
 
 
 @pytest.mark.parametrize("held", ["resident", "streamed"])
-def test_a_batch_that_does_not_fit_is_halved(held, large, place):
+def test_a_batch_that_does_not_fit_is_halved(held, large, place, monkeypatch):
     settings = FisherSettings(samples=8, seq_len=64 if ON_CPU else 1024)
     place(streamed=held == "streamed")
     peaks = []
@@ -192,9 +192,10 @@ def test_a_batch_that_does_not_fit_is_halved(held, large, place):
         before = allocated()
         if not ON_CPU:
             torch.get_device_module(DEVICE).reset_peak_memory_stats(DEVICE)
-        measured, expected = norms_of(
-            large, settings, engine=lambda *args, tokens=tokens: batched_engine(*args, tokens=tokens)
-        )
+        with monkeypatch.context() as patch:
+            patch.setattr(batched, "_TOKENS", tokens)
+            patch.setattr(batched, "_TOKENS_ON_ACCELERATORS", tokens)
+            measured, expected = norms_of(large, settings)
         assert measured.warnings == ()
         peaks.append(0 if ON_CPU else torch.get_device_module(DEVICE).max_memory_allocated(DEVICE) - before)
     with limited(allocated() + 0.5 * sum(peaks), resident=True, sequences=4):
@@ -350,8 +351,8 @@ def test_several_accelerators(roomy, large, place, monkeypatch):
     _, expected = norms_of(large)
     place(streamed=False, spread=True)
     kept = []
-    original = measuring.load_model
-    monkeypatch.setattr(measuring, "load_model", lambda *a, **k: kept.append(original(*a, **k)) or kept[-1])
+    original = measuring.load_to_run
+    monkeypatch.setattr(measuring, "load_to_run", lambda *a, **k: kept.append(original(*a, **k)) or kept[-1])
     if not roomy:
         usable = int(0.9 * bytes_of(large) * 1.1) + (1 << 30)
         monkeypatch.setattr(loading, "_free", lambda devices: [usable] * len(devices))

@@ -3,7 +3,7 @@
 One forward pass keeps nothing but the inputs of every decoder layer. One backward pass recomputes the layers one by one
 from the last to the first, and takes each sequence's gradient norms from the inputs and the output gradients of the
 layer's modules (`rules`). Where a layer holds a parameter without a rule, or where the rules don't agree with autograd
-on the first layer of its kind, the layers of that kind are run one sequence at a time by autograd.
+on the first layer of its kind, autograd runs the layers of that kind one sequence at a time.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map_only
 from transformers import PreTrainedModel
 
 from mergekit_fim.errors import FimError, is_out_of_memory
@@ -44,14 +44,8 @@ def batched_engine(
     progress: Callable[[int], object],
     weights: Weights | None = None,
     warn: Callable[[str], object] = lambda _line: None,
-    *,
-    tokens: int | None = None,
 ) -> torch.Tensor:
-    """The fast engine; see `FisherEngine` for the other arguments and the result.
-
-    Args:
-        tokens: how many tokens a micro-batch of more than one sequence may have; by default enough to keep the device
-            busy. Where memory runs out it is halved, and `warn` told.
+    """Measure as `autograd_engine` does, but fast. Where memory runs out, halve the micro-batches and tell `warn`.
 
     Raises:
         NotSupportedError: the decoder layers share parameters, pass on more than their arguments and results, or can't
@@ -60,7 +54,7 @@ def batched_engine(
     """
     run = _Run(model, layers, weights or ResidentWeights(), progress)
     try:
-        return torch.cat(_by_micro_batches(model, run.weights, samples, run.measure, warn, tokens))
+        return torch.cat(_by_micro_batches(model, run.weights, samples, run.measure, warn))
     finally:
         run.layers.clear()  # which refer to the run in turn, and would keep the model in memory for now
 
@@ -78,7 +72,7 @@ def watch_layers(
 
     Args:
         progress: called with the number of steps that are done, one per layer and sequence.
-        watcher: makes what watches one micro-batch, and is entered around each layer's forward pass.
+        watcher: makes what watches one micro-batch. It is entered around each layer's forward pass.
 
     Returns:
         The watchers of all micro-batches, in the order of the sequences.
@@ -113,12 +107,11 @@ def _by_micro_batches(
     samples: Samples,
     work: Callable[[Samples, torch.device], T],
     warn: Callable[[str], object],
-    tokens: int | None = None,
 ) -> list[T]:
-    """What `work` makes of one micro-batch after the other; they are halved where memory runs out."""
+    """Do `work` on one micro-batch after the other, halved where memory runs out: its results."""
     count, length = samples.input_ids.shape
     device = weights.rows(model.get_input_embeddings(), slice(0, 1)).device
-    size = wanted = micro_batch(count, length, device.type, tokens)
+    size = wanted = micro_batch(count, length, device.type)
     model.requires_grad_(False)
     parts: list[T] = []
     start = 0
@@ -143,14 +136,18 @@ def _by_micro_batches(
     return parts
 
 
-def micro_batch(sequences: int, length: int, device_type: str, tokens: int | None = None) -> int:
-    """How many sequences share a forward and a backward pass, of at most `tokens` tokens unless it is one sequence."""
-    tokens = tokens or (_TOKENS if device_type == "cpu" else _TOKENS_ON_ACCELERATORS)
+def micro_batch(sequences: int, length: int, device_type: str) -> int:
+    """Count the sequences that share a forward and a backward pass."""
+    tokens = _TOKENS if device_type == "cpu" else _TOKENS_ON_ACCELERATORS
     return min(sequences, max(1, tokens // length))
 
 
 class _Run:
-    """The measurement of one model, a micro-batch at a time."""
+    """The measurement of one model, a micro-batch at a time.
+
+    Its layers write into `norms`, [sequence, layer] of the micro-batch that is under way, and into `has_rules`, which
+    says of a kind of layer whether the rules hold for it, once that has been checked.
+    """
 
     def __init__(
         self, model: PreTrainedModel, layers: Sequence[nn.Module], weights: Weights, progress: Callable[[int], object]
@@ -161,18 +158,15 @@ class _Run:
         self.base = model.base_model if model.base_model is not model else decoder(model)[1]  # Llama 4's is itself
         if self.base is model or type(self.head).forward is not nn.Linear.forward:
             raise NotSupportedError
-        seen: set[int] = set()
-        for layer in layers:
-            own = {id(parameter) for parameter in layer.parameters()}
-            if seen & own:
-                raise NotSupportedError
-            seen |= own
-        self.has_rules: dict[object, bool] = {}  # by kind of layer, once it has been checked
-        self.layers = [_Layer(self, index, layer) for index, layer in enumerate(layers)]
+        ids = [id(parameter) for layer in layers for parameter in layer.parameters()]
+        if len(set(ids)) < len(ids):
+            raise NotSupportedError  # layers share a parameter
+        self.has_rules: dict[object, bool] = {}
         self.norms = torch.empty(0)
+        self.layers = [_Layer(self, index, layer) for index, layer in enumerate(layers)]
 
     def measure(self, samples: Samples, device: torch.device) -> torch.Tensor:
-        """One micro-batch: [sequence, layer], float64, on the CPU."""
+        """Measure one micro-batch: [sequence, layer], float64, on the CPU."""
         ids = samples.input_ids.to(device)
         self.norms = torch.full((len(ids), len(self.layers)), -1.0, dtype=torch.float64)
         with contextlib.ExitStack() as stack:
@@ -196,7 +190,7 @@ class _Run:
         return self.norms / (ids.shape[1] - 1) ** 2  # the gradients were those of the sum over the positions
 
     def _forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        """The hidden states that go into the head, and what the model without the head gave."""
+        """Run the model: the hidden states that go into the head, and what the model without the head gave."""
         inputs, outputs = [], []
 
         def at_head(_original: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -214,7 +208,7 @@ class _Run:
         return inputs[0], outputs[0]
 
     def _tail(self, ids: torch.Tensor, output: Any, head_output: torch.Tensor) -> torch.Tensor:
-        """The logits that the model makes of the head's output."""
+        """Let the model make logits of the head's output."""
         with (
             replaced(self.base, lambda _original, *_args, **_kwargs: output),
             replaced(self.head, lambda _original, *_args, **_kwargs: head_output),
@@ -224,7 +218,7 @@ class _Run:
 
 
 def _embed(embedding: Any, weights: Weights, original: Callable[..., torch.Tensor], ids: torch.Tensor) -> torch.Tensor:
-    """The token embeddings, from which gradients are taken on; only the rows that occur are loaded."""
+    """Embed the tokens, by the rows that occur, which alone are loaded; gradients go no further back."""
     if embedding.weight.device.type != "meta":
         return original(ids).detach().requires_grad_(True)
     unique, inverse = ids.unique(return_inverse=True)
@@ -238,47 +232,54 @@ def _embed(embedding: Any, weights: Weights, original: Callable[..., torch.Tenso
     return embedded.detach().requires_grad_(True)
 
 
+class _Slot(int):
+    """Stands in arguments or results of a decoder layer for a tensor, by its number."""
+
+
+def _split(nested: Any) -> tuple[Any, list[torch.Tensor]]:
+    """Take the tensors out of arguments or results, and leave slots."""
+    tensors: list[torch.Tensor] = []
+
+    def take(tensor: torch.Tensor) -> _Slot:
+        tensors.append(tensor)
+        return _Slot(len(tensors) - 1)
+
+    return tree_map_only(torch.Tensor, take, nested), tensors
+
+
+def _filled(nested: Any, tensors: Sequence[torch.Tensor]) -> Any:
+    """Put tensors into the slots."""
+    return tree_map_only(_Slot, lambda slot: tensors[slot], nested)
+
+
 @dataclass
 class _LayerCall:
     """A call of a decoder layer without its tensors, which autograd keeps."""
 
-    arguments: list[Any]  # flattened, None where a tensor was
-    spec: TreeSpec
-    tensors: list[int]  # where the tensors were
-    results: list[Any]
-    result_spec: TreeSpec | None = None
-    result_tensors: tuple[int, ...] = ()
+    arguments: Any
+    results: Any = None  # of the last time that it was run
 
     def run(self, forward: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Call `forward` with `tensors` put back: the tensors among its results."""
-        leaves = list(self.arguments)
-        for where, tensor in zip(self.tensors, tensors, strict=True):
-            leaves[where] = tensor
-        args, kwargs = tree_unflatten(leaves, self.spec)
+        args, kwargs = _filled(self.arguments, tensors)
+        before = tree_leaves((args, kwargs))
         versions = [tensor._version for tensor in tensors]
-        results, self.result_spec = tree_flatten(forward(*args, **kwargs))
-        after, _ = tree_flatten((args, kwargs))
-        if len(after) != len(leaves) or any(a is not b for a, b in zip(after, leaves, strict=True)):
+        results = forward(*args, **kwargs)
+        after = tree_leaves((args, kwargs))
+        if len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True)):
             raise NotSupportedError  # something was handed on in a container
         if versions != [tensor._version for tensor in tensors]:
             raise NotSupportedError  # an input was overwritten, so that the layer can't be run again
-        self.result_tensors = tuple(i for i, leaf in enumerate(results) if isinstance(leaf, torch.Tensor))
-        self.results = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in results]
-        return [results[i] for i in self.result_tensors]
+        self.results, made = _split(results)
+        return made
 
 
 def _checkpointed(layer: "_Layer", _original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A decoder layer's forward pass that keeps nothing but its inputs."""
-    leaves, spec = tree_flatten((args, kwargs))
-    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    arguments = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-    call = _LayerCall(arguments, spec, where, [])
-    tensors: Any = _Checkpoint.apply(layer, call, *(leaves[i] for i in where))
-    results = list(call.results)
-    for i, tensor in zip(call.result_tensors, tensors, strict=True):
-        results[i] = tensor
-    assert call.result_spec is not None
-    return tree_unflatten(results, call.result_spec)
+    """Run a decoder layer forward, and keep nothing but its inputs."""
+    arguments, tensors = _split((args, kwargs))
+    call = _LayerCall(arguments)
+    results: Any = _Checkpoint.apply(layer, call, *tensors)
+    return _filled(call.results, results)
 
 
 @dataclass(frozen=True)
@@ -324,8 +325,8 @@ class _Layer:
     def __init__(self, run: _Run, index: int, module: nn.Module) -> None:
         self.run, self.index, self.module = run, index, module
         self.forward = module.forward
-        owners = [(n, m, dict(m.named_parameters(recurse=False))) for n, m in module.named_modules()]
-        owners = [(name, part, own) for name, part, own in owners if own]
+        parts = [(name, part, dict(part.named_parameters(recurse=False))) for name, part in module.named_modules()]
+        owners = [(name, part, own) for name, part, own in parts if own]
         self.kind = tuple((n, type(m), tuple((k, p.shape, p.dtype) for k, p in own.items())) for n, m, own in owners)
         self.rules = {part: rule for _, part, _ in owners if (rule := rule_for(part)) is not None}
         ids = [id(parameter) for _, _, own in owners for parameter in own.values()]
@@ -355,9 +356,9 @@ class _Layer:
         return bool(abs(norms[0] - first) <= tolerance * first) or not bool(first.isfinite())
 
     def _by_rules(self, back: _Return) -> torch.Tensor | None:
-        """The norms of all sequences at once: [sequence], or None where a module isn't used as its rule expects.
+        """Take the norms of all sequences at once: [sequence], or None where a module isn't used as its rule expects.
 
-        Afterwards the inputs have their gradients.
+        Leave the inputs' gradients in their `.grad`.
         """
         with torch.enable_grad(), self.run.weights.layer(self.module):
             with Recorder(self.rules, len(self.run.norms)) as recorder:
@@ -368,7 +369,7 @@ class _Layer:
         return recorder.norms
 
     def _by_autograd(self, back: _Return, *, first_only: bool = False) -> torch.Tensor:
-        """The norms one sequence at a time: [sequence]; for the first only, without the inputs' gradients."""
+        """Take the norms one sequence at a time: [sequence]. With `first_only`, leave the inputs without gradients."""
         norms = torch.zeros(1 if first_only else len(self.run.norms), dtype=torch.float64)
         with torch.enable_grad(), self.run.weights.layer(self.module), self._differentiable() as squares:
             for n in range(len(norms)):
@@ -396,7 +397,7 @@ class _Layer:
 
     @contextlib.contextmanager
     def _differentiable(self) -> Iterator[list[torch.Tensor]]:
-        """Gradients for the layer's parameters, each reduced to its squared norm in the list as it is complete."""
+        """Have gradients taken of the layer's parameters, and each reduced to its squared norm when it is complete."""
         squares: list[torch.Tensor] = []
 
         def reduce(parameter: torch.Tensor) -> None:
@@ -414,15 +415,15 @@ class _Layer:
                 parameter.requires_grad_(False)
 
     def _sequence(self, tensor: torch.Tensor, n: int) -> torch.Tensor:
-        """The part of an argument or a result that belongs to one sequence; `_check_sequences` sees whether it does."""
+        """Take the part of an argument or a result that belongs to one sequence, as `_check_sequences` checks."""
         count = len(self.run.norms)
         return tensor[n : n + 1] if count > 1 and tensor.ndim > 1 and tensor.shape[0] == count else tensor
 
     def _check_sequences(self, back: _Return) -> None:
-        """Check that the layer treats every sequence by itself, split off by the first axis of all that it is given.
+        """Check that the layer treats every sequence by itself, and is given them along the first axis of its inputs.
 
         Raises:
-            NotSupportedError: it doesn't.
+            NotSupportedError: it doesn't, or isn't.
         """
         if len(self.run.norms) == 1:
             return
@@ -437,5 +438,5 @@ class _Layer:
             if expected.shape != part.shape:
                 raise NotSupportedError
             difference = float((expected - part).float().norm()) / (float(part.float().norm()) or 1.0)
-            if difference > 0.1:  # of rounding, which may send tokens to other experts; far less than of a wrong split
+            if difference > 0.1:  # rounding makes less, even where it sends tokens to other experts; a wrong split more
                 raise NotSupportedError

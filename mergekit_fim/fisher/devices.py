@@ -1,4 +1,4 @@
-"""How the accelerators that a user gave hold a base model: decided from their free memory and the model's sizes."""
+"""Choose which of the user's accelerators hold a base model, by their free memory and the model's sizes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,10 @@ RESERVE, RESERVED_PART = 1 << 30, 0.1
 
 @dataclass(frozen=True)
 class DevicePlan:
-    """Which devices get a base model, counted from 0, and accelerate's map of its modules to them.
+    """Which devices get a base model."""
 
-    Where the map is empty, the model is streamed to the one device.
-    """
-
-    devices: tuple[int, ...]
-    device_map: Mapping[str, int]
+    devices: tuple[int, ...]  # counted from 0
+    device_map: Mapping[str, int]  # accelerate's map of the modules; where it is empty, the model is streamed
 
     def __str__(self) -> str:
         if len(self.devices) > 1:
@@ -32,16 +29,11 @@ class DevicePlan:
 
 
 def plan_devices(model: nn.Module, layers: Sequence[nn.Module], free: Sequence[int]) -> DevicePlan:
-    """Choose which devices hold a model.
+    """Choose which devices hold a model, whose weights may be on the meta device.
 
-    Several devices hold it together, in parts as even as whole decoder layers allow. They do so even where one of them
-    has room for all of it, because what is read then goes over all their buses at once. Where they don't have the room,
-    one device holds the model, or has it streamed.
-
-    Args:
-        model: the model; its weights may be on the meta device.
-        layers: its decoder layers, none of which is divided.
-        free: bytes that are free on each device.
+    Several devices hold it together, in parts as even as whole decoder layers allow, even where one of them has room
+    for all of it: what is read then goes over all their buses at once. Where together they lack the room, one device
+    holds the model, or has it streamed. `free` is the number of bytes that are free on each device.
     """
     rooms = {device: max(0, int((size - RESERVE) / (1 + RESERVED_PART))) for device, size in enumerate(free)}
     if len(free) > 1:
@@ -55,5 +47,5 @@ def plan_devices(model: nn.Module, layers: Sequence[nn.Module], free: Sequence[i
             if "disk" not in device_map.values():
                 return DevicePlan(tuple(sorted(set(device_map.values()))), device_map)
     roomiest = max(rooms, key=free.__getitem__)
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    size = sum(parameter.nbytes for parameter in model.parameters())
     return DevicePlan((roomiest,), {"": roomiest} if size <= rooms[roomiest] else {})

@@ -1,8 +1,7 @@
-"""What every engine computes, and the reference engine: obviously right, slow, and with the whole model in memory."""
+"""The reference engine: obviously right, slow, and with the whole model in memory. Every engine gives its numbers."""
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -13,38 +12,18 @@ from mergekit_fim.fisher.samples import Samples, sequence_loss
 from mergekit_fim.fisher.weights import ResidentWeights, Weights
 from mergekit_fim.norms import squared_norm
 
-
-class FisherEngine(Protocol):
-    """Measures squared gradient norms; every engine gives the same numbers as `autograd_engine`."""
-
-    def __call__(
-        self,
-        model: PreTrainedModel,
-        layers: Sequence[nn.Module],
-        samples: Samples,
-        progress: Callable[[int], object],
-        weights: Weights = ...,
-        warn: Callable[[str], object] = ...,
-    ) -> torch.Tensor:
-        """Measure ‖∇_{θ^l} L_n‖² for every sequence n and layer l.
-
-        Args:
-            model: a causal language model in evaluation mode.
-            layers: its decoder layers.
-            samples: the sequences.
-            progress: called with the number of steps that are done, a step being one layer's forward or backward pass
-                for one sequence.
-            weights: where the model's weights are.
-            warn: called with what the user should know about a measurement that is done, a line each.
-
-        Returns:
-            [sequence, layer], float64, on the CPU.
-        """
-        ...
+# (a causal language model in evaluation mode, its decoder layers, the sequences, `progress`, its weights, `warn`) ->
+# ‖∇_{θ^l} L_n‖² for every sequence n and layer l: [sequence, layer], float64, on the CPU. `progress` is called with the
+# number of steps that are done, a step being one layer's forward or backward pass for one sequence. `warn` is called
+# with what the user should know about the measurement, a line each. Every engine gives `autograd_engine`'s numbers.
+FisherEngine = Callable[
+    [PreTrainedModel, Sequence[nn.Module], Samples, Callable[[int], object], Weights, Callable[[str], object]],
+    torch.Tensor,
+]
 
 
 class NotSupportedError(Exception):
-    """The model's forward pass isn't of the form that the batched engine relies on; the reference engine is needed."""
+    """The model's forward pass isn't of the form that the batched engine needs; the reference engine must run it."""
 
 
 class ForwardError(FimError):
@@ -59,10 +38,10 @@ def autograd_engine(
     weights: Weights | None = None,
     warn: Callable[[str], object] = lambda _line: None,
 ) -> torch.Tensor:
-    """The reference engine: one forward and one backward pass per sequence, as the paper does it (arXiv 2603.21705).
+    """Run one forward and one backward pass per sequence, as the paper does (arXiv 2603.21705). See `FisherEngine`.
 
     Each parameter's gradient is reduced to its squared norm and freed as soon as it is complete, so that the gradients
-    of about one layer exist at a time. See `FisherEngine` for arguments and result.
+    of about one layer exist at a time.
 
     Raises:
         ForwardError: the model can't be run, naming the decoder layer.

@@ -1,8 +1,8 @@
-"""Hidden states before the output head -> gradient of the loss: the logits of the whole vocabulary never exist at once.
+"""Hidden states before the output head -> gradient of the loss. The logits of the whole vocabulary never exist at once.
 
-The head runs over chunks of the vocabulary, each of which is used for the forward and the backward pass at once, by a
-softmax that is rescaled as its maximum grows (Milakov and Gimelshein, arXiv 1805.02867). What a model does to its
-logits after the head (a factor, a soft cap) is the model's own code.
+The head runs over chunks of the vocabulary. Each chunk serves the forward and the backward pass, by a softmax that is
+rescaled as its maximum grows (Milakov and Gimelshein, arXiv 1805.02867). The model's own code does what comes after
+the head: a factor, a soft cap.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,7 @@ def is_separable(head: Head, tail: Tail, hidden: torch.Tensor) -> bool:
 def loss_gradient(
     head: Head, tail: Tail, hidden: torch.Tensor, labels: torch.Tensor | None, uniforms: torch.Tensor | None
 ) -> torch.Tensor:
-    """∇ Σ_{n, t} −ln p(label_{n, t}), with respect to the hidden states before the head.
+    """Compute ∇ Σ_{n, t} −ln p(label_{n, t}), with respect to the hidden states before the head.
 
     Args:
         head: the output head.
@@ -102,7 +102,7 @@ def loss_gradient(
 def _whole(
     head: Head, tail: Tail, hidden: torch.Tensor, labels: torch.Tensor | None, uniforms: torch.Tensor | None
 ) -> torch.Tensor:
-    """`loss_gradient` with all the logits of one sequence at a time."""
+    """Do as `loss_gradient`, with all the logits of one sequence at a time."""
     gradients: list[torch.Tensor] = []
     for n in range(len(hidden)):
         one = hidden[n : n + 1].detach().requires_grad_(True)
@@ -123,7 +123,7 @@ def _sample(
     total: torch.Tensor,
     starts: range,
 ) -> torch.Tensor:
-    """The first token at which the cumulative probability exceeds the quantile: [sequence, position]."""
+    """Choose the first token at which the cumulative probability exceeds the quantile: [sequence, position]."""
     labels = torch.full(hidden.shape[:2], head.size - 1, device=hidden.device)
     wanted = uniforms.to(hidden.device)[..., None] * total
     before = torch.zeros_like(total)

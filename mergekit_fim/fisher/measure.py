@@ -20,15 +20,15 @@ from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.engine import FisherEngine, ForwardError, NotSupportedError, autograd_engine
 from mergekit_fim.fisher.experts import ReachedExperts
-from mergekit_fim.fisher.loading import LoadedModel, Placement, load_model
+from mergekit_fim.fisher.loading import LoadedModel, Placement, load_to_run
 from mergekit_fim.fisher.samples import draw_samples
-from mergekit_fim.fisher.weights import ResidentWeights, Weights
+from mergekit_fim.fisher.weights import Beside, ResidentWeights, Weights
 from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher
 from mergekit_fim.models.inputs import InputModel
 
 T = TypeVar("T")
 
-# Far beyond any use: as many take a model of 1.5 billion parameters weeks on a CPU.
+# Far beyond any use: so many tokens take a model of 1.5 billion parameters weeks on a CPU.
 _MOST_TOKENS = 1 << 24
 
 
@@ -38,7 +38,7 @@ class NotFiniteError(FimError):
 
 @contextlib.contextmanager
 def _prepared(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Evaluation mode, no gradients but those that the engine asks for; everything as it was afterwards.
+    """Set evaluation mode, without gradients but those that the engine asks for, and undo it at the end.
 
     Raises:
         FimError: the model's own code fails, with the model's name.
@@ -60,7 +60,7 @@ def _prepared(model: PreTrainedModel, name: str) -> Iterator[None]:
             module.training = mode
 
 
-def measure(
+def measure_model(
     model: PreTrainedModel,
     layers: Sequence[nn.Module],
     settings: FisherSettings,
@@ -73,15 +73,9 @@ def measure(
 ) -> FisherMeasurement:
     """Measure the Fisher information of every decoder layer on random tokens.
 
-    Args:
-        model: a causal language model; it is left as it was.
-        layers: its decoder layers, in order.
-        settings: how many tokens, which, and which labels.
-        engine: how the gradient norms are computed.
-        reference: how they are computed of a model that `engine` can't run.
-        weights: where the model's weights are; by default in the model.
-        name: what to call the model in an error.
-        quiet: no progress bar.
+    The model is a causal language model, with its decoder layers in order. It is left as it was. `engine` computes the
+    gradient norms, or `reference` if `engine` can't run the model. The weights are by default in the model. Errors call
+    it by its `name`.
 
     Raises:
         NotFiniteError: a value that isn't finite, naming the layer.
@@ -109,7 +103,7 @@ def measure(
     measured = []
     for index, layer in enumerate(layers):
         column = tuple(norms[:, index].tolist())
-        if not all(math.isfinite(norm) for norm in column):
+        if not all(map(math.isfinite, column)):
             raise NotFiniteError(
                 f"{name}: the Fisher information of decoder layer {index} isn't finite "
                 f"(in {model.dtype}); check the checkpoint for NaN, or set a wider `dtype:` such as bfloat16 or float32"
@@ -137,17 +131,17 @@ def check_measurable(base: InputModel, settings: FisherSettings) -> None:
 
 
 def dtypes(base: InputModel, dtype: str | None, options: MergeOptions) -> tuple[torch.dtype, torch.dtype]:
-    """What most of the weights are read as, the merge's dtype or the checkpoint's own, and what the model runs in.
+    """Say what most of the weights are read as, the merge's dtype or the checkpoint's own, and what the model runs in.
 
-    Which is the faster on a CPU is timed, so that two machines might choose differently.
+    Which is the faster on a CPU is timed, so two machines may choose differently.
 
     Raises:
         FimError: `dtype` isn't one of floating-point numbers that a model can be run in.
     """
     if dtype is not None and dtype.removeprefix("torch.") not in FLOAT_DTYPES:
         raise FimError(f"dtype: expected one of {', '.join(FLOAT_DTYPES)}, found {dtype}")
-    reading = dtype_from_name(dtype) or base.stored_dtype()
-    return reading, loading.running_dtype(reading, loading.placement(options).device)
+    device = loading.placement(options).device
+    return dtype_from_name(dtype) or base.stored_dtype(), loading.default_dtype(base, dtype, device)
 
 
 def measure_checkpoint(
@@ -159,25 +153,19 @@ def measure_checkpoint(
     engine: FisherEngine = batched_engine,
     reference: FisherEngine = autograd_engine,
     running: torch.dtype | None = None,
-    beside: loading.Beside | None = None,
+    beside: Beside | None = None,
 ) -> FisherMeasurement:
     """Load the base model, measure it, and let it go.
 
-    Args:
-        base: the model.
-        settings: how many tokens, which, and which labels.
-        dtype: the merge's dtype, or None for the checkpoint's own.
-        options: the merge's options, which say where it runs.
-        engine: see `measure`; likewise `reference`, with all of the model in memory.
-        running: what to run it in; by default as `dtypes` has it.
-        beside: is shown every tensor that is read whole, on the device that it is for; from several threads.
+    See `measure_model` for the engines, of which `reference` has all of the model in memory. See `load_to_run` for the
+    rest.
 
     Raises:
         FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
 
     def work(loaded: LoadedModel, whole: bool) -> FisherMeasurement:
-        return measure(
+        return measure_model(
             loaded.model,
             loaded.layers,
             settings,
@@ -188,8 +176,8 @@ def measure_checkpoint(
             quiet=options.quiet,
         )
 
-    found, warnings = with_model(base, settings.seq_len, dtype, options, work, running=running, beside=beside)
-    return replace(found, warnings=(*warnings, *found.warnings))
+    measured, warnings = with_model(base, settings.seq_len, dtype, options, work, running=running, beside=beside)
+    return replace(measured, warnings=(*warnings, *measured.warnings))
 
 
 @dataclass(frozen=True)
@@ -203,15 +191,16 @@ class _Attempt:
     why: str | None = None  # what the user should know about why it is tried
 
     def after(self, error: Exception, loaded: LoadedModel | None, base: InputModel, dtype: str | None) -> "_Attempt":
-        """What to try next where this failed, with the model `loaded` or not yet; itself where nothing is left."""
+        """Choose what to try after this failed, with the model `loaded` or not yet; itself where nothing is left."""
         on_cpu = self.where.device.type == "cpu"
         streamed = self.where.streamed if loaded is None else loaded.placement.streamed
         if isinstance(error, NotFiniteError) and loaded is not None and loaded.model.dtype is torch.float16:
             wider = torch.float32 if on_cpu else torch.bfloat16
             why = (
-                f"the Fisher pre-pass of {base} overflows in float16 and was run in {str(wider).removeprefix('torch.')}"
+                f"the Fisher pre-pass of {base} overflows in float16 and was run in "
+                f"{str(wider).removeprefix('torch.')}; a `dtype:` of bfloat16 or float32 merges it more safely"
             )
-            return replace(self, running=wider, why=f"{why}; a `dtype:` of bfloat16 or float32 merges it more safely")
+            return replace(self, running=wider, why=why)
         if isinstance(error, NotSupportedError) and self.rows and streamed:  # Gemma 4's code looks into them
             return replace(self, rows=False, why=None)
         if isinstance(error, NotSupportedError):
@@ -221,7 +210,7 @@ class _Attempt:
         if is_out_of_memory(error) and self.whole and not on_cpu:
             cpu = Placement(torch.device("cpu"), spread=False, streamed=False)
             why = f"{base} doesn't fit on {self.where.device}, and was measured on the CPU"
-            return replace(self, where=cpu, running=loading.default_dtype(base, dtype, cpu), why=why)
+            return replace(self, where=cpu, running=loading.default_dtype(base, dtype, cpu.device), why=why)
         if is_out_of_memory(error) and not streamed and not on_cpu:
             return replace(self, where=replace(self.where, streamed=True, spread=False), why=None)
         return self
@@ -235,11 +224,11 @@ def with_model(
     work: Callable[[LoadedModel, bool], T],
     *,
     running: torch.dtype | None = None,
-    beside: loading.Beside | None = None,
+    beside: Beside | None = None,
 ) -> tuple[T, list[str]]:
     """Load a model, do something with it, and let it go; again in another way where memory or digits don't suffice.
 
-    See `measure_checkpoint` for the other arguments and the errors.
+    See `load_to_run` for the other arguments.
 
     Args:
         seq_len: how many tokens it is run on at a time.
@@ -248,6 +237,9 @@ def with_model(
 
     Returns:
         What `work` returned, and what the user should know about how it was run, a line each.
+
+    Raises:
+        FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
     first = loading.placement(options)
     attempts = [_Attempt(first, running)]
@@ -255,7 +247,7 @@ def with_model(
     try:
         for this in attempts:  # one that fails adds the next
             try:
-                loaded = load_model(
+                loaded = load_to_run(
                     base, dtype, options, this.where, running=this.running, rows=this.rows, beside=beside
                 )
                 if this.whole and loaded.placement.streamed:

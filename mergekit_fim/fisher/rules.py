@@ -1,9 +1,8 @@
-"""Squared norms of a module's parameter gradients, per sequence, from its inputs and the gradients of its outputs.
+"""A module's inputs and the gradients of its outputs -> squared norms of its parameter gradients, per sequence.
 
 No weight gradient is ever formed whole: for a linear layer with inputs A [position, in] and output gradients
-B [position, out] of one sequence, ‖BᵀA‖² = ⟨AAᵀ, BBᵀ⟩ (Goodfellow, arXiv 1510.01799), so that all sequences share one
-forward and one backward pass. Whether a rule holds for a module of a given model is not taken on trust: `batched`
-checks every kind of decoder layer against autograd.
+B [position, out] of one sequence, ‖BᵀA‖² = ⟨AAᵀ, BBᵀ⟩ (Goodfellow, arXiv 1510.01799). So all sequences share one
+forward and one backward pass. `batched` checks the rules against autograd for every kind of decoder layer.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-# Where the product BᵀA is cheaper than the two Gram matrices it is formed in runs of this many elements.
+# Where the product BᵀA is cheaper than the two Gram matrices, it is formed in runs of this many elements.
 _PRODUCT_ELEMENTS = 1 << 21
 
 
@@ -74,7 +73,7 @@ def widened(x: torch.Tensor) -> torch.Tensor:
 
 
 def product_squared_norm(a: torch.Tensor, b: torch.Tensor, grams: GramCache) -> torch.Tensor:
-    """‖BᵀA‖² per sequence, float64, by the Gram identity or by the product itself, whichever takes fewer operations.
+    """Compute ‖BᵀA‖² per sequence, float64, by the Gram identity or the product, whichever takes fewer operations.
 
     Args:
         a: [sequence, position, in].
@@ -95,7 +94,7 @@ def product_squared_norm(a: torch.Tensor, b: torch.Tensor, grams: GramCache) -> 
 
 
 def _positions_squared_norm(gradients: torch.Tensor) -> torch.Tensor:
-    """‖Σ_position g‖² per sequence of [sequence, ..., feature]: for a parameter that is added, or a gradient itself."""
+    """Compute ‖Σ_position g‖² per sequence, of the gradients at every position: [sequence, ..., feature]."""
     summed = widened(gradients).flatten(1, -2).sum(1)
     return summed.square_().sum(-1, dtype=torch.float64)
 
@@ -127,7 +126,7 @@ def _embedding(call: Call, gradient: torch.Tensor) -> torch.Tensor:
 
 
 def _broadcast(call: Call, gradient: torch.Tensor) -> torch.Tensor:
-    """For elementwise parameters, such as every model's own RMSNorm: autograd with one copy of them per sequence."""
+    """Let autograd do elementwise parameters, such as every model's own RMSNorm, with one copy for each sequence."""
     copies = {
         name: parameter.detach()
         .expand(len(call.x), *[1] * (call.x.ndim - 1 - parameter.ndim), *parameter.shape)

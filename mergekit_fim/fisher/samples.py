@@ -1,4 +1,4 @@
-"""Settings -> the random tokens on which a model is measured."""
+"""Draw the random tokens on which a model is measured, and compute the loss on them."""
 
 from dataclasses import dataclass
 
@@ -29,23 +29,22 @@ class Samples:
 def draw_samples(settings: FisherSettings, vocab_size: int) -> Samples:
     """Draw the random tokens: each uniform over the vocabulary, from a generator of their own on the CPU.
 
-    The tokens depend on nothing but `settings` and `vocab_size`; the quantiles for sampled labels come after them from
+    The tokens depend on nothing but `settings` and `vocab_size`. The quantiles for sampled labels come after them from
     the same generator.
     """
     generator = torch.Generator("cpu").manual_seed(settings.seed)
     # By name: within `with torch.device(...)` they would be drawn there.
     cpu = torch.device("cpu")
-    shape = (settings.samples, settings.seq_len)
-    ids = torch.randint(0, vocab_size, shape, generator=generator, dtype=torch.int64, device=cpu)
+    count, length = settings.samples, settings.seq_len
+    ids = torch.randint(0, vocab_size, (count, length), generator=generator, dtype=torch.int64, device=cpu)
     uniforms = None
     if settings.labels == "sampled":
-        shape = (settings.samples, settings.seq_len - 1)
-        uniforms = torch.rand(shape, generator=generator, dtype=torch.float64, device=cpu)
+        uniforms = torch.rand((count, length - 1), generator=generator, dtype=torch.float64, device=cpu)
     return Samples(ids, uniforms)
 
 
 def sequence_loss(logits: torch.Tensor, input_ids: torch.Tensor, uniforms: torch.Tensor | None) -> torch.Tensor:
-    """L_n, the mean negative log-likelihood of the T − 1 next tokens, in float32 or better.
+    """Compute L_n, the mean negative log-likelihood of the T − 1 next tokens, in float32 or better.
 
     Args:
         logits: [position, vocabulary], all T positions.
@@ -60,13 +59,13 @@ def sequence_loss(logits: torch.Tensor, input_ids: torch.Tensor, uniforms: torch
 
 
 def sample_labels(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The first tokens at which the cumulative probability exceeds the quantiles.
+    """Choose the first tokens at which the cumulative probability exceeds the quantiles.
 
     Args:
         logits: [position, vocabulary].
         uniforms: [position].
     """
     cumulative = logits.double().softmax(-1).cumsum(-1)
-    found = torch.searchsorted(cumulative, uniforms.to(logits.device)[:, None], right=True)[:, 0]
+    labels = torch.searchsorted(cumulative, uniforms.to(logits.device)[:, None], right=True)[:, 0]
     # The rounded total may fall short of 1, hence of a quantile next to it.
-    return found.clamp_(max=logits.shape[-1] - 1)
+    return labels.clamp_(max=logits.shape[-1] - 1)

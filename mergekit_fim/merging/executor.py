@@ -1,9 +1,9 @@
-"""mergekit's executor for `--multi-gpu`, made to lose nothing of a merge by this package's methods.
+"""Make mergekit's executor for `--multi-gpu` lose nothing of a merge by this package's methods.
 
-In mergekit 0.1.5 its workers put their results into a queue, from which a thread of its own takes them as long as the
-workers run. What is in the queue when the last of them ends is lost, and made once more afterwards, on the CPU: tensors
-are written twice; or, where those that they are made of were not lost and are gone, the merge ends in an error ("Base
-input is not present"), or, for a tensor that is optional, goes on without it.
+In mergekit 0.1.5 its workers put their results into a queue, from which a thread takes them as long as the workers run.
+What is in the queue when the last worker ends is lost, and made once more afterwards, on the CPU. Then tensors are
+written twice. Or, where what they are made of is gone, the merge ends in an error ("Base input is not present"), or
+goes on without a tensor that is optional.
 """
 
 import functools
@@ -31,7 +31,7 @@ class _AllTaken(threading.Event):
 
 
 def deliver_all() -> None:
-    """See that the executors of our merges take all the results; those of other merges stay as they are."""
+    """Make the executors of our merges take all the results; those of other merges stay as they are."""
     original = MultiGPUExecutor.__init__
     if hasattr(original, "mergekit_fim"):
         return
@@ -40,10 +40,8 @@ def deliver_all() -> None:
     def init(self: Any, targets: Sequence[Any], *args: Any, **kwargs: Any) -> None:
         original(self, targets, *args, **kwargs)
         if any(isinstance(target, ReplaceModel) for target in targets):
-            results = getattr(self, "task_completion_queue", None)
-            if not isinstance(results, queue.Queue) or not isinstance(
-                getattr(self, "done_event", None), threading.Event
-            ):
+            results, done = (getattr(self, name, None) for name in ("task_completion_queue", "done_event"))
+            if not isinstance(results, queue.Queue) or not isinstance(done, threading.Event):
                 raise FimError(
                     "--multi-gpu: expected the executor of mergekit 0.1.5, found another one, which may lose tensors; "
                     "merge with --cuda, or on the CPU"

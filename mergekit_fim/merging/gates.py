@@ -1,4 +1,4 @@
-"""Which tensors, or which parts of them, are MLP gate projections: those that gate protection is for."""
+"""Say which tensors, or which parts of them, are MLP gate projections: gate protection is for these."""
 
 import math
 import re
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, WeightConverter
 
-# MLP gate projections that stand as a tensor of their own, by the names that mergekit's architectures use. The router
-# of a mixture of experts (`mlp.gate`) is not one.
+# MLP gate projections that are a tensor of their own, by the names that mergekit's architectures use. The router of a
+# mixture of experts (`mlp.gate`) is not one.
 _SEPARATE = re.compile(
     r"(?<!\.self_attn)\.gate_proj\."  # Llama and most others, experts included; AFMoE's attention has one too
     r"|\.feed_forward\.w1\."  # LFM2, InternLM2
@@ -18,8 +18,8 @@ _SEPARATE = re.compile(
 )
 
 # Tensors in which gate and up projection are fused. In a linear layer the gate's outputs come first, then the others,
-# in every decoder of transformers (Phi-3, GLM, GLM-4, Granite's shared MLP). Fused experts, [expert, output, input] in
-# most models, are otherwise in some (GPT-OSS): see `is_layout_known`.
+# in every decoder of transformers (Phi-3, GLM, GLM-4, Granite's shared MLP). Fused experts are [expert, output, input]
+# in most models, but not in all (GPT-OSS): see `is_layout_known`.
 _FUSED = re.compile(r"gate_up_proj|\.shared_mlp\.input_linear\.")
 _FUSED_LINEAR = re.compile(r"\.(?:gate_up_proj|shared_mlp\.input_linear)\.(?:weight|bias)$")
 _FUSED_EXPERTS = re.compile(r"\.experts\.gate_up_proj$")
@@ -38,7 +38,7 @@ def is_fused(tensor_name: str) -> bool:
 def is_layout_known(tensor_name: str, model_type: str) -> bool:
     """Whether the gate's part of a fused tensor is its first half, along the axis of the outputs.
 
-    For experts transformers itself says so: it makes the fused tensor of single experts' gate and up projections.
+    For experts transformers says it, when it makes the fused tensor of single experts' gate and up projections.
     """
     if _FUSED_LINEAR.search(tensor_name):
         return True
@@ -54,9 +54,9 @@ def is_layout_known(tensor_name: str, model_type: str) -> bool:
 
 
 def gate_parts(tensor_name: str, shape: Sequence[int]) -> tuple[list[slice], list[slice]]:
-    """The parts of a tensor that are gate projection, and those that aren't, as runs of its entries in memory.
+    """Divide a tensor into the parts that are gate projection, and those that aren't, as runs of its entries in memory.
 
-    Of a fused tensor that is the first half, along the axis of the outputs.
+    In a fused tensor the gate projection is the first half, along the axis of the outputs.
     """
     entries = math.prod(shape)
     whole = [slice(0, entries)]

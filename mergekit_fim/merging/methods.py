@@ -6,7 +6,8 @@ Fisher pre-pass ends in mergekit's "Missing required parameter alpha" instead of
 
 import math
 import os
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from mergekit_fim.merging.trim import Threshold, find_threshold, runs, trim_run
 from mergekit_fim.norms import squared_norm
 
 PAPER = "https://arxiv.org/abs/2603.21705"
-SOURCE = "kron_source"  # fim_kron's: `directions.source`, which the pre-pass alone sets
+SOURCE = "kron_source"  # fim_kron's: `directions.source`, which only the pre-pass sets
 _PRETTY_NAMES = {"fim_ties": "FIM-TIES", "fim_ta": "FIM Task Arithmetic", "fim_kron": "FIM-Kronecker"}
 
 
@@ -78,68 +79,77 @@ class FimMerge(GroupMergeMethod):
             FimError: the result isn't finite.
         """
         assert group.base is not None
-        base = group.base.tensor
-        entries = group.non_base
+        base, entries, name = group.base.tensor, group.non_base, group.metadata.name
         if not entries or parameters["other_modules"] == "base":
             return base
         if parameters["other_modules"] == "tuned":  # the pre-pass has left it to no tensor of several models
             return entries[0].tensor
         dtype = torch.promote_types(base.dtype, torch.float32)
-        alphas = [parameters["alpha"][entry.id] for entry in entries]
-        weights = [parameters["weight"][entry.id] for entry in entries]
-
-        theta0 = base.reshape(-1)
-        tuned = [entry.tensor.reshape(-1) for entry in entries]
+        theta0, tuned = base.reshape(-1), [entry.tensor.reshape(-1) for entry in entries]
         densities = [parameters["density"][entry.id] if self.trims else 1.0 for entry in entries]
         thresholds = [_threshold(theta0, t, d, dtype) for t, d in zip(tuned, densities, strict=True)]
+        weights = [parameters["weight"][entry.id] for entry in entries]
+        alphas = [parameters["alpha"][entry.id] for entry in entries]
+        merging = _Merging(theta0, tuned, thresholds, weights, self.trims, parameters)
         merged = torch.empty_like(theta0)
-
-        def merge_part(spans: Sequence[slice], alphas: Sequence[float]) -> None:
-            """Merge those entries: all of a tensor but for one that is a gate projection in part."""
-            moves_any = [not self.trims] * len(entries)
-
-            def merged_run(run: slice) -> torch.Tensor:
-                start = theta0[run].to(dtype)
-                deltas = [trim_run(t[run].to(dtype).sub(start), run, k) for t, k in zip(tuned, thresholds, strict=True)]
-                for i, delta in enumerate(deltas):
-                    moves_any[i] = moves_any[i] or bool(delta.any())
-                combine = _disjoint_merge if self.trims else _sum
-                task_vector = combine(deltas, alphas, weights, parameters["normalize"])
-                return task_vector.mul_(parameters["lambda"]).add_(start)
-
-            calibrate = parameters["norm_tolerance"] > 0
-            norm = torch.zeros((), dtype=torch.float64, device=base.device)
-            for run in _runs(spans, base.device):
-                values = merged_run(run)
-                if calibrate:
-                    norm += squared_norm(values)
-                merged[run] = values
-            if calibrate:
-                # The disjoint merge passes over a model that has nothing to add; so must the target.
-                enters = [m and (a != 0 or not self.trims) for m, a in zip(moves_any, alphas, strict=True)]
-                entering = [weight if enter else 0.0 for weight, enter in zip(weights, enters, strict=True)]
-                parts = shares(entering, parameters["normalize"])
-                moves = [parameters["lambda"] * share * alpha for share, alpha in zip(parts, alphas, strict=True)]
-                norms = [_norm(tensor, spans) for tensor in (theta0, *tuned)]
-                factor = _norm_factor(float(norm) ** 0.5, norms[0], norms[1:], moves, parameters["norm_tolerance"])
-                if factor != 1:
-                    for run in _runs(spans, base.device):
-                        merged[run] = merged_run(run).mul_(factor)
-
-        gate_scale = parameters["gate_scale"]
-        name = (group.metadata.name or "") if gate_scale != 1 else ""
-        gate, others = gate_parts(name, base.shape)
+        scale = parameters["gate_scale"]
+        gate, others = gate_parts((name or "") if scale != 1 else "", base.shape)
         try:
-            if gate:
-                merge_part(gate, [gate_scale * alpha for alpha in alphas])
-            if others:
-                merge_part(others, alphas)
+            merging.write(merged, gate, [scale * alpha for alpha in alphas])
+            merging.write(merged, others, alphas)
         except RuntimeError as error:
             if "without overflow" not in str(error):  # torch's, of a factor beyond the working dtype
                 raise
             merged.fill_(math.inf)
-        _check_finite(merged, group.metadata.name)
+        _check_finite(merged, name)
         return merged.view(base.shape)
+
+
+@dataclass(frozen=True)
+class _Merging:
+    """The merge of one tensor by `fim_ta` or `fim_ties`, run by run. Tensors are flat: [entry]."""
+
+    theta0: torch.Tensor
+    tuned: Sequence[torch.Tensor]
+    thresholds: Sequence[Threshold | None]
+    weights: list[float]
+    trims: bool
+    parameters: Mapping[str, Any]
+
+    def deltas(self, run: slice) -> list[torch.Tensor]:
+        """A run of every task vector, trimmed, in the working dtype."""
+        start = self.theta0[run].to(torch.promote_types(self.theta0.dtype, torch.float32))
+        pairs = zip(self.tuned, self.thresholds, strict=True)
+        return [trim_run(tuned[run].to(start.dtype).sub(start), run, threshold) for tuned, threshold in pairs]
+
+    def merged(self, run: slice, deltas: list[torch.Tensor], alphas: Sequence[float]) -> torch.Tensor:
+        """A run of the merged tensor. Overwrites `deltas`."""
+        combine = _disjoint_merge if self.trims else _sum
+        task_vector = combine(deltas, alphas, self.weights, self.parameters["normalize"])
+        return task_vector.mul_(self.parameters["lambda"]).add_(self.theta0[run].to(task_vector.dtype))
+
+    def write(self, merged: torch.Tensor, spans: Sequence[slice], alphas: Sequence[float]) -> None:
+        """Merge those entries, and calibrate their norm: all of a tensor, unless a part of it is a gate projection."""
+        calibrate = self.parameters["norm_tolerance"] > 0
+        moves_any = [not self.trims] * len(self.tuned)
+        norm = torch.zeros((), dtype=torch.float64, device=merged.device)
+        for run in _runs(spans, merged.device):
+            deltas = self.deltas(run)
+            moves_any = [moves or bool(delta.any()) for moves, delta in zip(moves_any, deltas, strict=True)]
+            values = self.merged(run, deltas, alphas)
+            if calibrate:
+                norm += squared_norm(values)
+            merged[run] = values
+        if not calibrate:
+            return
+        # The disjoint merge passes over a model that has nothing to add; so must the target.
+        enters = [moves and (alpha != 0 or not self.trims) for moves, alpha in zip(moves_any, alphas, strict=True)]
+        entering = [weight if enter else 0.0 for weight, enter in zip(self.weights, enters, strict=True)]
+        parts = shares(entering, self.parameters["normalize"])
+        moves = [self.parameters["lambda"] * share * alpha for share, alpha in zip(parts, alphas, strict=True)]
+        factor = _norm_factor(norm, (self.theta0, *self.tuned), spans, moves, self.parameters["norm_tolerance"])
+        for run in _runs(spans, merged.device) if factor != 1 else ():
+            merged[run] = self.merged(run, self.deltas(run), alphas).mul_(factor)
 
 
 class FimKron(FimMerge):
@@ -154,40 +164,40 @@ class FimKron(FimMerge):
         """
         assert group.base is not None
         base, entries, name = group.base.tensor, group.non_base, group.metadata.name or ""
+        merges = parameters["other_modules"] == "merge" and bool(entries)
         told = [parameters[SOURCE][entry.id] for entry in entries]
-        found: list[directions.Place | None] = []
-        if parameters["other_modules"] == "merge" and told and base.ndim > 1:
-            found = directions.places(name, told)
-        if not any(found) and (parameters["density"] == 1 or not entries or parameters["other_modules"] != "merge"):
+        places: list[directions.Place | None] = []
+        if merges and all(told) and base.ndim > 1:
+            places = directions.places(name, told)
+        if not any(places) and (parameters["density"] == 1 or not merges):
             return super().merge_group(group, **parameters)
         parts = shares([parameters["weight"][entry.id] for entry in entries], parameters["normalize"])
         betas = [part * parameters["alpha"][entry.id] for part, entry in zip(parts, entries, strict=True)]
         theta0 = base.to(torch.promote_types(base.dtype, torch.float32))
         deltas = [entry.tensor.to(theta0.dtype) - theta0 for entry in entries]
         try:
-            if base.ndim == 3 and found:
-                matrices = [directions.merged(at, [d[i] for d in deltas], betas) for i, at in enumerate(found)]
-                delta = torch.stack(matrices)
+            if base.ndim == 3 and places:
+                matrices = [directions.merged(at, [d[i] for d in deltas], betas) for i, at in enumerate(places)]
+                delta = torch.stack(matrices).reshape(-1)
             else:
-                delta = directions.merged(found[0] if found else None, deltas, betas)
+                delta = directions.merged(places[0] if places else None, deltas, betas).reshape(-1)
         except ValueError as error:
             raise FimError(f"{name}: {error}; measure again, raise `damping`, or change `alpha`") from error
-        delta = delta.reshape(-1)
         threshold = find_threshold(lambda run: delta[run].clone(), len(delta), parameters["density"], base.device)
         start = theta0.reshape(-1)  # a pickled checkpoint may hold a matrix that lies transposed
         merged = torch.empty_like(start, dtype=base.dtype)
         gate, others = gate_parts(name if parameters["gate_scale"] != 1 else "", base.shape)
         for spans, scale in ((gate, parameters["gate_scale"]), (others, 1.0)):
-            moves = [parameters["lambda"] * scale * beta for beta in betas]
             norm = torch.zeros((), dtype=torch.float64, device=base.device)
             for run in _runs(spans, base.device):
                 values = trim_run(delta[run], run, threshold).mul_(scale * parameters["lambda"])
                 values += start[run]
                 norm += squared_norm(values)
                 merged[run] = values
-            if spans and parameters["norm_tolerance"] > 0:
-                norms = [_norm(t.reshape(-1), spans) for t in (base, *(entry.tensor for entry in entries))]
-                factor = _norm_factor(float(norm) ** 0.5, norms[0], norms[1:], moves, parameters["norm_tolerance"])
+            if parameters["norm_tolerance"] > 0:
+                inputs = [tensor.reshape(-1) for tensor in (base, *(entry.tensor for entry in entries))]
+                moves = [parameters["lambda"] * scale * beta for beta in betas]
+                factor = _norm_factor(norm, inputs, spans, moves, parameters["norm_tolerance"])
                 for run in _runs(spans, base.device) if factor != 1 else ():
                     merged[run] *= factor
         _check_finite(merged, name)
@@ -214,7 +224,7 @@ def _threshold(theta0: torch.Tensor, tuned: torch.Tensor, density: float, dtype:
 
 
 def _parameter_specs(method: str) -> list[ParameterSpec]:
-    """The parameters that reach the merge of a tensor, as mergekit wants them; the others belong to the pre-pass."""
+    """The parameters that the merge of a tensor gets, as mergekit wants them; the others are the pre-pass's."""
     specs = []
     for parameter in PARAMETERS.values():
         where = parameter.scope_in(method)
@@ -280,16 +290,23 @@ def shares(weights: list[float], normalize: bool) -> list[float]:
     return [weight / total for weight in weights]
 
 
-def _norm_factor(norm: float, norm0: float, tuned: Sequence[float], moves: Sequence[float], tolerance: float) -> float:
-    """By what to multiply a merged tensor whose norm is off by more than `tolerance`: else 1.
+def _norm_factor(
+    norm: torch.Tensor, inputs: Sequence[torch.Tensor], spans: Sequence[slice], moves: Sequence[float], tolerance: float
+) -> float:
+    """By what to multiply the spans of a merged tensor if their norm is off by more than `tolerance`, else 1.
 
     The target is ‖θ0‖ + Σ_m c_m (‖θ_m‖ − ‖θ0‖), c_m the coefficient by which the merge moves to model m: for one model
     (1 − α)‖θ0‖ + α‖θ1‖. That a merged tensor off by more than 5 % is rescaled is the paper's (arXiv 2603.21705, as
-    summarised); the target, and that it is per tensor, are this project's. A target that isn't positive is left alone.
+    summarised). The target, and that it is per tensor, are this project's. A target that isn't positive is left alone.
+
+    Args:
+        norm: the squared norm of the merged tensor's spans.
+        inputs: θ0 and every θ_m, [entry].
+        spans: the entries that count.
+        moves: [model], c_m.
+        tolerance: a part of the target.
     """
+    root = float(norm) ** 0.5
+    norm0, *tuned = (math.fsum(float(squared_norm(tensor[span])) for span in spans) ** 0.5 for tensor in inputs)
     target = norm0 + sum(move * (other - norm0) for move, other in zip(moves, tuned, strict=True))
-    return target / norm if target > 0 and norm > 0 and abs(norm / target - 1) > tolerance else 1.0
-
-
-def _norm(tensor: torch.Tensor, spans: Sequence[slice]) -> float:
-    return math.fsum(float(squared_norm(tensor[span])) for span in spans) ** 0.5
+    return target / root if target > 0 and root > 0 and abs(root / target - 1) > tolerance else 1.0

@@ -1,6 +1,6 @@
-"""Makes the merged model's config say what was merged. mergekit itself writes the base's config unchanged."""
+"""Make the merged model's config say what was merged; mergekit itself writes the base's config unchanged."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from transformers import PretrainedConfig
 
 from mergekit_fim.models.checkpoint import IMMATERIAL
 from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.models.language import is_tied
 
 # Lists with one entry per decoder layer, in the configs of transformers 5.
 _PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
@@ -53,17 +54,13 @@ def adapt_output_config(
         The keys in which the inputs differ.
     """
     inputs = [base, *models]
-    if any(_has_own_head(model) for model in inputs):
-        for config in {id(c): c for c in (output, output.get_text_config())}.values():
-            config.tie_word_embeddings = False
-
     text = output.get_text_config()
-    lengths = [getattr(model.text_config, "max_position_embeddings", None) for model in inputs]
+    if any(_has_own_head(model) for model in inputs):
+        output.tie_word_embeddings = text.tie_word_embeddings = False
+    lengths: list[Any] = [getattr(model.text_config, "max_position_embeddings", None) for model in inputs]
     rotary = [getattr(model.text_config, "rope_parameters", None) for model in inputs]
-    known = [length for length in lengths if length is not None]
-    if len(known) == len(inputs) and rotary[0] and all(parameters == rotary[0] for parameters in rotary):
-        text.max_position_embeddings = max(known)
-
+    if None not in lengths and rotary[0] and all(parameters == rotary[0] for parameters in rotary):
+        text.max_position_embeddings = max(lengths)
     if list(base_layers) != list(range(len(base.layout.layers))):
         for key in _PER_LAYER:
             values = getattr(base.text_config, key, None)
@@ -72,7 +69,6 @@ def adapt_output_config(
         text.num_hidden_layers = len(base_layers)
     if truncated:
         text.vocab_size = min(_vocabulary_rows(model) for model in inputs)
-
     return list(_differences(output, inputs))
 
 
@@ -92,7 +88,7 @@ def _has_own_head(model: InputModel) -> bool:
         own = model.stored_name(tensor, tied=False)
         if not tensor.tied_names or own is None:
             continue
-        if not model.is_tied:
+        if not is_tied(model.config):
             return True
         # Declared tied, and stored all the same: a copy, or a head that was trained on its own.
         embedding = next((name for name in tensor.tied_names if name in model.headers), None)
@@ -102,21 +98,20 @@ def _has_own_head(model: InputModel) -> bool:
     return False
 
 
-def _differences(output: PretrainedConfig, inputs: Sequence[InputModel]) -> Iterable[ConfigDifference]:
-    configs = [_flat(model.config) for model in inputs]
-    written = _flat(output)
-    for key in sorted(key for key in set().union(*configs) if key.rpartition(".")[2] not in IMMATERIAL):
+def _differences(output: PretrainedConfig, inputs: Sequence[InputModel]) -> Iterator[ConfigDifference]:
+    configs, written = [_flat(model.config) for model in inputs], _flat(output)
+    for key in sorted(set().union(*configs)):
         values = [config.get(key) for config in configs]
-        if any(value != values[0] for value in values):
+        if key.rpartition(".")[2] not in IMMATERIAL and any(value != values[0] for value in values):
             named = tuple((str(model), value) for model, value in zip(inputs, values, strict=True))
             yield ConfigDifference(key, named, written.get(key))
 
 
 def _flat(config: PretrainedConfig) -> dict[str, Any]:
-    """All keys, those of a part of the config with its name: `text_config.rope_parameters`."""
-    found = config.to_dict()
+    """All keys of a config, those of its parts after the part's name: `text_config.rope_parameters`."""
+    flat = config.to_dict()
     for name in config.sub_configs:
         part = getattr(config, name, None)
-        if isinstance(part, PretrainedConfig) and found.pop(name, None) is not None:
-            found |= {f"{name}.{key}": value for key, value in _flat(part).items()}
-    return found
+        if isinstance(part, PretrainedConfig) and flat.pop(name, None) is not None:
+            flat |= {f"{name}.{key}": value for key, value in _flat(part).items()}
+    return flat

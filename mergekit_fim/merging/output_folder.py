@@ -1,4 +1,4 @@
-"""The folder of a merged model, which is never to be found there in part."""
+"""Write a merged model's folder so that it is never there in part."""
 
 import contextlib
 import os
@@ -44,9 +44,9 @@ def check_output(path: str, config: MergeConfiguration) -> None:
 
 @contextlib.contextmanager
 def model_written_whole(path: str) -> Iterator[str]:
-    """The name of a folder for a model, which becomes `path` when all went well and vanishes when not.
+    """Name a folder for a model, which becomes `path` when all went well and vanishes when not.
 
-    A model that is in `path` already is replaced, other files there stay as they are.
+    A model that is in `path` already is replaced. Other files there stay.
 
     Raises:
         FimError: it can't be written.
@@ -78,7 +78,16 @@ def _remove(folder: str) -> None:
         time.sleep(0.05)
 
 
-def remove_model(folder: str) -> None:
+def _replace(made: str, target: str) -> None:
+    """Move a model over another one; its config.json comes last."""
+    _remove_model(target)
+    for name in filter(_UNFINISHED.fullmatch, os.listdir(target)):
+        os.remove(os.path.join(target, name))
+    for name in sorted(os.listdir(made), key=lambda name: name == "config.json"):
+        os.replace(os.path.join(made, name), os.path.join(target, name))
+
+
+def _remove_model(folder: str) -> None:
     """Remove a whole model's weights, config and report; other files stay.
 
     Nothing loads a model without its config.json, so that goes first: wherever this is cut off, what is left isn't one.
@@ -97,18 +106,8 @@ class ReplaceModel(FinalizeModel):
 
     def execute(self, writer: TensorWriter, **kwargs: Any) -> None:
         """Remove the older model and its report, and name the new one's files."""
-        remove_model(writer.out_path)
+        _remove_model(writer.out_path)
         super().execute(writer, **kwargs)
-
-
-def _replace(made: str, target: str) -> None:
-    """Move a model over another one; its config.json comes last."""
-    remove_model(target)
-    for name in os.listdir(target):
-        if _UNFINISHED.fullmatch(name):
-            os.remove(os.path.join(target, name))
-    for name in sorted(os.listdir(made), key=lambda name: name == "config.json"):
-        os.replace(os.path.join(made, name), os.path.join(target, name))
 
 
 def _nearest(path: str) -> str:

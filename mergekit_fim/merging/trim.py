@@ -1,7 +1,7 @@
-"""TIES' trimming: keep a task vector's largest entries, found by selection instead of a sort, run by run.
+"""Trim task vectors as TIES does: keep the largest entries, by selection instead of a sort.
 
-The task vector never exists whole: what it takes are two passes over the tensors that it is the difference of, in runs
-that stay in the processor's caches.
+The task vector never exists whole. Two passes go over the two tensors that it is the difference of, in runs that stay
+in the processor's caches.
 """
 
 import math
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-# The k-th largest magnitude is looked for between two quantiles of a sample of about this many entries, so far on
-# either side of it that it lies outside about once in a million tensors; then all the entries are looked at.
+# The k-th largest magnitude is looked for between two quantiles of a sample of about this many entries. They are so far
+# on either side of it that it lies outside about once in a million tensors; then all the entries are looked at.
 _SAMPLE = 1 << 16
 _DEVIATIONS = 5.0
 
@@ -26,7 +26,7 @@ class Threshold:
 
     Attributes:
         magnitude: of the smallest entry that is kept; above 0.
-        dropped: [entry], where the entries of this magnitude are that are not kept, in order.
+        dropped: [entry], the positions of the entries of this magnitude that are not kept, in order.
     """
 
     magnitude: float
@@ -34,7 +34,7 @@ class Threshold:
 
 
 def runs(entries: int, device: torch.device) -> Iterator[slice]:
-    """Runs of consecutive entries that cover a tensor: on a CPU, so short that they stay in its caches."""
+    """Divide a tensor into runs of consecutive entries: on a CPU, so short that they stay in its caches."""
     step = 1 << 18 if device.type == "cpu" else 1 << 24  # at most 2^24: `_compare`'s sums are exact up to there
     for start in range(0, max(1, entries), step):
         yield slice(start, min(start + step, entries))
@@ -44,8 +44,8 @@ def find_threshold(part: Part, entries: int, density: float, device: torch.devic
     """Find what TIES' trimming keeps of a task vector (arXiv 2306.01708, section 4, step 1).
 
     Exactly k = max(1, ⌊density · n⌋) entries are kept, as in mergekit. Differences of 16-bit weights take few distinct
-    magnitudes, so that many entries can equal the k-th largest: of these, a choice spread evenly over the tensor is
-    kept, the same one every time, where mergekit's choice is the sort's.
+    magnitudes, so many entries can equal the k-th largest. Of these it keeps a choice that is spread evenly over the
+    tensor, the same one every time. mergekit keeps those that its sort puts first.
 
     Args:
         part: the task vector's entries in a slice of 0 to n.
@@ -54,8 +54,8 @@ def find_threshold(part: Part, entries: int, density: float, device: torch.devic
         device: where the parts are.
 
     Returns:
-        The threshold, or None where everything is kept: also where that is no more than what isn't zero, and where NaN
-        leaves no order.
+        The threshold, or None where everything is kept: also where no more than k entries differ from zero, and where
+        NaN leaves no order.
     """
     keep = max(1, int(density * entries))
     if keep >= entries:
@@ -67,7 +67,7 @@ def find_threshold(part: Part, entries: int, density: float, device: torch.devic
             magnitude = part(run).abs_()
             over = _compare(torch.gt, magnitude, high)
             above += int(over.sum())
-            # Zeros are none of them: most of a tensor may be, and whether they are kept makes no difference.
+            # Without zeros: most of a tensor may be zeros, and whether they are kept makes no difference.
             inside = _compare(torch.ge if low else torch.gt, magnitude, low).sub_(over).nonzero()[:, 0]
             magnitudes.append(magnitude[inside])
             positions.append(inside.add_(run.start).to(torch.int32 if entries < 2**31 else torch.int64))
@@ -86,7 +86,7 @@ def find_threshold(part: Part, entries: int, density: float, device: torch.devic
 
 
 def _dropped(equal: list[torch.Tensor], kept: int) -> Iterator[torch.Tensor]:
-    """Which of equal entries, whose positions are given part by part, are not among the `kept` ones.
+    """Choose which of equal entries, whose positions are given part by part, are not among the `kept` ones.
 
     Of E entries W are kept: the i-th where ⌈(i + 1)W/E⌉ − ⌈iW/E⌉ is 1.
     """
@@ -99,19 +99,19 @@ def _dropped(equal: list[torch.Tensor], kept: int) -> Iterator[torch.Tensor]:
 
 
 def _compare(comparison: Callable[..., torch.Tensor], entries: torch.Tensor, value: float) -> torch.Tensor:
-    """1 or 0 in the entries' dtype, which torch on a CPU writes several times faster than booleans."""
+    """Compare: 1 or 0 in the entries' dtype, which torch on a CPU writes several times faster than booleans."""
     if entries.device.type != "cpu":
         return comparison(entries, value).to(entries.dtype)
     return comparison(entries, value, out=torch.empty_like(entries))
 
 
 def _smallest(values: torch.Tensor, k: int) -> torch.Tensor:
-    """The k-th smallest. CUDA selects with a single block of threads, and refuses to if it is to be deterministic."""
+    """Select the k-th smallest. CUDA does so with one block of threads, and not at all if it is to be deterministic."""
     return values.kthvalue(k).values if values.device.type == "cpu" else values.sort().values[k - 1]
 
 
 def _bracket(part: Part, entries: int, keep: int) -> tuple[float, float]:
-    """Two magnitudes between which the k-th largest is expected, from an evenly spread sample."""
+    """Guess two magnitudes between which the k-th largest lies, from an evenly spread sample."""
     stride = entries // _SAMPLE
     if stride < 2:
         return 0.0, math.inf

@@ -1,4 +1,4 @@
-"""A model's checkpoint, and what it says of its tensors without reading their values."""
+"""Read what a model's checkpoint says of its tensors, without their values."""
 
 import contextlib
 import json
@@ -25,21 +25,13 @@ _FLOAT_DTYPES |= {str(dtype).removeprefix("torch."): dtype for dtype in _FLOAT_D
 
 
 @dataclass(frozen=True)
-class Span:
-    """Where the bytes of a tensor are."""
-
-    path: str
-    start: int
-    size: int
-
-
-@dataclass(frozen=True)
 class TensorHeader:
     """What a checkpoint file says of a tensor without reading its values."""
 
     shape: tuple[int, ...]
     dtype: str  # as the file's format spells it
-    span: Span | None = None  # where a safetensors file has its bytes
+    path: str  # of the file
+    span: tuple[int, int] | None = None  # where its bytes begin and end in a safetensors file
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -53,19 +45,28 @@ class TensorHeader:
 
 
 @contextlib.contextmanager
-def _opening(reference: ModelReference) -> Iterator[None]:
+def explained(what: str, remedy: str) -> Iterator[None]:
+    """Turn whatever a library raises into one line that says what failed, why, and what to do.
+
+    Raises:
+        FimError: something was raised.
+    """
     try:
         yield
-    except Exception as error:  # transformers, huggingface_hub, peft, safetensors, torch and mergekit have their own
+    except FimError:
+        raise
+    except Exception as error:  # transformers, huggingface_hub, peft, safetensors, torch and pydantic have their own
         check_own_code(error)
-        raise FimError(
-            f"{reference}: expected the folder of a model or its name on the Hub, found none that can be opened "
-            f"({reason(error)}); check the name, or download or save the model again"
-        ) from error
+        raise FimError(f"{what} ({reason(error)}); {remedy}") from error
+
+
+def _opening(reference: ModelReference) -> contextlib.AbstractContextManager[None]:
+    what = f"{reference}: expected the folder of a model or its name on the Hub, found none that can be opened"
+    return explained(what, "check the name, or download or save the model again")
 
 
 def model_config(reference: ModelReference, trust_remote_code: bool) -> PretrainedConfig:
-    """Read a model's config.
+    """Read a model's config, which names one architecture.
 
     Raises:
         FimError: there is none, or it is damaged.
@@ -93,7 +94,7 @@ def tensor_index(reference: ModelReference) -> ShardedTensorIndex:
 
 
 def read_headers(reference: ModelReference) -> dict[str, TensorHeader]:
-    """Read what a checkpoint says of its tensors, without their values.
+    """Read what a checkpoint says of its tensors, by their names.
 
     Raises:
         FimError: a file is missing or damaged, or there are two sets of weights.
@@ -112,31 +113,28 @@ def read_headers(reference: ModelReference) -> dict[str, TensorHeader]:
         path = os.path.join(index.base_path, shard.filename)
         if not os.path.exists(path):
             raise FimError(f"{reference}: the checkpoint's file {path} is missing; download or save the model again")
-        try:
-            if path.endswith(".safetensors"):
-                headers.update(_safetensors_headers(path, shard.contained_keys))
-            else:
-                tensors = torch.load(path, map_location="meta", weights_only=True)
-                headers.update(
-                    (name, TensorHeader(tuple(t.shape), str(t.dtype).removeprefix("torch.")))
-                    for name, t in tensors.items()
-                    if isinstance(t, torch.Tensor)
-                )
-        except Exception as error:  # each format has its own exceptions for a damaged file
-            raise FimError(
-                f"{reference}: can't read {path} ({reason(error)}); download or save the model again"
-            ) from error
+        with explained(f"{reference}: can't read {path}", "download or save the model again"):
+            is_safe = path.endswith(".safetensors")
+            headers |= _of_safetensors(path, shard.contained_keys) if is_safe else _of_pickle(path)
     return headers
 
 
-def _safetensors_headers(path: str, names: Iterable[str]) -> dict[str, TensorHeader]:
-    with safetensors.safe_open(path, framework="pt") as file:  # checks the file, but doesn't say where tensors begin
-        slices = {name: file.get_slice(name) for name in names}
-        shapes = {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
-    with open(path, "rb") as raw:
+def _of_safetensors(path: str, names: Iterable[str]) -> dict[str, TensorHeader]:
+    headers = {}
+    with safetensors.safe_open(path, framework="pt") as file, open(path, "rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
-        offsets = {
-            name: entry["data_offsets"] for name, entry in json.loads(raw.read(length)).items() if name in shapes
-        }
-    spans = {name: Span(path, 8 + length + begin, end - begin) for name, (begin, end) in offsets.items()}
-    return {name: TensorHeader(*shapes[name], spans[name]) for name in shapes}
+        entries = json.loads(raw.read(length))
+        for name in names:
+            tensor = file.get_slice(name)  # of a file that has been checked, but this doesn't say where it begins
+            begin, end = (8 + length + offset for offset in entries[name]["data_offsets"])
+            headers[name] = TensorHeader(tuple(tensor.get_shape()), tensor.get_dtype(), path, (begin, end))
+    return headers
+
+
+def _of_pickle(path: str) -> dict[str, TensorHeader]:
+    tensors = torch.load(path, map_location="meta", weights_only=True)
+    return {
+        name: TensorHeader(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), path)
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor)
+    }

@@ -1,11 +1,11 @@
-"""mergekit's definition of an architecture, made to fit the models of a merge.
+"""Make mergekit's definition of an architecture fit the models of a merge.
 
-What it leaves out is added under the checkpoints' own names. What it requires and models like these don't have, such as
-a tied output head, is left out.
+A tensor that it leaves out is added under the checkpoints' own name. One that it requires, and that models like these
+don't have, such as a tied output head, is left out.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 from mergekit.architecture import (
@@ -15,49 +15,54 @@ from mergekit.architecture import (
     ModuleDefinition,
     WeightInfo,
 )
+from mergekit.architecture.auto import infer_vocabulary_axes
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from transformers import PretrainedConfig
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.models.layout import ModelLayout, layer_prefix, local_name
+from mergekit_fim.models.layout import (
+    DecoderLayer,
+    ModelLayout,
+    OpenedModel,
+    layer_prefix,
+    local_name,
+    model_layout,
+    names_of,
+    tensor_names,
+)
 from mergekit_fim.models.names import Loading
 
 
 @dataclass(frozen=True)
 class Changes:
-    """What is changed in mergekit's definition.
-
-    Attributes:
-        added: tensors that it leaves out, by their names in the checkpoints.
-        templates: those of the decoder layers, with {} for the layer's number; each for whichever layers have it.
-        other: those outside the layers, by mergekit's modules.
-        unneeded: tensors that it requires and no model of the merge has or needs, without what names their layer.
-    """
+    """What is changed in mergekit's definition. Added tensors have their names in the checkpoints."""
 
     added: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()
-    other: Mapping[str, tuple[WeightInfo, ...]] = field(default_factory=dict)
-    unneeded: frozenset[str] = frozenset()
+    templates: tuple[str, ...] = ()  # added in decoder layers, with {} for the number; for whichever layers have them
+    other: Mapping[str, tuple[WeightInfo, ...]] = field(default_factory=dict)  # added outside them, by module
+    unneeded: frozenset[str] = frozenset()  # required, and no model has or needs it; without what names the layer
 
 
+@dataclass(frozen=True)
 class _Changed(ModuleArchitecture):
-    """A module's definition with changes; all that they are about is optional: what no model has, mergekit skips.
+    """A module's definition with changes. All changed tensors are optional: mergekit skips one that no model has.
 
-    What is added has the checkpoints' own names, so that the names have their module's prefix in here.
+    Added tensors have the checkpoints' own names, so all names here include their module's prefix.
     """
 
-    def __init__(
-        self, inner: ModuleDefinition, templates: Iterable[str], other: Iterable[WeightInfo], unneeded: frozenset[str]
-    ) -> None:
-        self._inner, self._templates, self._other, self._unneeded = inner, templates, other, unneeded
+    inner: ModuleDefinition
+    templates: tuple[str, ...]
+    other: tuple[WeightInfo, ...]
+    unneeded: frozenset[str]
 
     def _configured(self, config: PretrainedConfig) -> ConfiguredModuleArchitecture:
-        inner = self._inner
+        inner = self.inner
         return ConfiguredModuleArchitecture(info=inner.architecture, config=config, weight_prefix=inner.weight_prefix)
 
     def _own(self, weights: Iterable[WeightInfo], index: int | None = None) -> list[WeightInfo]:
         def is_unneeded(name: str) -> bool:
-            return name in self._unneeded or (index is not None and local_name(name, index) in self._unneeded)
+            return name in self.unneeded or (index is not None and local_name(name, index) in self.unneeded)
 
         return [w.model_copy(update={"optional": True}) if is_unneeded(w.name) else w for w in weights]
 
@@ -67,135 +72,137 @@ class _Changed(ModuleArchitecture):
 
     def post_weights(self, config: PretrainedConfig) -> list[WeightInfo]:
         """mergekit's, and those added outside the layers."""
-        return [*self._own(self._configured(config).post_weights()), *self._other]
+        return [*self._own(self._configured(config).post_weights()), *self.other]
 
     def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
-        """mergekit's, and in every layer the same templates: mergekit pairs layers' tensors by their place."""
-        added = [WeightInfo(name=t.format(index), optional=True) for t in self._templates]
+        """mergekit's, and the same templates in every layer: mergekit pairs layers' tensors by their place."""
+        added = [WeightInfo(name=t.format(index), optional=True) for t in self.templates]
         return self._own(self._configured(config).layer_weights(index), index) + added
 
     def num_layers(self, config: PretrainedConfig) -> int:
-        return int(self._inner.architecture.num_layers(config))
+        return int(self.inner.architecture.num_layers(config))
 
     def num_layers_config_key(self) -> str:
-        return str(self._inner.architecture.num_layers_config_key())
+        return str(self.inner.architecture.num_layers_config_key())
 
 
 def changed(architecture: ModelArchitecture, changes: Changes, stack: str) -> ModelArchitecture:
-    """mergekit's definition of a model, with changes; `stack`: the module that has the decoder layers."""
+    """Change mergekit's definition of a model, in which the module `stack` has the decoder layers."""
     if changes == Changes():
         return architecture
-    modules = {
-        name: ModuleDefinition(
-            architecture=_Changed(
-                module, changes.templates if name == stack else (), changes.other.get(name, ()), changes.unneeded
-            ),
-            subfolder=module.subfolder,
-        )
-        for name, module in architecture.modules.items()
-    }
+    modules = {}
+    for name, module in architecture.modules.items():
+        templates = changes.templates if name == stack else ()
+        own = _Changed(module, templates, changes.other.get(name, ()), changes.unneeded)
+        modules[name] = ModuleDefinition(architecture=own, subfolder=module.subfolder)
     return architecture.model_copy(update={"modules": modules})
 
 
-def unneeded(
-    layout: ModelLayout, lacking: Iterable[str], loading: Loading, tensors: Sequence[Sequence[str]]
-) -> frozenset[str]:
-    """What mergekit's definition requires and no model of the merge has or needs.
+def changes_for(model: OpenedModel, architecture: ModelArchitecture, stack: str, stored: Set[str]) -> Changes:
+    """Find the changes that make mergekit's definition fit a model of the merge, whose models together hold `stored`.
 
-    Args:
-        layout: a model's tensors by mergekit's definition.
-        lacking: the names of those that it requires and that aren't to be had of any model.
-        loading: where transformers puts the checkpoint's tensors.
-        tensors: all that transformers' model has, each with all of its names.
-
-    Returns:
-        Their names, without what says which decoder layer they are in.
+    Raises:
+        FimError: the model lacks a parameter, or has a tensor that has no place in the definition.
     """
-    needed = {name for aliases in tensors if not any(key in loading.sources for key in aliases) for name in aliases}
-    there_not = set(lacking) - needed
+    unneeded = _unneeded(model, model_layout(model, architecture, stack), stored)
+    layout = model_layout(model, changed(architecture, Changes(unneeded=unneeded), stack), stack)
+    written = set(_written(model, layout, stored))
+    there = model.loading.loaded(written) | written
+    parameters = tensor_names(model.skeleton, layout, model.loading, floating_point=True)
+    required = {name for names in parameters for name in names}
+    prefixes = {layer.index: key_prefixes(layer.index, layer.tensors, model.loading) for layer in layout.layers}
+    vocabulary, homes = infer_vocabulary_axes(model.skeleton), _homes(layout, model.loading)
+    added: dict[str, None] = {}
+    templates: dict[str, None] = {}
+    other: dict[str, dict[str, WeightInfo]] = {}
+    for names in tensor_names(model.skeleton, layout, model.loading):
+        sources = next((parts for key in names if (parts := model.loading.sources.get(key))), ())
+        if not there.isdisjoint(names) or (not sources and required.isdisjoint(names)):
+            continue  # it is written, or a buffer that the model makes itself
+        layers = [index for index, own in prefixes.items() if any(key.startswith(own) for key in names)]
+        if not sources or len(layers) > 1:
+            raise FimError(
+                f"{_not_covered(model, names[0])}, so that the merged model would lack it; this model can't be merged "
+                "by this version of mergekit"
+            )
+        for source in (source for source in sources if source not in written):
+            added[source] = None
+            if layers:
+                templates[_template(model, source, layers[0])] = None
+            else:
+                axis = next((vocabulary[key] for key in names if key in vocabulary), None)
+                # The module whose tensors' names have most in common with this one's.
+                start = max((s for name in names for s in _beginnings(name) if s in homes), key=len, default="")
+                weight = WeightInfo(name=source, optional=True, vocabulary_axis=axis)
+                other.setdefault(homes.get(start, stack), {})[source] = weight
+    outside = {module: tuple(weights.values()) for module, weights in other.items()}
+    return Changes(tuple(added), tuple(templates), outside, unneeded)
+
+
+def _unneeded(model: OpenedModel, layout: ModelLayout, stored: Set[str]) -> frozenset[str]:
+    """Name what mergekit's definition requires and no model of the merge has or needs; see `Changes.unneeded`."""
+    keys = tensor_names(model.skeleton, layout, model.loading)
+    needed = {name for names in keys if model.loading.sources.keys().isdisjoint(names) for name in names}
     return frozenset(
-        name if layer is None else local_name(name, layer.index)
-        for layer in (*layout.layers, None)
-        for name in (t.name for t in (layer.tensors if layer else layout.other))
-        if name in there_not
+        tensor.name if layer is None else layer.local(tensor.name)
+        for layer, tensor in layout.placed()
+        if not tensor.optional
+        and tensor.name not in needed
+        and stored.isdisjoint(names_of(tensor, tied=True))
+        and (
+            not is_convertible(model, tensor, layer)
+            or any(model.loading.is_reordered(key) for key in model.loading.keys_of(tensor.name))
+        )
     )
 
 
-def left_out(
-    model: str,
-    layout: ModelLayout,
-    planned: Iterable[str],
-    loading: Loading,
-    tensors: Sequence[Sequence[str]],
-    floats: Sequence[Sequence[str]],
-    vocabulary: Mapping[str, int],
-    architecture: str,
-) -> Changes:
-    """The tensors of a model that a merge by mergekit's definition would lack, so that loading it would make them up.
-
-    Args:
-        model: its name.
-        layout: its tensors by mergekit's definition.
-        planned: the names of those that mergekit will write, or other names that these have.
-        loading: where transformers puts the checkpoint's tensors.
-        tensors: all that the model has, each with all of its names.
-        floats: the parameters among them: these have to be there.
-        vocabulary: for each name of a tensor that goes by tokens, along which axis.
-        architecture: the name of the model's class.
-
-    Raises:
-        FimError: a parameter that the checkpoint doesn't hold either, or that belongs to several decoder layers.
-    """
-    written = set(planned)
-    there = loading.loaded(written) | written
-    required = {name for aliases in floats for name in aliases}
-    prefixes = {layer.index: key_prefixes(layer.index, layer.tensors, loading) for layer in layout.layers}
-    names: dict[str, None] = {}
-    templates: dict[str, None] = {}
-    other: dict[str, dict[str, WeightInfo]] = {}
-    homes = _homes(layout, loading)
-    for aliases in tensors:
-        if not there.isdisjoint(aliases):
-            continue
-        sources = next((found for key in aliases if (found := loading.sources.get(key))), ())
-        if not sources and required.isdisjoint(aliases):
-            continue  # a buffer that the model makes itself
-        layers = [index for index, own in prefixes.items() if any(key.startswith(own) for key in aliases)]
-        if not sources or len(layers) > 1:
-            raise FimError(
-                f"{model}: mergekit's definition of {architecture} doesn't cover the tensor {aliases[0]}, so that the "
-                "merged model would lack it; this model can't be merged by this version of mergekit"
-            )
-        for source in sources:
-            if source in written:
-                continue
-            prefix = layer_prefix(source, layers[0]) if layers else None
-            if prefix is not None:
-                stem = prefix.removesuffix(f"{layers[0]}.")
-                template = f"{_escaped(stem)}{{}}.{_escaped(source.removeprefix(prefix))}"
-                templates[template] = None
-            elif layers:
-                raise FimError(
-                    f"{model}: mergekit's definition of {architecture} doesn't cover the tensor {source}, which is "
-                    f"part of decoder layer {layers[0]} but doesn't have its number; this model can't be merged"
-                )
-            else:
-                axis = next((vocabulary[key] for key in aliases if key in vocabulary), None)
-                home = _home(aliases, homes) or layout.stack
-                other.setdefault(home, {})[source] = WeightInfo(name=source, optional=True, vocabulary_axis=axis)
-            names[source] = None
-    return Changes(tuple(names), tuple(templates), {module: tuple(its.values()) for module, its in other.items()})
+def is_convertible(model: OpenedModel, tensor: WeightInfo, layer: DecoderLayer | None) -> bool:
+    """Whether mergekit can make a tensor from some that the checkpoint lays out otherwise, such as single experts."""
+    candidates = [set(model.headers)]
+    number = layer.index if layer is not None else (re.findall(r"\.(\d+)\.", tensor.name) or [None])[0]
+    if number is not None:  # a conversion stays within its layer, and searching all of a large MoE takes minutes
+        candidates.insert(0, {name for name in model.headers if f".{number}." in name})
+    kind, names = model.config.model_type, names_of(tensor)
+    return any(can_convert_checkpoint_keys(kind, keys, name) for keys in candidates for name in names)
 
 
-def check_same(found: Mapping[ModelReference, Changes]) -> None:
+def _written(model: OpenedModel, layout: ModelLayout, stored: Set[str]) -> Iterator[str]:
+    """Yield the names and aliases of the tensors that mergekit will write, without those that it skips."""
+    for tensor in layout.all_tensors():
+        is_tied = any(name in model.headers for name in tensor.tied_names or ())
+        if not tensor.optional or is_tied or not stored.isdisjoint(names_of(tensor)):
+            yield from names_of(tensor)
+
+
+def _template(model: OpenedModel, source: str, layer: int) -> str:
+    """The name of a tensor of the checkpoint that belongs to a decoder layer, with {} for the layer's number."""
+    prefix = layer_prefix(source, layer)
+    if prefix is None:
+        raise FimError(
+            f"{_not_covered(model, source)}, which is part of decoder layer {layer} but doesn't have its number; this "
+            "model can't be merged"
+        )
+    stem = prefix.removesuffix(f"{layer}.")
+    return f"{_escaped(stem)}{{}}.{_escaped(source.removeprefix(prefix))}"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")
+
+
+def _not_covered(model: OpenedModel, name: str) -> str:
+    return f"{model}: mergekit's definition of {type(model.skeleton).__name__} doesn't cover the tensor {name}"
+
+
+def check_same(changes: Mapping[ModelReference, Changes]) -> None:
     """Check that the models of a merge, the base first, have the same tensors beyond mergekit's definition.
 
     Raises:
         FimError: one lacks some of them, or has others.
     """
-    (base, expected), *others = found.items()
-    for model, changes in others:
-        names = (set(expected.added), set(changes.added))
+    (base, expected), *others = changes.items()
+    for model, own in others:
+        names = (set(expected.added), set(own.added))
         for has, lacks, differ in ((base, model, names[0] - names[1]), (model, base, names[1] - names[0])):
             if differ:
                 raise FimError(
@@ -212,25 +219,16 @@ def key_prefixes(index: int, tensors: Iterable[WeightInfo], loading: Loading) ->
 
 
 def _homes(layout: ModelLayout, loading: Loading) -> dict[str, str]:
-    """By all that names in transformers' model begin with outside the decoder layers: mergekit's module of them."""
-    found: dict[str, str] = {}
+    """mergekit's modules, by what the names of their tensors in transformers' model begin with."""
+    homes: dict[str, str] = {}
     for module, tensors in layout.modules.items():
         for tensor in tensors:
             for key in (tensor.name, *loading.targets(tensor.name)):
-                found |= {start: found.get(start, module) for start in _beginnings(key)}
-    return found
-
-
-def _home(aliases: Iterable[str], homes: Mapping[str, str]) -> str | None:
-    """The module whose tensors' names have most in common with a tensor's."""
-    starts = [start for name in aliases for start in _beginnings(name) if start in homes]
-    return homes[max(starts, key=len)] if starts else None
+                for start in _beginnings(key):
+                    homes.setdefault(start, module)
+    return homes
 
 
 def _beginnings(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:count]) for count in range(1, len(parts))]
-
-
-def _escaped(text: str) -> str:
-    return re.sub(r"[{}]", r"\g<0>\g<0>", text)
+    """What a name begins with, cut at its dots."""
+    return [name[: dot.start()] for dot in re.finditer(r"\.", name)]

@@ -1,7 +1,7 @@
-"""A model's checkpoint -> its fingerprint: the same for every copy of the weights, another one for other weights.
+"""Identify a checkpoint by its fingerprint: the same for every copy of the weights, another one for other weights.
 
-It is made of the checkpoint's headers and of samples of every tensor's bytes, so that it costs seconds however large
-the checkpoint is. What it can miss is said in docs/measurements.md.
+It is made of the checkpoint's headers and of samples of every tensor's bytes, so it costs seconds however large the
+checkpoint is. docs/measurements.md says what it can miss.
 """
 
 import hashlib
@@ -13,12 +13,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from mergekit.io.tasks import LoaderCache
 
-from mergekit_fim.errors import FimError, reason
 from mergekit_fim.measurements.record import ModelIdentity
-from mergekit_fim.models.checkpoint import IMMATERIAL, TensorHeader
+from mergekit_fim.models.checkpoint import IMMATERIAL, TensorHeader, explained, tensor_index
 from mergekit_fim.models.inputs import InputModel
+from mergekit_fim.models.language import is_tied
 
 # Bytes that are read at a time, how many such blocks of a whole checkpoint, and the least of a single tensor.
 _BLOCK = 4096
@@ -30,7 +29,7 @@ _OF_GENERATION = {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def identity(model: InputModel) -> ModelIdentity:
-    """Which model one is that a merge uses, wherever it lies.
+    """Say which model one is that a merge uses, wherever it lies.
 
     Raises:
         FimError: a file can't be read.
@@ -56,14 +55,12 @@ def fingerprint(model: InputModel) -> str:
     Raises:
         FimError: a file can't be read.
     """
-    index = LoaderCache().get(model.reference).index
     tied = _tied(model)
     total = sum(math.prod(header.shape) for name, header in model.headers.items() if name not in tied)
     digests: dict[str, bytes] = {}
-    for shard in index.shards:
-        path = os.path.join(index.base_path, shard.filename)
+    for path in {header.path for header in model.headers.values()}:
         read_tensors = _safetensors if path.endswith(".safetensors") else _pickled
-        try:
+        with explained(f"{model}: can't read {path}", "download or save the model again"):
             for name, values in read_tensors(path, model.headers):
                 header = model.headers[name]
                 digest = hashlib.sha256(f"{header.torch_dtype} {list(header.shape)}\n".encode())
@@ -71,41 +68,39 @@ def fingerprint(model: InputModel) -> str:
                 for start in _starts(len(values), max(_LEAST, share)):
                     digest.update(values[start : start + _BLOCK])
                 digests[name] = digest.digest()
-        except Exception as error:  # each format has its own exceptions for a damaged file
-            raise FimError(f"{model}: can't read {path} ({reason(error)}); download or save the model again") from error
     for head, embedding in tied.items():
         if digests[head] == digests[embedding]:
             del digests[head]
     named = "".join(f"{name} {digests[name].hex()}\n" for name in sorted(digests))
     weights = hashlib.sha256(named.encode()).hexdigest()[:32]
-    return f"{weights}-{_config_digest(os.path.join(index.base_path, 'config.json'))}"
+    return f"{weights}-{_config_digest(os.path.join(tensor_index(model.reference).base_path, 'config.json'))}"
 
 
 def _tied(model: InputModel) -> dict[str, str]:
-    """Output heads that the config ties to embeddings and the checkpoint stores all the same, as .bin files do."""
+    """The output heads that the config ties to embeddings and the checkpoint stores all the same, as .bin files do."""
     pairs = {
         model.stored_name(tensor, tied=False): next((n for n in tensor.tied_names if n in model.headers), None)
         for tensor in model.layout.other
-        if tensor.tied_names and model.is_tied
+        if tensor.tied_names and is_tied(model.config)
     }
     return {head: embedding for head, embedding in pairs.items() if head and embedding and head != embedding}
 
 
 def _starts(size: int, blocks: int) -> list[int]:
-    """Where `blocks` evenly spaced blocks of a tensor of `size` bytes begin; all of it where it is short."""
+    """Where `blocks` evenly spaced blocks of a tensor of `size` bytes begin; all of its blocks where it is short."""
     if size <= blocks * _BLOCK:
         return list(range(0, size, _BLOCK))
     return [(size - _BLOCK) * i // (blocks - 1) for i in range(blocks)]
 
 
 def _safetensors(path: str, headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, Any]]:
-    """(name, bytes) of every tensor in a file, mapped."""
+    """Map a file, and yield (name, bytes) of every tensor in it."""
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
         if hasattr(mapped, "madvise"):
             mapped.madvise(mmap.MADV_RANDOM)  # a few blocks are read: the system is not to read on
         for name, header in headers.items():
-            if header.span is not None and header.span.path == path:
-                with memoryview(mapped) as whole, whole[header.span.start :][: header.span.size] as view:
+            if header.path == path and header.span is not None:
+                with memoryview(mapped) as whole, whole[slice(*header.span)] as view:
                     yield name, view
 
 
@@ -120,10 +115,7 @@ def _pickled(path: str, headers: Mapping[str, TensorHeader]) -> Iterator[tuple[s
 
 
 def _config_digest(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except (OSError, ValueError) as error:
-        raise FimError(f"{path}: can't be read ({error}); download or save the model again") from error
+    with explained(f"{path}: can't be read", "download or save the model again"), open(path, encoding="utf-8") as file:
+        config = json.load(file)
     material = {key: value for key, value in config.items() if key not in IMMATERIAL | _OF_GENERATION}
     return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()[:16]

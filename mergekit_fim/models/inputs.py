@@ -1,99 +1,79 @@
-"""The models that go into a merge, and everything about them that can be checked without reading their weights."""
+"""Open the models that go into a merge, and check all that can be checked without reading their weights."""
 
-import contextlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import accelerate
 import torch
 import transformers
 from mergekit.architecture import ModelArchitecture, WeightInfo, get_architecture_info
-from mergekit.architecture.auto import infer_vocabulary_axes
-from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import InputModelDefinition, MergeConfiguration
 from mergekit.io.tasks import LoaderCache, LoadTensor
 from mergekit.options import MergeOptions
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from mergekit_fim.errors import FimError, check_own_code, reason
-from mergekit_fim.models.checkpoint import TensorHeader, model_config, read_headers
-from mergekit_fim.models.completion import Changes, changed, check_same, left_out, unneeded
-from mergekit_fim.models.language import auto_class, is_tied, outside, without_weights
-from mergekit_fim.models.layout import DecoderLayer, ModelLayout, model_layout, stack_of, tensor_names
+from mergekit_fim.errors import FimError
+from mergekit_fim.models.checkpoint import TensorHeader, explained, model_config, read_headers
+from mergekit_fim.models.completion import changed, changes_for, check_same, is_convertible
+from mergekit_fim.models.language import auto_class, outside, without_weights
+from mergekit_fim.models.layout import ModelLayout, OpenedModel, model_layout, names_of, stack_of, tensor_names
 from mergekit_fim.models.names import Loading
 
-# Config keys that say what the weights mean, so that models which differ in one can't be merged: the shapes of the
-# tensors alone don't show, for instance, 8 heads of 64 against 16 of 32.
+# Config keys that say what the weights mean. Models that differ in one can't be merged, and the shapes of the tensors
+# alone don't show it: 8 heads of 64, for instance, are as large as 16 of 32.
 _STRUCTURE = [
     *("model_type", "architectures", "num_hidden_layers", "hidden_size", "intermediate_size"),
     *("num_attention_heads", "num_key_value_heads", "head_dim"),
     *("num_local_experts", "num_experts", "n_routed_experts", "num_experts_per_tok"),
 ]
 
+# Buffers that old checkpoints hold, and the models of today make themselves.
+_OLD_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
+
 
 @dataclass(frozen=True, eq=False)
-class InputModel:
-    """One model of the merge. Compared and hashed by identity.
+class InputModel(OpenedModel):
+    """One model of the merge, laid out.
 
     Attributes:
-        reference: mergekit's reference, as in the merge config.
-        config: the model's transformers config.
         layout: its tensors, by decoder layer.
-        headers: the tensors that its checkpoint holds, by their names there.
-        absent: the names of the layout's tensors that the merge doesn't have of this model: that mergekit can't load
-            from the checkpoint, not even by converting others (fused experts), or that it skips, because no model of
-            the merge holds them under their own name.
+        absent: the names of the layout's tensors that the merge doesn't have of this model. mergekit can't load them,
+            not even by converting other tensors (fused experts), or skips them, because no model of the merge holds
+            them under their own name.
         unknown: the names of the checkpoint's tensors that neither mergekit nor transformers has a place for.
-        loading: where transformers puts the checkpoint's tensors.
-        architecture: mergekit's description of the models, with what it leaves out.
-        added: the names of those tensors of the checkpoint that mergekit's own description leaves out.
+        architecture: mergekit's definition of the models, with what it leaves out.
+        added: the names of the checkpoint's tensors that mergekit's own definition leaves out.
         other_modules: the names of the layout's tensors that aren't the language model's: of towers and projectors.
     """
 
-    reference: ModelReference
-    config: PretrainedConfig
     layout: ModelLayout
-    headers: Mapping[str, TensorHeader]
     absent: frozenset[str]
     unknown: tuple[str, ...]
-    loading: Loading
     architecture: ModelArchitecture
-    added: tuple[str, ...] = ()
-    other_modules: frozenset[str] = frozenset()
-
-    def __str__(self) -> str:
-        return str(self.reference)
+    added: tuple[str, ...]
+    other_modules: frozenset[str]
 
     @property
     def text_config(self) -> PretrainedConfig:
         """The config of the language model, which for text-only models is the whole config."""
         return self.config.get_text_config()
 
-    @property
-    def is_tied(self) -> bool:
-        """Whether its config ties the output head to the input embeddings."""
-        return is_tied(self.config)
-
     def num_layers(self, module: str) -> int:
         """How many layers one of mergekit's modules has."""
         return int(self.architecture.modules[module].architecture.num_layers(self.config))
 
-    def stored_name(self, tensor: WeightInfo, *, tied: bool = True) -> str | None:
-        """The name under which the checkpoint holds `tensor`: its own, an alias, or (if `tied`) what it is tied to."""
-        names = (tensor.name, *(tensor.aliases or ()), *((tensor.tied_names or ()) if tied else ()))
-        return next((name for name in names if name in self.headers), None)
-
     def stored_dtype(self) -> torch.dtype:
         """The dtype of most of the checkpoint's parameters."""
-        elements: dict[torch.dtype, int] = {}
+        elements: Counter[torch.dtype] = Counter()
         for header in self.headers.values():
             if header.torch_dtype is not None:
-                elements[header.torch_dtype] = elements.get(header.torch_dtype, 0) + math.prod(header.shape)
+                elements[header.torch_dtype] += math.prod(header.shape)
         return max(elements, key=elements.__getitem__, default=torch.float32)
 
     def load(self, tensor: WeightInfo, dtype: str | None) -> torch.Tensor | None:
@@ -119,14 +99,9 @@ class InputModel:
 def open_models(
     references: Sequence[ModelReference], architecture: ModelArchitecture, trust_remote_code: bool
 ) -> dict[ModelReference, InputModel]:
-    """Read the configs and the checkpoints' headers of all the models, and check that they are of one kind.
+    """Read the configs and the checkpoints' headers of all models, the base first, and check that they are of one kind.
 
     mergekit's `LoaderCache` must have been set up with the merge's options, as `run_merge` does.
-
-    Args:
-        references: the models, the base first.
-        architecture: mergekit's description of them.
-        trust_remote_code: whether models may bring code of their own.
 
     Raises:
         FimError: a model is not a causal language model in floats, or differs from the first in its structure.
@@ -134,83 +109,44 @@ def open_models(
     configs = {reference: model_config(reference, trust_remote_code) for reference in references}
     for reference, config in configs.items():
         _check_causal_lm(reference, config, trust_remote_code)
-    base = references[0]
     _check_structure(configs)
-    skeletons = {r: _skeleton(r, config, trust_remote_code) for r, config in configs.items()}
-    headers = {reference: read_headers(reference) for reference in references}
-    loading = {reference: Loading(skeletons[reference], headers[reference]) for reference in references}
-    stored = {name for held in headers.values() for name in held}
-    stack = stack_of(architecture, configs[base], str(base), skeletons[base], loading[base])
-    found = {
-        r: _changes(architecture, stack, r, config, headers[r], stored, loading[r], skeletons[r])
-        for r, config in configs.items()
-    }
-    check_same(found)
-    architecture, added = changed(architecture, found[base], stack), found[base].added
-    models = {}
-    for reference, config in configs.items():
-        skeleton, layout = skeletons[reference], model_layout(architecture, config, str(reference), stack)
-        model = InputModel(
-            *(reference, config, layout, headers[reference], frozenset()),
-            tuple(_unknown(headers[reference], layout, skeleton, loading[reference])),
-            *(loading[reference], architecture, added, _other_modules(layout, skeleton, loading[reference])),
-        )
-        names = tensor_names(skeleton, layout, loading[reference], floating_point=True)
-        models[reference] = replace(model, absent=frozenset(_absent(model, names, stored)))
-        _check_shapes(models[reference], {n: tuple(v.shape) for n, v in skeleton.state_dict().items()})
-    return models
+    opened = [_opened(reference, config, trust_remote_code) for reference, config in configs.items()]
+    stored = {name for model in opened for name in model.headers}
+    base = opened[0]
+    stack = stack_of(base, architecture)
+    changes = {model.reference: changes_for(model, architecture, stack, stored) for model in opened}
+    check_same(changes)
+    added = changes[base.reference].added
+    architecture = changed(architecture, changes[base.reference], stack)
+    return {model.reference: _laid_out(model, architecture, added, stack, stored) for model in opened}
 
 
-def _changes(
-    architecture: ModelArchitecture,
-    stack: str,
-    reference: ModelReference,
-    config: PretrainedConfig,
-    headers: Mapping[str, TensorHeader],
-    stored: Set[str],
-    loading: Loading,
-    skeleton: PreTrainedModel,
-) -> Changes:
-    """What makes mergekit's definition fit a model of the merge, whose models hold `stored` together.
+def _opened(reference: ModelReference, config: PretrainedConfig, trust_remote_code: bool) -> OpenedModel:
+    what = f"{reference}: transformers can't build the model from its config"
+    with explained(what, "check its config.json"):
+        with accelerate.init_empty_weights(include_buffers=True):
+            skeleton = without_weights(config, trust_remote_code)
+        skeleton.tie_weights()
+    headers = read_headers(reference)
+    return OpenedModel(reference, config, skeleton, headers, Loading(skeleton, headers))
 
-    Raises:
-        FimError: the model has a tensor that has no place in it.
-    """
-    layout = model_layout(architecture, config, str(reference), stack)
-    tensors = tensor_names(skeleton, layout, loading)
-    lacking = [
-        tensor.name
-        for layer in (*layout.layers, None)
-        for tensor in (layer.tensors if layer else layout.other)
-        if not tensor.optional
-        and stored.isdisjoint((tensor.name, *(tensor.aliases or ()), *(tensor.tied_names or ())))
-        and (
-            not _is_convertible(config.model_type, headers, tensor, layer)
-            or any(loading.is_reordered(key) for key in loading.keys_of(tensor.name))
-        )
-    ]
-    without = unneeded(layout, lacking, loading, tensors)
-    layout = model_layout(changed(architecture, Changes(unneeded=without), stack), config, str(reference), stack)
-    found = left_out(
-        str(reference),
-        layout,
-        _planned(layout, headers, stored),
-        loading,
-        tensors,
-        tensor_names(skeleton, layout, loading, floating_point=True),
-        infer_vocabulary_axes(skeleton),
-        (config.architectures or [config.model_type])[0],
+
+def _laid_out(
+    model: OpenedModel, architecture: ModelArchitecture, added: tuple[str, ...], stack: str, stored: Set[str]
+) -> InputModel:
+    """Lay out a model by a definition that is complete, and check its checkpoint; see `changes_for` for `stored`."""
+    layout, beside = model_layout(model, architecture, stack), outside(model.skeleton)
+    laid_out = InputModel(
+        **vars(model),
+        layout=layout,
+        absent=frozenset(_absent(model, layout, stored)),
+        unknown=tuple(_unknown(model, layout)),
+        architecture=architecture,
+        added=added,
+        other_modules=frozenset(t.name for t in layout.other if not beside.isdisjoint(model.loading.keys_of(t.name))),
     )
-    return replace(found, unneeded=without)
-
-
-def _planned(layout: ModelLayout, headers: Mapping[str, TensorHeader], stored: Set[str]) -> Iterator[str]:
-    """The names of all tensors that mergekit will write, and their other names: not those that it skips."""
-    for tensor in layout.all_tensors():
-        names = (tensor.name, *(tensor.aliases or ()))
-        tied = any(name in headers for name in tensor.tied_names or ())
-        if not tensor.optional or tied or not stored.isdisjoint(names):
-            yield from names
+    _check_shapes(laid_out)
+    return laid_out
 
 
 def open_model(name: str, revision: str | None, options: MergeOptions) -> InputModel:
@@ -230,30 +166,18 @@ def open_named(names: Sequence[str], revision: str | None, options: MergeOptions
     """
     references = []
     for name in names:
-        with _usable(name):
+        with explained(f"{name}: mergekit can't use this model", "check the name"):
             reference = ModelReference.parse(name)
             if revision:
-                reference = reference.model_copy(
-                    update={"model": reference.model.model_copy(update={"revision": revision})}
-                )
+                path = reference.model.model_copy(update={"revision": revision})
+                reference = reference.model_copy(update={"model": path})
             references.append(reference)
     _check_structure({reference: model_config(reference, options.trust_remote_code) for reference in references})
-    with _usable(names[0]):
+    with explained(f"{names[0]}: mergekit can't use this model", "check the name"):
         models = [InputModelDefinition(model=reference) for reference in references]
         architecture = get_architecture_info(MergeConfiguration(merge_method="linear", models=models), options)
     opened = open_models(references, architecture, options.trust_remote_code)
     return [opened[reference] for reference in references]
-
-
-@contextlib.contextmanager
-def _usable(name: str) -> Iterator[None]:
-    try:
-        yield
-    except FimError:
-        raise
-    except Exception as error:  # pydantic's, and mergekit's own
-        check_own_code(error)
-        raise FimError(f"{name}: mergekit can't use this model ({reason(error)}); check the name") from error
 
 
 def check_tokenizer(reference: ModelReference, trust_remote_code: bool) -> None:
@@ -262,136 +186,86 @@ def check_tokenizer(reference: ModelReference, trust_remote_code: bool) -> None:
     Raises:
         FimError: it can't be loaded.
     """
-    try:
+    what = f"{reference}: the config's tokenizer setting needs a tokenizer from it, which can't be loaded"
+    with explained(what, "put one into its folder, name another model, or leave the setting out"):
         transformers.AutoTokenizer.from_pretrained(
             reference.model.path, revision=reference.model.revision, trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # each kind of tokenizer has its own
-        raise FimError(
-            f"{reference}: the config's tokenizer setting needs a tokenizer from it, which can't be loaded "
-            f"({reason(error)}); put one into its folder, name another model, or leave the setting out"
-        ) from error
 
 
-def _skeleton(reference: ModelReference, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    """transformers' model, without weights."""
-    try:
-        with accelerate.init_empty_weights(include_buffers=True):
-            skeleton = without_weights(config, trust_remote_code)
-        skeleton.tie_weights()
-        return skeleton
-    except Exception as error:  # whatever a model's own code raises
-        raise FimError(
-            f"{reference}: transformers can't build the model from its config ({reason(error)}); check its config.json"
-        ) from error
+def _absent(model: OpenedModel, layout: ModelLayout, stored: Set[str]) -> Iterator[str]:
+    """Yield the layout's tensors that the merge doesn't have of a model; see `InputModel.absent`.
 
-
-def _other_modules(layout: ModelLayout, skeleton: PreTrainedModel, loading: Loading) -> frozenset[str]:
-    beside = outside(skeleton)
-    return frozenset(t.name for t in layout.other if any(key in beside for key in loading.keys_of(t.name)))
-
-
-def _absent(model: InputModel, names: Sequence[Sequence[str]], stored: Set[str]) -> Iterator[str]:
-    """The layout's tensors that the merge doesn't have of a model; see `InputModel.absent`.
-
-    Args:
-        model: the model.
-        names: the parameters of transformers' model, without the masks that old checkpoints hold.
-        stored: the names of the tensors that any model of the merge holds.
+    Raises:
+        FimError: a tensor isn't of floating-point numbers, or the checkpoint lacks one that mergekit requires.
     """
-    reference, config, headers = model.reference, model.config, model.headers
-    weights = {alias for aliases in names for alias in aliases}
-    for layer in (*model.layout.layers, None):
-        for tensor in layer.tensors if layer else model.layout.other:
-            name = model.stored_name(tensor)
-            if name is not None:
-                if headers[name].torch_dtype is None and not weights.isdisjoint(
-                    (tensor.name, *model.loading.targets(name))
-                ):
-                    raise FimError(
-                        f"{reference}: tensor {name} is stored as {headers[name].dtype}, expected float16, bfloat16, "
-                        "float32 or float64; use the model's unquantised checkpoint"
-                    )
-            elif tensor.optional and stored.isdisjoint((tensor.name, *(tensor.aliases or ()))):
-                yield tensor.name
-            elif not _is_convertible(config.model_type, headers, tensor, layer):
-                if not tensor.optional:
-                    raise FimError(
-                        f"{reference}: the checkpoint lacks the tensor {tensor.name}, which mergekit's definition of "
-                        f"{(config.architectures or [config.model_type])[0]} requires; "
-                        f"{_lacking(tensor, headers, names)}"
-                    )
-                yield tensor.name
+    # Without the masks that old checkpoints hold.
+    parameters = tensor_names(model.skeleton, layout, model.loading, floating_point=True)
+    names = {name for aliases in parameters for name in aliases}
+    for layer, tensor in layout.placed():
+        held = model.stored_name(tensor)
+        if held is not None:
+            header = model.headers[held]
+            if header.torch_dtype is None and not names.isdisjoint((tensor.name, *model.loading.targets(held))):
+                raise FimError(
+                    f"{model}: tensor {held} is stored as {header.dtype}, expected float16, bfloat16, float32 or "
+                    "float64; use the model's unquantised checkpoint"
+                )
+        elif tensor.optional and stored.isdisjoint(names_of(tensor)):
+            yield tensor.name
+        elif not is_convertible(model, tensor, layer):
+            if not tensor.optional:
+                raise FimError(
+                    f"{model}: the checkpoint lacks the tensor {tensor.name}, which mergekit's definition of "
+                    f"{type(model.skeleton).__name__} requires; {_remedy(tensor, model.headers, parameters)}"
+                )
+            yield tensor.name
 
 
-# Buffers that old checkpoints hold, and the models of today make themselves.
-_OLD_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
+def _remedy(tensor: WeightInfo, headers: Mapping[str, TensorHeader], parameters: Sequence[Sequence[str]]) -> str:
+    """What to do where a checkpoint lacks a tensor that mergekit requires."""
+    names = next((names for names in parameters if tensor.name in names), None)
+    if names is None:
+        return "models with this config don't have it, so that this version of mergekit can't merge them"
+    held = next((name for name in names if name in headers), None)
+    if held is not None:
+        return f"it is tied to {held} there; save the models with a copy of it and tie_word_embeddings: false"
+    return "download or save the model again, or leave the model out"
 
 
-def _unknown(
-    headers: Mapping[str, TensorHeader], layout: ModelLayout, skeleton: PreTrainedModel, loading: Loading
-) -> Iterator[str]:
-    """Names in a checkpoint that are of no tensor of the model, and that transformers doesn't pass over knowingly."""
-    known = {name for aliases in tensor_names(skeleton, layout, loading) for name in aliases}
-    for tensor in layout.all_tensors():
-        known.update((tensor.name, *(tensor.aliases or ()), *(tensor.tied_names or ())))
-    conversions = [
-        conversion
-        for kind in (skeleton.config.model_type, type(skeleton).__name__)
-        for conversion in get_checkpoint_conversion_mapping(kind) or []
-    ]
-    passed_over = [re.compile(pattern) for pattern in skeleton._keys_to_ignore_on_load_unexpected or ()]
-    for name in headers:
+def _unknown(model: OpenedModel, layout: ModelLayout) -> Iterator[str]:
+    """Yield the checkpoint's names of no tensor of the model, but not those that transformers ignores on purpose."""
+    known = {name for names in tensor_names(model.skeleton, layout, model.loading) for name in names}
+    known.update(name for tensor in layout.all_tensors() for name in names_of(tensor, tied=True))
+    kinds = (model.skeleton.config.model_type, type(model.skeleton).__name__)
+    conversions = [conversion for kind in kinds for conversion in get_checkpoint_conversion_mapping(kind) or []]
+    ignored = [re.compile(pattern) for pattern in model.skeleton._keys_to_ignore_on_load_unexpected or ()]
+    for name in model.headers:
         if (
             name not in known
-            and not loading.targets(name)
+            and not model.loading.targets(name)
             and not name.endswith(_OLD_BUFFERS)
-            and not any(pattern.search(name) for pattern in passed_over)
+            and not any(pattern.search(name) for pattern in ignored)
             and all(conversion.rename_source_key(name)[1] is None for conversion in conversions)
         ):
             yield name
 
 
-def _lacking(tensor: WeightInfo, headers: Mapping[str, TensorHeader], names: Sequence[Sequence[str]]) -> str:
-    """What to do where a checkpoint lacks a tensor that mergekit requires."""
-    aliases = next((aliases for aliases in names if tensor.name in aliases), None)
-    if aliases is None:
-        return "models with this config don't have it, so that this version of mergekit can't merge them"
-    stored = next((alias for alias in aliases if alias in headers), None)
-    if stored is not None:
-        return f"it is tied to {stored} there; save the models with a copy of it and tie_word_embeddings: false"
-    return "download or save the model again, or leave the model out"
-
-
-def _check_shapes(model: InputModel, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(model: InputModel) -> None:
     """Check that the shapes of a checkpoint's tensors are those that its config means.
 
     Raises:
         FimError: one isn't, so that transformers can't load it.
     """
+    shapes = {name: tuple(value.shape) for name, value in model.skeleton.state_dict().items()}
     for tensor in model.layout.all_tensors():
         stored = model.stored_name(tensor, tied=False)
-        expected = next((shapes[name] for name in (tensor.name, *(tensor.aliases or ())) if name in shapes), None)
-        if stored is None or expected is None:
-            continue
-        found = model.headers[stored].shape
-        if found != expected:
+        expected = next((shapes[name] for name in names_of(tensor) if name in shapes), None)
+        if stored is not None and expected is not None and model.headers[stored].shape != expected:
             raise FimError(
                 f"{model}: expected the shape {list(expected)} of {stored}, which follows from config.json, found "
-                f"{list(found)}; download or save the model again"
+                f"{list(model.headers[stored].shape)}; download or save the model again"
             )
-
-
-def _is_convertible(
-    model_type: str, headers: Mapping[str, TensorHeader], tensor: WeightInfo, layer: DecoderLayer | None
-) -> bool:
-    """Whether mergekit can make `tensor` from differently laid out ones of the checkpoint, such as single experts."""
-    candidates = [set(headers)]
-    number = layer.index if layer is not None else (re.findall(r"\.(\d+)\.", tensor.name) or [None])[0]
-    if number is not None:  # a conversion stays within its layer, and searching all of a large MoE takes minutes
-        candidates.insert(0, {name for name in headers if f".{number}." in name})
-    targets = (tensor.name, *(tensor.aliases or ()))
-    return any(can_convert_checkpoint_keys(model_type, keys, name) for keys in candidates for name in targets)
 
 
 def _check_structure(configs: Mapping[ModelReference, PretrainedConfig]) -> None:
@@ -399,10 +273,10 @@ def _check_structure(configs: Mapping[ModelReference, PretrainedConfig]) -> None
     base = next(iter(configs))
     for reference, config in configs.items():
         for key in _STRUCTURE:
-            expected, found = _structure(configs[base], key), _structure(config, key)
-            if expected != found:
+            expected, own = _structure(configs[base], key), _structure(config, key)
+            if expected != own:
                 raise FimError(
-                    f"{reference}: expected {key} {expected} as in the base {base}, found {found}; "
+                    f"{reference}: expected {key} {expected} as in the base {base}, found {own}; "
                     "the models must share one architecture"
                 )
 
@@ -427,12 +301,12 @@ def _value(config: PretrainedConfig, key: str) -> Any:
 
 
 def _check_causal_lm(reference: ModelReference, config: PretrainedConfig, trust_remote_code: bool) -> None:
-    names = config.architectures or ["none"]
+    name = next(iter(config.architectures or ()), None)
     if config.is_encoder_decoder:
-        raise FimError(f"{reference}: expected a causal language model, found the encoder-decoder {names[0]}")
+        raise FimError(f"{reference}: expected a causal language model, found the encoder-decoder {name}")
     if auto_class(config, trust_remote_code) is None:
         raise FimError(
-            f"{reference}: expected a causal language model that transformers can load, found {names[0]}; "
+            f"{reference}: expected a causal language model that transformers can load, found {name}; "
             "for a model with code of its own, pass --trust-remote-code"
         )
     vocab_size = getattr(config.get_text_config(), "vocab_size", 1)
@@ -448,12 +322,9 @@ def _check_causal_lm(reference: ModelReference, config: PretrainedConfig, trust_
 
 
 def check_compatible(base: InputModel, model: InputModel, *, vocabulary_aligned: bool) -> list[str]:
-    """Check that `model` has the tensors of `base`, in the same shapes.
+    """Check that a fine-tuned model has the tensors of `base`, in the same shapes.
 
-    Args:
-        base: the base model.
-        model: the fine-tuned model.
-        vocabulary_aligned: whether mergekit was told how to align different vocabularies.
+    With `vocabulary_aligned`, mergekit was told how to align different vocabularies.
 
     Returns:
         Warnings: tensors that only the base has.
@@ -472,16 +343,17 @@ def check_compatible(base: InputModel, model: InputModel, *, vocabulary_aligned:
         names = base.stored_name(tensor), model.stored_name(tensor)
         if names[0] is None or names[1] is None:
             continue
-        expected, found = base.headers[names[0]].shape, model.headers[names[1]].shape
+        expected, own = base.headers[names[0]].shape, model.headers[names[1]].shape
         axis = vocabulary.get(tensor.name)
-        if expected == found or (axis is not None and vocabulary_aligned and _same_except(expected, found, axis)):
+        by_vocabulary = axis is not None and _same_except(expected, own, axis)
+        if expected == own or (by_vocabulary and vocabulary_aligned):
             continue
         remedy = "the models must share one architecture"
-        if axis is not None and _same_except(expected, found, axis):
+        if by_vocabulary:
             remedy = "align the vocabularies in the config, for example with `tokenizer: {source: base}`"
         raise FimError(
             f"{model}: expected the shape {list(expected)} of {tensor.name} as in the base {base}, "
-            f"found {list(found)}; {remedy}"
+            f"found {list(own)}; {remedy}"
         )
     return warnings
 

@@ -1,4 +1,4 @@
-"""Where the language model is in a model that sees or hears, too; of a text-only model it is everything."""
+"""Build transformers' model, and find the language model in it: the whole of a text-only model, or a part."""
 
 import copy
 from collections.abc import Iterator
@@ -17,41 +17,41 @@ _KINDS = {
 
 
 def auto_class(config: PretrainedConfig, trust_remote_code: bool) -> Any:
-    """transformers' auto class for the model that a config names, or None where it is no language model."""
+    """Choose transformers' auto class for the model that a config names; None where it is no language model."""
     name = next(iter(config.architectures or ()), None)
     for kind, table in _KINDS.items():
         if name in getattr(modeling_auto, table, {}).values():
             return getattr(transformers, kind)
     own = getattr(config, "auto_map", None) or {}
-    return next((getattr(transformers, k) for k in _KINDS if k in own), None) if trust_remote_code else None
+    return next((getattr(transformers, kind) for kind in _KINDS if kind in own), None) if trust_remote_code else None
 
 
 def is_tied(config: PretrainedConfig) -> bool:
-    """Whether a config ties the output head to the input embeddings: where it has parts, they don't count."""
+    """Whether a config ties the output head to the input embeddings. The configs of its parts don't count."""
     return bool(getattr(config, "tie_word_embeddings", False))
 
 
 def without_weights(config: PretrainedConfig, trust_remote_code: bool, **options: Any) -> PreTrainedModel:
-    """transformers' model; on which device its weights are made is the caller's to say."""
+    """Build transformers' model; the caller chooses the device of its random weights."""
     cls = auto_class(config, trust_remote_code)
     model: PreTrainedModel = cls.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code, **options)
     return model
 
 
 def decoder(model: PreTrainedModel) -> tuple[str, nn.Module]:
-    """The module that holds the language model's decoder layers, and its name in the model.
+    """Find the module that holds the language model's decoder layers, with its name in the model.
 
-    Where several may be it, that is the one around them.
+    Where several modules may be it, take the one around them.
     """
     start: Any = model.get_decoder()
     text = model.config.get_text_config()
-    stacks = [*_stacks(start, type(text), getattr(text, "num_hidden_layers", None))]
-    found = stacks[0] if len(stacks) == 1 else start
-    return next(name for name, module in model.named_modules() if module is found), found
+    stacks = list(_stacks(start, type(text), getattr(text, "num_hidden_layers", None)))
+    stack = stacks[0] if len(stacks) == 1 else start
+    return next(name for name, module in model.named_modules() if module is stack), stack
 
 
 def _stacks(module: nn.Module, kind: type, count: int | None) -> Iterator[nn.Module]:
-    """The modules with a list of as many layers, without those of parts with a config of another kind: of towers."""
+    """Yield the modules with a list of `count` layers, but not those of towers, whose config is of another kind."""
     if any(len(child) == count for child in module.children() if isinstance(child, nn.ModuleList)):
         yield module
         return
@@ -62,21 +62,21 @@ def _stacks(module: nn.Module, kind: type, count: int | None) -> Iterator[nn.Mod
 
 
 def language_model(model: PreTrainedModel) -> PreTrainedModel:
-    """What is to be run on tokens alone: the model, or within it a language model with an output head of its own."""
-    inner = model.get_decoder() if is_composite(model) else model
+    """Choose what runs on tokens alone: the model, or the language model in it if that has its own output head."""
+    inner = model.get_decoder() if _is_composite(model) else model
     has_head = isinstance(inner, PreTrainedModel) and inner.get_output_embeddings() is not None
     return inner if has_head else model
 
 
-def is_composite(model: PreTrainedModel) -> bool:
-    """Whether the language model is a part of the model."""
-    return model.config.get_text_config() is not model.config
-
-
 def outside(model: PreTrainedModel) -> frozenset[str]:
-    """The names, in the state dict, of what isn't the language model's: of vision and audio towers and projectors."""
-    if not is_composite(model):
+    """Name what isn't the language model's, as in the state dict: vision and audio towers, and projectors."""
+    if not _is_composite(model):
         return frozenset()
     parts = (decoder(model)[1], model.get_input_embeddings(), model.get_output_embeddings())
     own = {id(t) for part in parts if part is not None for t in part.state_dict(keep_vars=True).values()}
     return frozenset(name for name, tensor in model.state_dict(keep_vars=True).items() if id(tensor) not in own)
+
+
+def _is_composite(model: PreTrainedModel) -> bool:
+    """Whether the language model is a part of the model."""
+    return model.config.get_text_config() is not model.config

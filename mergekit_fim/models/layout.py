@@ -1,84 +1,90 @@
-"""Which tensor belongs to which decoder layer, and which lie outside."""
+"""Say which tensor belongs to which decoder layer, and which lie outside."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mergekit.architecture import ConfiguredModelArchitecture, ModelArchitecture, WeightInfo
+from mergekit.common import ModelReference
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_fim.errors import FimError
+from mergekit_fim.models.checkpoint import TensorHeader
 from mergekit_fim.models.language import decoder
 from mergekit_fim.models.names import Loading
 
 
+@dataclass(frozen=True, eq=False)
+class OpenedModel:
+    """What the config and the checkpoint's headers say of a model of the merge. Compared and hashed by identity."""
+
+    reference: ModelReference  # mergekit's, as in the merge config
+    config: PretrainedConfig
+    skeleton: PreTrainedModel  # transformers' model, without weights
+    headers: Mapping[str, TensorHeader]  # by the names of the tensors in the checkpoint
+    loading: Loading  # where transformers puts them
+
+    def __str__(self) -> str:
+        return str(self.reference)
+
+    def stored_name(self, tensor: WeightInfo, *, tied: bool = True) -> str | None:
+        """The name under which the checkpoint holds `tensor`: its own, an alias, or (if `tied`) what it is tied to."""
+        return next((name for name in names_of(tensor, tied=tied) if name in self.headers), None)
+
+
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One decoder layer of a model.
+    """One decoder layer of a model."""
 
-    Attributes:
-        index: from 0.
-        prefix: what the names of exactly this layer's tensors begin with, dot included: `model.layers.3.`.
-        tensors: the layer's tensors, in mergekit's order, and then those that its definition leaves out, which may have
-            another prefix.
-    """
-
-    index: int
-    prefix: str
-    tensors: tuple[WeightInfo, ...]
+    index: int  # from 0
+    prefix: str  # what its tensors' names begin with, and no others', dot included: `model.layers.3.`
+    tensors: tuple[WeightInfo, ...]  # mergekit's, and then those that it leaves out, which may have another prefix
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """`prefix`, and those of tensors that are named otherwise in checkpoints."""
-        found = (layer_prefix(tensor.name, self.index) or self.prefix for tensor in self.tensors)
-        return tuple(dict.fromkeys((self.prefix, *found)))
+        """`prefix`, and those of tensors that checkpoints name otherwise."""
+        others = (layer_prefix(tensor.name, self.index) or self.prefix for tensor in self.tensors)
+        return tuple(dict.fromkeys((self.prefix, *others)))
 
     def stem(self, prefix: str) -> str:
         """One of the `prefixes` without the layer's number."""
         return prefix.removesuffix(f"{self.index}.")
 
     def local(self, tensor_name: str) -> str:
-        """The name of one of the layer's tensors without what says which layer it is in."""
+        """The name of one of the layer's tensors without the part that says which layer it is in."""
         return local_name(tensor_name, self.index)
 
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """All the tensors of a model that mergekit merges.
+    """All the tensors of a model that mergekit merges."""
 
-    Attributes:
-        layers: those of the language model's decoder layers.
-        modules: the others, by mergekit's modules.
-        stack: the module that has the decoder layers.
-    """
-
-    layers: tuple[DecoderLayer, ...]
-    modules: Mapping[str, tuple[WeightInfo, ...]]
-    stack: str
+    layers: tuple[DecoderLayer, ...]  # of the language model
+    modules: Mapping[str, tuple[WeightInfo, ...]]  # the tensors outside the layers, by mergekit's modules
+    stack: str  # the module that has the decoder layers
 
     @property
     def other(self) -> tuple[WeightInfo, ...]:
         """The tensors outside the decoder layers."""
         return tuple(tensor for tensors in self.modules.values() for tensor in tensors)
 
+    def placed(self) -> Iterator[tuple[DecoderLayer | None, WeightInfo]]:
+        """Every tensor once, with its layer; None where it is outside."""
+        yield from ((layer, tensor) for layer in self.layers for tensor in layer.tensors)
+        yield from ((None, tensor) for tensor in self.other)
+
     def all_tensors(self) -> tuple[WeightInfo, ...]:
         """Every tensor once."""
-        return tuple(tensor for layer in self.layers for tensor in layer.tensors) + self.other
+        return tuple(tensor for _, tensor in self.placed())
 
 
-def model_layout(architecture: ModelArchitecture, config: PretrainedConfig, model_name: str, stack: str) -> ModelLayout:
+def model_layout(model: OpenedModel, architecture: ModelArchitecture, stack: str) -> ModelLayout:
     """Assign every tensor of a model to its decoder layer, by mergekit's definition of the architecture.
-
-    Args:
-        architecture: the definition.
-        config: the model's.
-        model_name: for errors.
-        stack: the module that has the decoder layers.
 
     Raises:
         FimError: there are no decoder layers, or some that can't be told apart by name.
     """
-    configured = ConfiguredModelArchitecture(info=architecture, config=config)
+    configured = ConfiguredModelArchitecture(info=architecture, config=model.config)
     modules = {name: configured.get_module(name) for name in architecture.modules}
     layers = []
     for index in range(modules[stack].num_layers()):
@@ -88,12 +94,12 @@ def model_layout(architecture: ModelArchitecture, config: PretrainedConfig, mode
         prefix = prefixes[0] if prefixes and None not in prefixes else None
         if prefix is None:
             raise FimError(
-                f"{model_name}: the tensors of decoder layer {index} don't share one name prefix with the layer's "
-                f"number in it (found e.g. {tensors[0].name if tensors else 'none'}); this architecture isn't supported"
+                f"{model}: the tensors of decoder layer {index} don't share one name prefix with the layer's number "
+                f"in it (found e.g. {tensors[0].name if tensors else 'none'}); this architecture isn't supported"
             )
         layers.append(DecoderLayer(index, prefix, tensors))
     if not layers:
-        raise FimError(f"{model_name}: expected at least one decoder layer, found none; there is nothing to measure")
+        raise FimError(f"{model}: expected at least one decoder layer, found none; there is nothing to measure")
     others = {
         name: tuple((*module.pre_weights(), *module.post_weights()) if name == stack else module.all_weights())
         for name, module in modules.items()
@@ -101,60 +107,55 @@ def model_layout(architecture: ModelArchitecture, config: PretrainedConfig, mode
     return ModelLayout(tuple(layers), others, stack)
 
 
-def stack_of(
-    architecture: ModelArchitecture, config: PretrainedConfig, model_name: str, model: PreTrainedModel, loading: Loading
-) -> str:
-    """The module of mergekit's definition that has the language model's decoder layers.
-
-    Args:
-        architecture: the definition.
-        config: the model's.
-        model_name: for errors.
-        model: transformers' model, which may be without weights.
-        loading: where it puts the checkpoint's tensors.
+def stack_of(model: OpenedModel, architecture: ModelArchitecture) -> str:
+    """Find the module of mergekit's definition that has the language model's decoder layers.
 
     Raises:
         FimError: there is none, or several may be it.
     """
     if len(architecture.modules) == 1:
         return next(iter(architecture.modules))
-    configured = ConfiguredModelArchitecture(info=architecture, config=config)
-    count = getattr(config.get_text_config(), "num_hidden_layers", None)
-    within = re.compile(rf"{re.escape(decoder(model)[0])}\.\w+\.0\.")
-    found = []
+    configured = ConfiguredModelArchitecture(info=architecture, config=model.config)
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    within = re.compile(rf"{re.escape(decoder(model.skeleton)[0])}\.\w+\.0\.")
+    stacks = []
     for name in architecture.modules:
         module = configured.get_module(name)
-        if module.num_layers() == count and any(
-            within.match(key) for t in module.layer_weights(0) for key in loading.keys_of(t.name)
-        ):
-            found.append(name)
-    if len(found) != 1:
+        if module.num_layers() == count:
+            keys = (key for tensor in module.layer_weights(0) for key in model.loading.keys_of(tensor.name))
+            stacks += [name] if any(map(within.match, keys)) else []
+    if len(stacks) != 1:
         raise FimError(
-            f"{model_name}: expected one stack of decoder layers, found the modules "
-            f"{', '.join(sorted(architecture.modules))}, {'several' if found else 'none'} of which may be the language "
-            f"model's; {next(iter(config.architectures or ()), config.model_type)} isn't supported"
+            f"{model}: expected one stack of decoder layers, found the modules "
+            f"{', '.join(sorted(architecture.modules))}, {'several' if stacks else 'none'} of which may be the "
+            f"language model's; {type(model.skeleton).__name__} isn't supported"
         )
-    return found[0]
+    return stacks[0]
 
 
 def layer_prefix(tensor_name: str, index: int) -> str | None:
-    """What the name of a tensor of a decoder layer begins with, the layer's number and a dot included."""
+    """What the name of a decoder layer's tensor begins with, up to the layer's number and the dot after it."""
     match = re.match(rf"(?:.*?\.)?{index}\.", tensor_name)
     return match.group() if match else None
 
 
 def local_name(tensor_name: str, index: int) -> str:
-    """The name of a tensor of a decoder layer without what says which layer it is in."""
+    """The name of a decoder layer's tensor without the part that says which layer it is in."""
     return tensor_name.removeprefix(layer_prefix(tensor_name, index) or "")
+
+
+def names_of(tensor: WeightInfo, *, tied: bool = False) -> tuple[str, ...]:
+    """The names that a checkpoint may give a tensor of mergekit's definition, with `tied` those it may be tied to."""
+    return (tensor.name, *(tensor.aliases or ()), *((tensor.tied_names or ()) if tied else ()))
 
 
 def tensor_names(
     model: PreTrainedModel, layout: ModelLayout, loading: Loading, *, floating_point: bool = False
 ) -> list[list[str]]:
-    """Every tensor, or every floating-point one, of transformers' model with all of its names.
+    """List every tensor, or every floating-point one, of transformers' model with all of its names.
 
-    Tied ones have several, and mergekit may know one by a name that transformers gives it in checkpoints only, as it
-    does GPT-NeoX's head.
+    Tied tensors have several. So has one to which transformers gives another name in checkpoints, such as GPT-NeoX's
+    head, if mergekit knows it by that name.
     """
     names: dict[int, list[str]] = {}
     known: dict[str, list[str]] = {}

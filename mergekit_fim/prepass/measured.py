@@ -16,8 +16,8 @@ from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.config.settings import Settings
 from mergekit_fim.errors import FimError
 from mergekit_fim.fisher.engine import autograd_engine
-from mergekit_fim.fisher.loading import Beside
 from mergekit_fim.fisher.measure import check_measurable, dtypes, measure_checkpoint
+from mergekit_fim.fisher.weights import Beside
 from mergekit_fim.measurements.factors import FactorsSettings
 from mergekit_fim.measurements.file import write_measurement
 from mergekit_fim.measurements.record import Experts, FisherMeasurement, Measurement

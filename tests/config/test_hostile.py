@@ -666,7 +666,7 @@ def test_bad_input(case, command, pair, tmp_path, monkeypatch):
         def expensive(*_args, **_kwargs):
             raise AssertionError("expensive work began")
 
-        monkeypatch.setattr("mergekit_fim.fisher.measure.load_model", expensive)
+        monkeypatch.setattr("mergekit_fim.fisher.measure.load_to_run", expensive)
         monkeypatch.setattr("mergekit_fim.prepass.layers.TaskVectorSweep", expensive)
     if bad.damage is not None:
         pair = Pair(*(Path(shutil.copytree(p, tmp_path / p.name)) for p in (pair.base, pair.long)), pair.third)
@@ -701,7 +701,7 @@ UNMEASURABLE |= {
 
 @pytest.mark.parametrize("case", UNMEASURABLE)
 def test_bad_models_are_not_measured(case, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_fim.fisher.measure.load_model", lambda *_a, **_k: pytest.fail("measured"))
+    monkeypatch.setattr("mergekit_fim.fisher.measure.load_to_run", lambda *_a, **_k: pytest.fail("measured"))
     change, words = UNMEASURABLE[case]
     model = Path(shutil.copytree(pair.base, tmp_path / "model"))
     change(model)
@@ -782,7 +782,7 @@ def test_usage_errors(arguments, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", ["mergekit-yaml", "merge"])
 @pytest.mark.parametrize("kind", ["a file", "below a file", "read-only"])
 def test_an_output_that_cannot_be_written_is_seen_first(kind, command, pair, tmp_path, monkeypatch):
-    monkeypatch.setattr("mergekit_fim.fisher.measure.load_model", lambda *_a, **_k: pytest.fail("measured"))
+    monkeypatch.setattr("mergekit_fim.fisher.measure.load_to_run", lambda *_a, **_k: pytest.fail("measured"))
     source, out = tmp_path / "config.yml", tmp_path / "out"
     source.write_text(yaml.safe_dump(config_for(pair)))
     if kind == "read-only":  # root may write everywhere
@@ -798,7 +798,7 @@ def test_too_little_memory_on_the_cpu(pair, merge, monkeypatch):
     def out_of_memory(*_args, **_kwargs):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried")
 
-    monkeypatch.setattr("mergekit_fim.fisher.measure.measure", out_of_memory)
+    monkeypatch.setattr("mergekit_fim.fisher.measure.measure_model", out_of_memory)
     target, result = merge(config_for(pair))
     ends_in_one_line(result, str(pair.base), "too little memory", "64 tokens", "lower fisher_seq_len")
     assert not target.exists()

@@ -19,8 +19,8 @@ from mergekit_fim.fisher import loading as placement
 from mergekit_fim.fisher import measure as fisher
 from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.engine import NotSupportedError, autograd_engine
-from mergekit_fim.fisher.loading import Placement, load_model
-from mergekit_fim.fisher.measure import measure, measure_checkpoint
+from mergekit_fim.fisher.loading import Placement, load_to_run
+from mergekit_fim.fisher.measure import measure_checkpoint, measure_model
 from mergekit_fim.fisher.rules import GramCache, product_squared_norm
 from mergekit_fim.fisher.samples import Samples, draw_samples
 from mergekit_fim.fisher.weights import ResidentWeights, StreamedWeights
@@ -35,11 +35,11 @@ def layers_of(model):
     return list(model.transformer.h if hasattr(model, "transformer") else model.model.layers)
 
 
-def both(model, settings=SETTINGS, **options):
+def both(model, settings=SETTINGS):
     samples = draw_samples(settings, tiny.VOCAB)
     model.eval()
     expected = autograd_engine(model, layers_of(model), samples, lambda _n: None)
-    return batched_engine(model, layers_of(model), samples, lambda _n: None, **options), expected
+    return batched_engine(model, layers_of(model), samples, lambda _n: None), expected
 
 
 @pytest.mark.parametrize("labels", ["inputs", "sampled"])
@@ -56,9 +56,9 @@ def test_bfloat16(kind):
 
 
 @pytest.mark.parametrize("tokens", [1, 24, 40])
-def test_micro_batches(tokens):
-    model = tiny.build(tiny.config("llama"))
-    found, expected = both(model, tokens=tokens)
+def test_micro_batches(tokens, monkeypatch):
+    monkeypatch.setattr(batched, "_TOKENS", tokens)
+    found, expected = both(tiny.build(tiny.config("llama")))
     assert found.numpy() == pytest.approx(expected.numpy(), rel=1e-5)
 
 
@@ -189,8 +189,8 @@ def test_an_argument_that_has_the_sequences_elsewhere():
     model = tiny.build(transformers.BloomConfig(**shape, bos_token_id=None, eos_token_id=None, pad_token_id=None))
     with pytest.raises(NotSupportedError):
         batched_engine(model, layers_of(model), draw_samples(SETTINGS, tiny.VOCAB), lambda _n: None)
-    found = measure(model, layers_of(model), SETTINGS, quiet=True)
-    assert found == measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
+    found = measure_model(model, layers_of(model), SETTINGS, quiet=True)
+    assert found == measure_model(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
 
 
 def test_layers_that_hand_on_more_than_their_result():
@@ -200,8 +200,8 @@ def test_layers_that_hand_on_more_than_their_result():
     model.model.layers[3].mlp = shared
     with pytest.raises(NotSupportedError):
         batched_engine(model, layers_of(model), draw_samples(SETTINGS, tiny.VOCAB), lambda _n: None)
-    found = measure(model, layers_of(model), SETTINGS, quiet=True)
-    expected = measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
+    found = measure_model(model, layers_of(model), SETTINGS, quiet=True)
+    expected = measure_model(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
     assert found == expected
 
 
@@ -225,7 +225,7 @@ def test_streamed_from_the_checkpoint(kind, storage, tied, tmp_path):
         assert torch.equal(seen.setdefault(tensor.name, values), values)
 
     found = measure_checkpoint(base, SETTINGS, None, MergeOptions(quiet=True), beside=beside)
-    expected = measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
+    expected = measure_model(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
     in_layers = [tensor.name for layer in base.layout.layers for tensor in layer.tensors]
     assert [name for name in seen if name in in_layers] != []
     assert seen.keys() >= {name for name in in_layers if name not in base.absent}
@@ -239,7 +239,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch):
     path = tiny.save(tiny.build(tiny.config("llama")), tmp_path / "m", torch.bfloat16)
     base = open_model(str(path), None, MergeOptions())
     where = Placement(torch.device("cpu"), spread=False, streamed=True)
-    loaded = load_model(base, None, MergeOptions(), where, running=torch.float32)
+    loaded = load_to_run(base, None, MergeOptions(), where, running=torch.float32)
     weights = loaded.weights
     assert isinstance(weights, StreamedWeights)
     original = StreamedWeights.layer
@@ -260,11 +260,11 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path, monkeypatch):
         return Watched()
 
     monkeypatch.setattr(StreamedWeights, "layer", layer)
-    found = measure(loaded.model, loaded.layers, SETTINGS, weights=weights, quiet=True)
+    found = measure_model(loaded.model, loaded.layers, SETTINGS, weights=weights, quiet=True)
     assert set(most) == {1}
     assert all(p.device.type == "meta" for x in loaded.layers for p in x.parameters())
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    expected = measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
+    expected = measure_model(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
     for a, b in zip(found.layers, expected.layers, strict=True):
         assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-4)
 
@@ -275,8 +275,8 @@ def test_resident_and_streamed_agree(tmp_path):
     norms = []
     for streamed in (True, False):
         where = Placement(torch.device("cpu"), spread=False, streamed=streamed)
-        loaded = load_model(base, None, MergeOptions(quiet=True), where)
-        found = measure(loaded.model, loaded.layers, SETTINGS, weights=loaded.weights, quiet=True)
+        loaded = load_to_run(base, None, MergeOptions(quiet=True), where)
+        found = measure_model(loaded.model, loaded.layers, SETTINGS, weights=loaded.weights, quiet=True)
         norms.append([layer.squared_norms for layer in found.layers])
     # Mapped and copied weights lie differently in memory, which matrix products may round differently for.
     assert np.array(norms[0]) == pytest.approx(np.array(norms[1]), rel=1e-5)
@@ -337,7 +337,7 @@ def loads(monkeypatch, fits: bool) -> tuple[list[tuple[str, bool, weakref.ref]],
         Where models are loaded, whether streamed, the models; and where memory is freed, after how many were loaded.
     """
     loaded, freed = [], []
-    original = placement.load_model
+    original = placement.load_to_run
     wanted = Placement(torch.device("cuda"), spread=False, streamed=False)
     cpu = torch.device("cpu")
 
@@ -348,7 +348,7 @@ def loads(monkeypatch, fits: bool) -> tuple[list[tuple[str, bool, weakref.ref]],
         loaded.append((where.device.type, streamed, weakref.ref(found.model)))
         return replace(found, placement=replace(where, streamed=streamed))
 
-    monkeypatch.setattr(fisher, "load_model", load)
+    monkeypatch.setattr(fisher, "load_to_run", load)
     monkeypatch.setattr(fisher, "_free_memory", lambda where: freed.append((where.device.type, len(loaded))))
     monkeypatch.setattr(placement, "placement", lambda options: wanted)
     monkeypatch.setattr(placement, "running_dtype", lambda dtype, device: torch.float32)
@@ -413,7 +413,7 @@ def test_progress_counts_every_layer_of_every_sequence():
 def test_a_measurement_leaves_the_model_unpatched():
     model = tiny.build(tiny.config("llama"))
     parameters = dict(model.named_parameters())
-    measure(model, layers_of(model), SETTINGS, quiet=True)
+    measure_model(model, layers_of(model), SETTINGS, quiet=True)
     assert not [name for name, module in model.named_modules() if "forward" in module.__dict__]
     assert not [name for name, module in model.named_modules() if module._forward_hooks]
     after = dict(model.named_parameters())

@@ -11,7 +11,7 @@ from mergekit_fim.errors import FimError
 from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.engine import autograd_engine
 from mergekit_fim.fisher.loading import Placement, placement, running_dtype
-from mergekit_fim.fisher.measure import measure
+from mergekit_fim.fisher.measure import measure_model
 from mergekit_fim.fisher.samples import Samples, draw_samples, sequence_loss
 
 SETTINGS = FisherSettings(samples=3, seq_len=16, seed=5)
@@ -29,7 +29,7 @@ def test_equals_naive_autograd(kind, labels, engine, tmp_path):
     model = tiny.build(tiny.config(kind))
     path = tiny.save(model, tmp_path / "model")
     settings = FisherSettings(3, 16, 5, labels)
-    found = measure(model, layers_of(model), settings, engine=engine, quiet=True)
+    found = measure_model(model, layers_of(model), settings, engine=engine, quiet=True)
     expected = reference.fisher(path, 3, 16, 5, uniforms=labels == "sampled")
     assert len(found.layers) == len(expected) == 5
     for layer, (parameters, squared_norms) in zip(found.layers, expected, strict=True):
@@ -40,13 +40,13 @@ def test_equals_naive_autograd(kind, labels, engine, tmp_path):
         variance = sum((s - mean) ** 2 for s in squared_norms) / 2
         assert layer.stderr == pytest.approx((variance / 3) ** 0.5 / parameters, rel=1e-4)
     if labels == "sampled":
-        inputs = measure(model, layers_of(model), SETTINGS, quiet=True)
+        inputs = measure_model(model, layers_of(model), SETTINGS, quiet=True)
         assert inputs.layers[0].squared_norms != found.layers[0].squared_norms
 
 
 def test_bfloat16_gradients_are_summed_in_higher_precision():
     model = tiny.build(tiny.config("qwen2", hidden_size=64, intermediate_size=512)).to(torch.bfloat16)
-    found = measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
+    found = measure_model(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
     for n, ids in enumerate(draw_samples(SETTINGS, tiny.VOCAB).input_ids):
         model.zero_grad()
         sequence_loss(model(input_ids=ids[None], use_cache=False).logits[0], ids, None).backward()
@@ -62,7 +62,7 @@ def test_the_model_is_left_as_it_was():
     kept.grad = torch.ones_like(kept)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    measure(model, layers_of(model), SETTINGS, quiet=True)
+    measure_model(model, layers_of(model), SETTINGS, quiet=True)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
     assert not frozen.requires_grad
@@ -81,7 +81,7 @@ def test_gradients_are_freed_as_they_arrive():
         alive.append(sum(p.grad is not None for p in model.parameters()))
 
     handles = [p.register_post_accumulate_grad_hook(look) for p in model.model.layers.parameters()]
-    measure(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
+    measure_model(model, layers_of(model), SETTINGS, engine=autograd_engine, quiet=True)
     for handle in handles:
         handle.remove()
     assert len(alive) == SETTINGS.samples * len(handles)
@@ -149,7 +149,7 @@ def test_a_value_that_is_not_finite_names_the_layer():
     with torch.no_grad():
         model.model.layers[4].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(FimError, match="decoder layer 0 isn't finite"):
-        measure(model, layers_of(model), SETTINGS, quiet=True)
+        measure_model(model, layers_of(model), SETTINGS, quiet=True)
 
 
 def test_sixteen_bits_only_where_the_cpu_multiplies_them_much_faster(monkeypatch):

@@ -16,8 +16,8 @@ from mergekit_fim.fisher import loading
 from mergekit_fim.fisher import measure as measuring
 from mergekit_fim.fisher.devices import RESERVE, DevicePlan, plan_devices
 from mergekit_fim.fisher.engine import autograd_engine
-from mergekit_fim.fisher.loading import Placement, load_model
-from mergekit_fim.fisher.measure import measure, measure_checkpoint
+from mergekit_fim.fisher.loading import Placement, load_to_run
+from mergekit_fim.fisher.measure import measure_checkpoint, measure_model
 from mergekit_fim.fisher.weights import ResidentWeights, StreamedWeights
 from mergekit_fim.models import parallel
 from mergekit_fim.models.inputs import InputModel, open_model
@@ -104,7 +104,7 @@ def test_a_plan_in_words():
 
 
 def load(base, where: Placement):
-    return load_model(base, None, MergeOptions(quiet=True), where)
+    return load_to_run(base, None, MergeOptions(quiet=True), where)
 
 
 def accelerators(monkeypatch, *free: int) -> list[torch.device]:
@@ -190,7 +190,7 @@ def test_the_plan_before_loading_is_that_of_loading(base, size, monkeypatch):
 
 @pytest.fixture
 def two_cpus(monkeypatch):
-    """Two accelerators with room for so much: what `load_model` does with them is real, but that both are the CPU."""
+    """Two accelerators with room for so much: what `load_to_run` does with them is real, but that both are the CPU."""
 
     def having(*usable: float, names=CPUS) -> Placement:
         monkeypatch.setattr(Placement, "devices", lambda self: names if self.spread else (self.device,))
@@ -204,7 +204,7 @@ def two_cpus(monkeypatch):
 
 def reference_norms():
     model = tiny.build(tiny.config("llama"))
-    return measure(model, list(model.model.layers), SETTINGS, engine=autograd_engine, quiet=True).layers
+    return measure_model(model, list(model.model.layers), SETTINGS, engine=autograd_engine, quiet=True).layers
 
 
 def test_a_model_over_two_devices_runs(base, size, two_cpus):
@@ -215,7 +215,7 @@ def test_a_model_over_two_devices_runs(base, size, two_cpus):
         assert loaded.model.get_submodule(name)._hf_hook.execution_device == device
     assert loaded.placement == Placement(loaded.model.hf_device_map["model.embed_tokens"], spread=True, streamed=False)
     for engine in ({}, {"engine": autograd_engine}):
-        found = measure(loaded.model, loaded.layers, SETTINGS, weights=loaded.weights, quiet=True, **engine)
+        found = measure_model(loaded.model, loaded.layers, SETTINGS, weights=loaded.weights, quiet=True, **engine)
         for a, b in zip(found.layers, reference_norms(), strict=True):
             assert a.squared_norms == pytest.approx(b.squared_norms, rel=1e-5)
 

@@ -226,7 +226,7 @@ SMALL = FisherSettings(samples=2, seq_len=8)
 def test_a_model_is_given_back_as_it_was(engine, used):
     torch.manual_seed(7)
     before, process = fingerprints(used), state()
-    fisher.measure(used, list(used.model.layers), SMALL, engine=engine, quiet=True)
+    fisher.measure_model(used, list(used.model.layers), SMALL, engine=engine, quiet=True)
     assert fingerprints(used) == before
     assert_unchanged(process)
 
@@ -263,7 +263,7 @@ def test_a_model_is_given_back_as_it_was_when_it_goes_wrong(point, error, used, 
 
             patch.setattr(point, broken)
             with pytest.raises(error, match="no such luck"):
-                fisher.measure(used, list(used.model.layers), SMALL, engine=engine, quiet=True)
+                fisher.measure_model(used, list(used.model.layers), SMALL, engine=engine, quiet=True)
         assert fingerprints(used) == before
         assert_unchanged(process)
 

@@ -23,7 +23,7 @@ from torch import nn
 from mergekit_fim import resolve
 from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.fisher.engine import autograd_engine
-from mergekit_fim.fisher.measure import measure, measure_checkpoint
+from mergekit_fim.fisher.measure import measure_checkpoint, measure_model
 from mergekit_fim.merging.gates import is_layout_known
 from mergekit_fim.models.inputs import open_model
 from mergekit_fim.report.table import render
@@ -58,7 +58,7 @@ def decoder_layers(model: transformers.PreTrainedModel) -> list[nn.Module]:
 
 def by_reference_engine(path: Path, dtype: torch.dtype):
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    return measure(model, decoder_layers(model), SETTINGS, engine=autograd_engine, quiet=True)
+    return measure_model(model, decoder_layers(model), SETTINGS, engine=autograd_engine, quiet=True)
 
 
 def streamed(path: Path, running: torch.dtype):

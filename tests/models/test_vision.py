@@ -21,8 +21,8 @@ from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.evaluate.answers.generation import Prompt, complete
 from mergekit_fim.evaluate.answers.generation import load_model as load_for_generation
 from mergekit_fim.fisher.batched import batched_engine
-from mergekit_fim.fisher.loading import Placement, load_model
-from mergekit_fim.fisher.measure import measure
+from mergekit_fim.fisher.loading import Placement, load_to_run
+from mergekit_fim.fisher.measure import measure_model
 from mergekit_fim.models.inputs import open_model
 
 # By their classes: mergekit's own definition, or one that it infers; what that leaves out of these.
@@ -209,12 +209,14 @@ def test_streamed_is_resident_and_the_tower_stays_on_disk(name, tmp_path):
     for streamed in (True, False):
         where = Placement(torch.device("cpu"), spread=False, streamed=streamed)
         rows = name.partition("For")[0] not in ("Gemma4", "Idefics3", "Llama4")  # whose code looks into the embeddings
-        loaded = load_model(base, "float32", options, where, rows=rows)
+        loaded = load_to_run(base, "float32", options, where, rows=rows)
         assert all(is_language(key) for key, _ in loaded.model.named_parameters())
         meta = [parameter.is_meta for layer in loaded.layers for parameter in layer.parameters()]
         assert all(meta) if streamed else not any(meta)
         found.append(
-            measure(loaded.model, loaded.layers, settings, weights=loaded.weights, engine=batched_engine, quiet=True)
+            measure_model(
+                loaded.model, loaded.layers, settings, weights=loaded.weights, engine=batched_engine, quiet=True
+            )
         )
     for one, other in zip(found[0].layers, found[1].layers, strict=True):
         assert one.squared_norms == pytest.approx(other.squared_norms, rel=1e-6)

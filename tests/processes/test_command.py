@@ -15,7 +15,7 @@ from merges import ends_in_one_line
 from mergekit_fim.cli import main
 from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.fisher.engine import autograd_engine
-from mergekit_fim.fisher.measure import measure
+from mergekit_fim.fisher.measure import measure_model
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_one_process(model, tmp_path):
     assert found["settings"] == {"samples": 3, "seq_len": 12, "seed": 4, "labels": "sampled", "dtype": "float32"}
     built = tiny.build(tiny.config("llama"))
     settings = FisherSettings(3, 12, 4, "sampled")
-    expected = measure(built, list(built.model.layers), settings, engine=autograd_engine, quiet=True)
+    expected = measure_model(built, list(built.model.layers), settings, engine=autograd_engine, quiet=True)
     assert norms(out) == pytest.approx([n for layer in expected.layers for n in layer.squared_norms], rel=1e-4)
     assert [layer["fisher"] for layer in found["layers"]] == pytest.approx(
         [x.fisher for x in expected.layers], rel=1e-5
