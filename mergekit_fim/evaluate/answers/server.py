@@ -1,17 +1,15 @@
 """Requests to a server that speaks OpenAI's protocol -> completions: vLLM, llama.cpp, `transformers serve`."""
 
-import asyncio
 import contextlib
 import ipaddress
 import itertools
 import json
 import os
 import re
-import threading
-from collections.abc import Coroutine, Hashable, Iterable, Iterator
+from collections.abc import Awaitable, Hashable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import unquote, urlsplit
 
 from pydantic import BaseModel, Field, ValidationError
@@ -20,15 +18,13 @@ from mergekit_fim.errors import FimError, brief, misfit, reason, require
 from mergekit_fim.evaluate.records import LENGTH, STOP, Completion
 
 if TYPE_CHECKING:
-    import httpx
-
-T = TypeVar("T")
+    import openai
+    from anyio.from_thread import BlockingPortal
 
 KEY = "OPENAI_API_KEY"  # the environment variable that every client of this protocol reads
 
-# What a busy server, or one that is being started again, may get over in seconds; the waits between the tries.
-_WAITS: tuple[float, ...] = (0.5, 2.0, 8.0)
-_BUSY = (408, 425, 429)
+# Further tries, 16 seconds in all, which a busy server, or one that is being started again, may need.
+_RETRIES = 5
 # Seconds in which a connection must come about, and a list of models be there, however long an answer may take.
 _REACHED, _LISTED = 10.0, 60.0
 
@@ -126,20 +122,37 @@ def connect(url: str, model: str | None, *, timeout: float = 600.0) -> Server:
     """
     base, credentials = _address(url)
     bases = [base] if re.search(r"/v\d+[a-z0-9]*$", base) else [f"{base}/v1", base]
-    with _Connection(base, credentials, 1) as connection:
-        statuses = []
-        for place in bases:
-            server = Server(place, model or "", timeout, credentials)
-            response = connection.submit(_send(connection.client, server, "/models")).result()
-            if response.status_code == 200 and (names := _listed(response)) is not None:
-                return Server(place, model or _only(names, place), timeout, credentials)
-            statuses.append(response.status_code)
+    statuses = []
+    for place in bases:
+        server = Server(place, model or "", timeout, credentials)
+        status, listed = _models(server)
+        if listed is not None:
+            return Server(place, model or _only(listed, place), timeout, credentials)
+        statuses.append(status)
     if model is None:
         raise FimError(
             f"{bases[0]}: expected a list of the server's models, found none (status {statuses[0]}); pass "
             "--server-model, or check the URL"
         )
     return Server(bases[0], model, timeout, credentials)
+
+
+def _models(server: Server) -> tuple[int, list[str] | None]:
+    """Ask for the list of models: the status, and the names if it is such a list."""
+    with _client(server, 1, retries=0) as (portal, client):
+        import openai
+
+        try:
+            call = client.models.with_raw_response.list
+            text = portal.call(
+                _sent, server, call(), min(_LISTED, server.timeout), "start the server, or check the URL"
+            )
+        except openai.APIStatusError as error:
+            return error.status_code, None
+    try:
+        return 200, [model.id for model in _Models.model_validate_json(text).data]
+    except ValidationError:
+        return 200, None
 
 
 def complete(
@@ -170,14 +183,14 @@ def complete(
     if first is None:
         return
     waiting = itertools.chain([first], waiting)
-    with _Connection(server.url, server.credentials, parallel) as connection:
+    with _client(server, parallel, retries=_RETRIES) as (portal, client):
         if first.messages is not None:
-            connection.submit(_check(connection.client, server)).result()
+            portal.call(_check, client, server)
         while True:
             # Answers that the caller hasn't come to yet don't keep the server idle, but must not pile up either.
             free = min(parallel - sum(not future.done() for future in pending), 2 * parallel - len(pending))
             for request in itertools.islice(waiting, free if failure is None else 0):
-                pending.add(connection.submit(_complete(connection.client, server, request, max_tokens, temperature)))
+                pending.add(portal.start_task_soon(_complete, client, server, request, max_tokens, temperature))
             if not pending:
                 break
             # Windows hears Ctrl-C only between waits.
@@ -191,7 +204,7 @@ def complete(
         raise failure
 
 
-async def _check(client: "httpx.AsyncClient", server: Server) -> None:
+async def _check(client: "openai.AsyncOpenAI", server: Server) -> None:
     """See that a server tells what a model wrote from what it was asked.
 
     `transformers serve` 5.23 doesn't, where a model's type is Qwen's and its chat template isn't, as of DeepSeek-R1's
@@ -210,33 +223,38 @@ async def _check(client: "httpx.AsyncClient", server: Server) -> None:
 
 
 async def _complete(
-    client: "httpx.AsyncClient", server: Server, request: Request, max_tokens: int, temperature: float
+    client: "openai.AsyncOpenAI", server: Server, request: Request, max_tokens: int, temperature: float
 ) -> tuple[Hashable, Completion, str]:
-    given: dict[str, Any]
-    if request.messages is not None:
-        path, given = "/chat/completions", {"messages": request.messages}
-        prompt = json.dumps(request.messages, ensure_ascii=False)
-    else:
-        path, given = "/completions", {"prompt": request.prompt}
-        prompt = request.prompt or ""
-    body = {"model": server.model, **given, "max_tokens": max_tokens, "temperature": temperature, "stream": False}
+    import openai
+
+    options: dict[str, Any] = {"model": server.model, "max_tokens": max_tokens, "temperature": temperature}
     if temperature > 0 and request.seed is not None:
-        body["seed"] = request.seed
-    response = await _send(client, server, path, body)
-    if response.status_code != 200:
+        options["seed"] = request.seed
+    if request.messages is not None:
+        prompt = json.dumps(request.messages, ensure_ascii=False)
+        call = client.chat.completions.with_raw_response.create(messages=request.messages, stream=False, **options)
+    else:
+        prompt = request.prompt or ""
+        call = client.completions.with_raw_response.create(prompt=prompt, stream=False, **options)
+    try:
+        text = await _sent(server, call, server.timeout, f"start the server again: {_KEPT}")
+    except openai.APIStatusError as error:
+        is_busy = error.status_code >= 500 or error.status_code in (408, 429)
         raise FimError(
-            f"{server.url}: expected an answer, found status {response.status_code} ({_message(response)}); change "
-            f"what it complains of: {_KEPT}"
-        )
-    return request.key, _completion(response, server, max_tokens, is_chat=request.messages is not None), prompt
+            f"{server.url}: expected an answer, found status {error.status_code} ({_message(error.response.text)}); "
+            f"{'start the server again' if is_busy else 'change what it complains of'}: {_KEPT}"
+        ) from None
+    except UnicodeEncodeError as error:
+        raise FimError(f"{server.url}: a prompt isn't Unicode ({reason(error)}); correct it: {_KEPT}") from None
+    return request.key, _completion(text, server, max_tokens, is_chat=request.messages is not None), prompt
 
 
-def _completion(response: "httpx.Response", server: Server, max_tokens: int, *, is_chat: bool) -> Completion:
+def _completion(response: str, server: Server, max_tokens: int, *, is_chat: bool) -> Completion:
     """What a server answered, checked."""
     advice = f"serve the model by another server, or another version: {_KEPT}"
     content = _json(response)
     if not isinstance(content, dict):
-        raise FimError(f"{server.url}: expected an answer as a JSON object, found {brief(response.text)!r}; {advice}")
+        raise FimError(f"{server.url}: expected an answer as a JSON object, found {brief(response)!r}; {advice}")
     try:
         # As JSON, where no type is taken for another, but without halves of characters, which no file can have.
         checked = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
@@ -265,104 +283,69 @@ def _whole(message: _Message, ended: str) -> str:
     return f"<think>{thought}" if not content and ended == LENGTH else f"<think>{thought}</think>{content}"
 
 
-async def _send(client: "httpx.AsyncClient", server: Server, path: str, body: Any = None) -> "httpx.Response":
-    """Send a request: with a body, again where the server is busy or the connection breaks; without, once.
+async def _sent(server: Server, call: Awaitable[Any], timeout: float, advice: str) -> str:
+    """Wait for what a server answers.
 
     Raises:
-        FimError: there is no answer in time, none at all, or none to any try but that the server is busy or failed, or
-            it wants another key.
+        FimError: there is no answer in time or none at all, or it wants another key.
+        openai.APIStatusError: it has another status than 200; where the server is busy or failed, at every try.
     """
-    import httpx
+    import anyio
+    import openai
 
-    pauses, timeout, kept, again = _WAITS, server.timeout, f": {_KEPT}", "start the server again"
-    if body is None:
-        pauses, timeout, kept, again = (), min(_LISTED, server.timeout), "", "start the server, or check the URL"
-    # Not by httpx: its JSON can't have halves of characters.
-    content = None if body is None else json.dumps(body)
-    for pause in (*pauses, None):
-        try:
-            sent = client.request(
-                "GET" if content is None else "POST",
-                server.url + path,
-                content=content,
-                headers={"Content-Type": "application/json"},
-            )
-            response = await asyncio.wait_for(sent, timeout)
-            if response.status_code == 401:
-                found = "another" if os.environ.get(KEY) else "none"
-                raise FimError(f"{server.url}: expected a key that it knows in {KEY}, found {found}; set that variable")
-            if content is None or (response.status_code < 500 and response.status_code not in _BUSY):
-                return response
-            found = f"status {response.status_code} ({_message(response)})"
-        except asyncio.TimeoutError:
-            raise FimError(
-                f"{server.url}: expected an answer within {timeout:g} s, found none; give it more time, or fewer "
-                f"requests at once{kept}"
-            ) from None
-        except httpx.RequestError as error:
-            found = f"none ({reason(error)})"
-        except httpx.InvalidURL as error:
-            raise FimError(f"{server.url}: expected the URL of a server, found none ({error}); correct it") from None
-        if pause is not None:
-            await asyncio.sleep(pause)
-    tries = f" at {len(pauses) + 1} tries" if pauses else ""
-    raise FimError(f"{server.url}: expected an answer, found {found}{tries}; {again}{kept}")
+    try:
+        with anyio.fail_after(timeout):
+            return str((await call).text)
+    except TimeoutError:
+        raise FimError(
+            f"{server.url}: expected an answer within {timeout:g} s, found none; give it more time, or fewer requests "
+            f"at once, or {advice}"
+        ) from None
+    except openai.AuthenticationError:
+        found = "another" if os.environ.get(KEY) else "none"
+        raise FimError(f"{server.url}: expected a key that it knows in {KEY}, found {found}; set it") from None
+    except openai.APIConnectionError as error:
+        why = reason(error.__cause__ or error)
+        raise FimError(f"{server.url}: expected an answer, found none ({why}); {advice}") from None
 
 
-class _Connection:
-    """A client in an event loop of its own thread.
+@contextlib.contextmanager
+def _client(server: Server, parallel: int, *, retries: int) -> Iterator[tuple["BlockingPortal", "openai.AsyncOpenAI"]]:
+    """Open a client, and an event loop in a thread of its own.
 
     Requests so go on while their answers are graded, whether or not the caller has a loop of its own, and can be
     given up at any moment, which a thread that waits for a socket can't.
     """
+    require("openai", "server")
+    import openai
+    from anyio.from_thread import start_blocking_portal
 
-    def __init__(self, url: str, credentials: tuple[str, str] | None, parallel: int) -> None:
-        require("httpx", "sweep")
-        import httpx
-
-        try:
-            self.client = httpx.AsyncClient(
-                auth=credentials,  # in place of a key
-                headers=_authorization(),
-                timeout=httpx.Timeout(None, connect=_REACHED),
-                # An answer takes longer than a connection, which a server may drop at any time after an answer.
-                limits=httpx.Limits(max_connections=parallel, max_keepalive_connections=0),
-                trust_env=not _is_here(url),  # no proxy leads back to this machine
-            )
-        except (ImportError, ValueError, OSError) as error:  # a proxy that isn't one, certificates that aren't there
-            raise FimError(
-                f"{url}: the environment's proxy or certificates can't be used ({reason(error)}); correct or unset "
-                "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE"
-            ) from None
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="mergekit-fim-server", daemon=True)
-
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def __enter__(self) -> "_Connection":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.submit(self._end()).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _end(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self.client.aclose()
+    try:
+        client = openai.AsyncOpenAI(
+            base_url=server.url,
+            api_key=_key() or "none",  # the client insists on one, and servers without keys don't look at it
+            max_retries=retries,
+            http_client=openai.DefaultAsyncHttpxClient(
+                auth=server.credentials,  # in place of a key
+                timeout=openai.Timeout(None, connect=_REACHED),
+                follow_redirects=False,
+                trust_env=not _is_here(server.url),  # no proxy leads back to this machine
+            ),
+        )
+    except (ImportError, ValueError, OSError) as error:  # a proxy that isn't one, certificates that aren't there
+        raise FimError(
+            f"{server.url}: the environment's proxy or certificates can't be used ({reason(error)}); correct or unset "
+            "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE"
+        ) from None
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
+        yield portal, client
 
 
-def _authorization() -> dict[str, str]:
+def _key() -> str:
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()):
         raise FimError(f"{KEY}: expected printable ASCII, found other characters; set that variable anew")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    return key
 
 
 def _address(url: str) -> tuple[str, tuple[str, str] | None]:
@@ -373,7 +356,8 @@ def _address(url: str) -> tuple[str, tuple[str, str] | None]:
     """
     try:
         parts = urlsplit(url.strip())
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        good = parts.scheme in ("http", "https") and (parts.port or 1) > 0
+        good = good and bool((parts.hostname or "").encode("idna"))
     except ValueError:
         good = False
     if not good or parts.query or parts.fragment:
@@ -393,14 +377,6 @@ def _is_here(url: str) -> bool:
     return host == "localhost" or host.endswith(".localhost")
 
 
-def _listed(response: "httpx.Response") -> list[str] | None:
-    """The names in a list of models, if it is one."""
-    try:
-        return [model.id for model in _Models.model_validate_json(response.content).data]
-    except ValidationError:
-        return None
-
-
 def _only(names: list[str], url: str) -> str:
     if len(names) != 1:
         found = ", ".join(brief(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
@@ -408,15 +384,15 @@ def _only(names: list[str], url: str) -> str:
     return names[0]
 
 
-def _json(response: "httpx.Response") -> Any:
+def _json(text: str) -> Any:
     """A response's content; None if it isn't JSON."""
     try:
-        return response.json()
+        return json.loads(text)
     except (ValueError, RecursionError):
         return None
 
 
-def _message(response: "httpx.Response") -> str:
+def _message(response: str) -> str:
     """What a server says of an error, in the ways in which servers do, in one short line."""
     content = _json(response)
     found = content if isinstance(content, dict) else {}
@@ -424,4 +400,4 @@ def _message(response: "httpx.Response") -> str:
     text = found if isinstance(found, str) else None
     if isinstance(found, dict):
         text = found.get("message") or found.get("detail")
-    return " ".join(str(text or response.text).split())[:300] or "without a word"
+    return " ".join(str(text or response).split())[:300] or "without a word"
