@@ -26,7 +26,11 @@ import torch
 import transformers
 from mergekit.options import MergeOptions
 
-from mergekit_fim.evaluate.answers.generation import LanguageModel, Prompt, complete, load_model, load_tokenizer
+from mergekit_fim.evaluate.answers.engine import Decoding
+from mergekit_fim.evaluate.answers.generation import complete
+from mergekit_fim.evaluate.answers.loading import LanguageModel, load_model
+from mergekit_fim.evaluate.answers.prompts import Prompt
+from mergekit_fim.evaluate.answers.tokens import load_tokenizer
 
 SHAPES = {
     "tiny": {"vocab": 1000, "hidden": 64, "inter": 192, "layers": 4, "heads": 4, "kv": 2},
@@ -100,7 +104,7 @@ def plain(model: LanguageModel, task: Task, rows: int) -> list[int]:
 
 
 def ours(model: LanguageModel, task: Task, rows: int | None) -> list[int]:
-    found = complete(model, task.prompts, max_tokens=max(task.answers), batch=rows)
+    found = complete(model, task.prompts, Decoding(max(task.answers), batch=rows))
     return [completion.tokens for _, completion in sorted(found, key=lambda pair: pair[0].index)]
 
 

@@ -3,16 +3,15 @@
 import contextlib
 import os
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tqdm
-from accelerate.utils import release_memory
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.evaluate.answers.answering import Decoding, by_model, by_server
-from mergekit_fim.evaluate.answers.prompts import Template
+from mergekit_fim.evaluate.answers.engine import Decoding, Engine
+from mergekit_fim.evaluate.answers.prompts import Prompt, Template, prompts
 from mergekit_fim.evaluate.answers.server import Server
 from mergekit_fim.evaluate.folder import (
     SweepFolder,
@@ -25,7 +24,7 @@ from mergekit_fim.evaluate.folder import (
 )
 from mergekit_fim.evaluate.models import Models
 from mergekit_fim.evaluate.problems.questions import Questions
-from mergekit_fim.evaluate.records import Answer, Key, Written
+from mergekit_fim.evaluate.records import Answer, Completion, Key
 from mergekit_fim.evaluate.runs.families import Run
 from mergekit_fim.files import write_text
 from mergekit_fim.measurements.record import versions
@@ -91,46 +90,30 @@ def answer(asked: Asked, run: Run, order: Sequence[str]) -> Answers:
     answers = answers_so_far(asked, run.name)
     missing = [key for key in keys if key not in answers]
     if missing:
-        entry, written = (
-            _by_server(asked, run, missing) if run.name in asked.servers else _by_model(asked, run, missing)
-        )
-        with contextlib.closing(written):
-            _note(asked, run, entry, order, begun=bool(answers))
-            _keep(asked, run.name, written, answers)
+        engine, template, entry = _opened(asked, run)
+        with contextlib.closing(engine):
+            asked_for = prompts(asked.questions, missing, template)
+            with contextlib.closing(engine.answers(asked_for, asked.decoding)) as completions:
+                _note(asked, run, entry, order, begun=bool(answers))
+                _keep(asked, run.name, completions, answers)
     if list(answers) != keys:  # they are in the order in which they came
         answers = {key: answers[key] for key in keys}
         write_answers(folder.answers(run.name), list(answers.values()))
     return answers
 
 
-def _by_server(asked: Asked, run: Run, keys: Sequence[Key]) -> tuple[dict[str, Any], Generator[Written]]:
-    """What is to be said of a server, and what it writes."""
-    server, template = asked.servers[run.name], asked.models.template
-    of = {"server": server.url, "model": server.model}
-    return _of(of, template), by_server(server, asked.questions, keys, template, asked.decoding)
-
-
-def _by_model(asked: Asked, run: Run, keys: Sequence[Key]) -> tuple[dict[str, Any], Generator[Written]]:
-    """What is to be said of a model, and what it writes."""
-    models = asked.models
+def _opened(asked: Asked, run: Run) -> tuple[Engine, Template | None, dict[str, Any]]:
+    """Have a run's model ready: by which engine, how it is asked, and what the record is to have of it."""
+    models, server = asked.models, asked.servers.get(run.name)
+    if server is not None:
+        return server, models.template, _of({"server": server.url, "model": server.model}, models.template)
     if run.config is not None:
         models.merged(run, card=asked.keeps_merges)
-    template, model = models.template_of(run), models.load(run)
     of = {"model": str(run.model)} if run.config is None else {"config": run.config.to_yaml()}
     if run.name in models.fingerprints:
         of["fingerprint"] = models.fingerprints[run.name]
-    entry = _of(of, template)
-    entry |= {"device": str(model.model.device), "dtype": str(model.model.dtype), "stop": list(model.stop)}
-
-    def written() -> Generator[Written]:
-        nonlocal model
-        try:
-            yield from by_model(model, asked.questions, keys, template, asked.decoding)
-        finally:
-            del model
-            release_memory()
-
-    return entry, written()
+    template = models.template_of(run)
+    return models.engine, template, _of(of, template) | models.engine.open(models.files(run))
 
 
 def _of(of: Mapping[str, str], template: Template | None) -> dict[str, Any]:
@@ -158,7 +141,7 @@ def _note(asked: Asked, run: Run, found: Mapping[str, Any], order: Sequence[str]
     note_run(folder, old | entry, order)
 
 
-def _keep(asked: Asked, run: str, written: Generator[Written], answers: Answers) -> None:
+def _keep(asked: Asked, run: str, completions: Iterable[tuple[Prompt, Completion]], answers: Answers) -> None:
     """Grade what is written, add it to the run's file and to its answers, and show how far it is."""
     tokens, right = sum(a.tokens for a in answers.values()), sum(a.correct is True for a in answers.values())
     graded = sum(a.correct is not None for a in answers.values())
@@ -166,8 +149,9 @@ def _keep(asked: Asked, run: str, written: Generator[Written], answers: Answers)
     bar = tqdm.tqdm(total=total, initial=len(answers), desc=run, unit="answer", disable=quiet)
     with bar, appended(asked.folder.answers(run)) as file:
         started = time.perf_counter()
-        for its in written:
-            answer = asked.questions.graded(its, time.perf_counter() - started)
+        for prompt, completion in completions:
+            written = (prompt.key, completion, prompt.text)
+            answer = asked.questions.graded(written, time.perf_counter() - started)
             append_answer(file, answer)
             answers[answer.source, answer.index, answer.sample] = answer
             tokens += answer.tokens

@@ -17,8 +17,9 @@ from mergekit.options import MergeOptions
 
 from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.errors import require
-from mergekit_fim.evaluate.answers.answering import Decoding, prompts
-from mergekit_fim.evaluate.answers.prompts import file_template
+from mergekit_fim.evaluate.answers.engine import Decoding
+from mergekit_fim.evaluate.answers.generation import Transformers
+from mergekit_fim.evaluate.answers.prompts import file_template, prompts
 from mergekit_fim.evaluate.folder import (
     SweepFolder,
     agreed_dtype,
@@ -98,7 +99,8 @@ def _sweep(config: MergeConfiguration, out: str, wanted: Wanted, options: MergeO
         since = _last_written(folder)
         reading = config.out_dtype or config.dtype
         dtype = agreed_dtype(folder, lambda: str(dtypes(inputs[BASE], reading, options)[1]))
-        models = Models(folder, options, template, fingerprints, dtype_named(folder, dtype))
+        engine = Transformers(options, dtype_named(folder, dtype))
+        models = Models(folder, options, template, fingerprints, engine)
         decoding = Decoding(wanted.max_tokens, wanted.temperature, wanted.seed, wanted.batch)
         asked = Asked(folder, questions, decoding, models, servers, wanted.keep != "none")
         _check_before(asked, config, runs)

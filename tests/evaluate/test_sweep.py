@@ -30,7 +30,12 @@ from mergekit_fim.evaluate import folder as folder_module
 from mergekit_fim.evaluate import models as models_module
 from mergekit_fim.evaluate import one_run
 from mergekit_fim.evaluate import sweep as module
-from mergekit_fim.evaluate.answers.generation import Prompt, complete, load_model, load_tokenizer
+from mergekit_fim.evaluate.answers import generation
+from mergekit_fim.evaluate.answers.engine import Decoding
+from mergekit_fim.evaluate.answers.generation import complete
+from mergekit_fim.evaluate.answers.loading import load_model
+from mergekit_fim.evaluate.answers.prompts import Prompt
+from mergekit_fim.evaluate.answers.tokens import load_tokenizer
 from mergekit_fim.evaluate.folder import SweepFolder, file_name, read_answers, taken, write_answers
 from mergekit_fim.evaluate.problems.grading import grade_math
 from mergekit_fim.evaluate.records import Answer
@@ -80,7 +85,7 @@ def talkers(tmp_path_factory) -> Talkers:
         tokenizer = load_tokenizer(name, str(folder / name), None, False)
         loaded = load_model(name, str(folder / name), tokenizer, MergeOptions(), None)
         prompts = [Prompt("", i, 0, question, False) for i, question in enumerate(questions)]
-        written = {prompt.index: its.text for prompt, its in complete(loaded, prompts, max_tokens=TOKENS)}
+        written = {prompt.index: its.text for prompt, its in complete(loaded, prompts, Decoding(TOKENS))}
         found[name] = [grade_math("7", written[i]).found for i in range(COUNT)]
     with open(folder / "problems.jsonl", "w", encoding="utf-8") as file:
         for i, question in enumerate(questions):
@@ -203,7 +208,7 @@ def test_answers_are_those_of_the_models(whole, tmp_path):
     model = load_model("m", str(tmp_path / "m"), tokenizer, MergeOptions(), None)
     rows = whole.answers()[file_name(run)]
     prompts = [Prompt("", row["index"], 0, row["prompt"], False) for row in rows]
-    found = {prompt.index: its for prompt, its in complete(model, prompts, max_tokens=TOKENS)}
+    found = {prompt.index: its for prompt, its in complete(model, prompts, Decoding(TOKENS))}
     assert [(row["text"], row["tokens"], row["ended"]) for row in rows] == [
         (found[i].text, found[i].tokens, found[i].ended) for i in range(COUNT)
     ]
@@ -222,7 +227,7 @@ def test_what_is_printed(whole):
 
 def test_a_finished_sweep_runs_nothing_again(whole, monkeypatch):
     before = {p: p.read_bytes() for p in (whole.out / "answers").iterdir()}
-    for where, name in ((models_module, "load_model"), (models_module, "merge_whole"), (module, "plan_merge")):
+    for where, name in ((generation, "load_model"), (models_module, "merge_whole"), (module, "plan_merge")):
         monkeypatch.delattr(where, name)
     whole.ok("--compare", "task_arithmetic")
     assert {p: p.read_bytes() for p in (whole.out / "answers").iterdir()} == before
@@ -707,7 +712,7 @@ def test_interrupted(sweep, monkeypatch):
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(one_run, "by_model", interrupt)
+    monkeypatch.setattr(generation.Transformers, "answers", interrupt)
     ends_in_one_line(sweep(), "stopped; the answers so far are kept, and the same command goes on")
 
 
@@ -815,10 +820,10 @@ def test_refined(whole, sweep):
 
 SHOWN = """
 import os, time
-import mergekit_fim.evaluate.models as models
+import mergekit_fim.evaluate.answers.generation as generation
 import mergekit_fim.evaluate.one_run as one_run
 from mergekit_fim.errors import FimError
-load, append = models.load_model, one_run.append_answer
+load, append = generation.load_model, one_run.append_answer
 def load_model(name, *args):
     print("answers:", name, flush=True)
     {loads}
@@ -827,7 +832,7 @@ def append_answer(file, answer):
     append(file, answer)
     print("answer:", os.path.basename(file.name), answer.index, flush=True)
     {answers}
-models.load_model, one_run.append_answer = load_model, append_answer
+generation.load_model, one_run.append_answer = load_model, append_answer
 """
 
 
