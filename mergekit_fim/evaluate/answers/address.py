@@ -1,11 +1,14 @@
-"""A server's URL, taken apart."""
+"""Where a server is, and what it knows its users by."""
 
 import contextlib
 import ipaddress
+import os
 import re
 from urllib.parse import unquote, urlsplit
 
 from mergekit_fim.errors import FimError, brief
+
+KEY = "OPENAI_API_KEY"  # the environment variable that every client of this protocol reads
 
 
 def address(url: str) -> tuple[str, tuple[str, str] | None]:
@@ -32,6 +35,18 @@ def is_here(url: str) -> bool:
     """Whether a URL is of this machine."""
     host = urlsplit(url).hostname or ""
     with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(host)
-        return address.is_loopback or address.is_unspecified
+        ip = ipaddress.ip_address(host)
+        return ip.is_loopback or ip.is_unspecified
     return host == "localhost" or host.endswith(".localhost")
+
+
+def key() -> str:
+    """The user's key, or nothing.
+
+    Raises:
+        FimError: no request can have it.
+    """
+    found = os.environ.get(KEY, "").strip()
+    if not (found.isascii() and found.isprintable()):
+        raise FimError(f"{KEY}: expected printable ASCII, found other characters; set that variable anew")
+    return found

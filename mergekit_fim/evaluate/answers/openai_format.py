@@ -55,6 +55,18 @@ def listed(response: str) -> list[str] | None:
         return None
 
 
+def only(names: list[str], url: str) -> str:
+    """The name of a server's only model.
+
+    Raises:
+        FimError: it has several, or none.
+    """
+    if len(names) != 1:
+        found = ", ".join(brief(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
+        raise FimError(f"{url}: expected a server of one model, found {found or 'none listed'}; pass --server-model")
+    return names[0]
+
+
 def completion(response: str, max_tokens: int, *, is_chat: bool) -> Completion:
     """What a server answered, its thinking included.
 

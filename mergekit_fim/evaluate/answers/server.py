@@ -10,18 +10,16 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mergekit_fim.errors import FimError, brief, reason, require
-from mergekit_fim.evaluate.answers.address import address, is_here
+from mergekit_fim.errors import FimError, reason, require
+from mergekit_fim.evaluate.answers.address import KEY, address, is_here, key
 from mergekit_fim.evaluate.answers.engine import Decoding, ModelFiles
-from mergekit_fim.evaluate.answers.openai_format import completion, listed
+from mergekit_fim.evaluate.answers.openai_format import completion, listed, only
 from mergekit_fim.evaluate.answers.prompts import Prompt
 from mergekit_fim.evaluate.records import Completion
 
 if TYPE_CHECKING:
     import openai
     from anyio.from_thread import BlockingPortal
-
-KEY = "OPENAI_API_KEY"  # the environment variable that every client of this protocol reads
 
 # Further tries, 16 seconds in all, which a busy server, or one that is being started again, may need.
 _RETRIES = 5
@@ -107,7 +105,7 @@ def connect(url: str, model: str | None, *, timeout: float = 600.0) -> Server:
         server = Server(place, model or "", timeout, credentials)
         status, names = _models(server)
         if names is not None:
-            return Server(place, model or _only(names, place), timeout, credentials)
+            return Server(place, model or only(names, place), timeout, credentials)
         statuses.append(status)
     if model is None:
         raise FimError(
@@ -159,8 +157,9 @@ async def _answer(
     options["temperature"] = decoding.temperature
     if decoding.temperature > 0:
         options["seed"] = zlib.crc32(repr((decoding.seed, *prompt.key)).encode()) >> 1  # servers take 31 bits
-    if prompt.messages is not None:
-        call = client.chat.completions.with_raw_response.create(messages=prompt.messages, **options)
+    messages: Any = prompt.messages
+    if messages is not None:
+        call = client.chat.completions.with_raw_response.create(messages=messages, **options)
     else:
         call = client.completions.with_raw_response.create(prompt=prompt.text, **options)
     try:
@@ -168,17 +167,25 @@ async def _answer(
     except openai.APIStatusError as error:
         is_busy = error.status_code >= 500 or error.status_code in (408, 429)
         raise FimError(
-            f"{server.url}: expected an answer, found status {error.status_code} ({reason(error)}); "
+            f"{server.url}: expected an answer, found status {error.status_code} ({_said(error.body)}); "
             f"{'start the server again' if is_busy else 'change what it complains of'}: {_KEPT}"
         ) from None
     except UnicodeEncodeError as error:
         raise FimError(f"{server.url}: a prompt isn't Unicode ({reason(error)}); correct it: {_KEPT}") from None
     try:
-        return prompt, completion(text, decoding.max_tokens, is_chat=prompt.messages is not None)
+        return prompt, completion(text, decoding.max_tokens, is_chat=messages is not None)
     except FimError as error:
         raise FimError(
             f"{server.url}: {error}; serve the model by another server, or another version: {_KEPT}"
         ) from None
+
+
+def _said(body: Any) -> str:
+    """What a server says of an error, in the ways in which servers do, in one short line."""
+    found = body.get("error", body) if isinstance(body, dict) else body
+    if isinstance(found, dict):
+        found = found.get("message") or found.get("detail") or found
+    return " ".join(str(found or "").split())[:300] or "without a word"
 
 
 async def _sent(server: Server, call: Awaitable[Any], timeout: float, advice: str) -> str:
@@ -221,7 +228,7 @@ def _client(server: Server, *, retries: int) -> Iterator[tuple["BlockingPortal",
     try:
         client = openai.AsyncOpenAI(
             base_url=server.url,
-            api_key=_key() or "none",  # the client insists on one, and servers without keys don't look at it
+            api_key=key() or "none",  # the client insists on one, and servers without keys don't look at it
             max_retries=retries,
             http_client=openai.DefaultAsyncHttpxClient(
                 auth=server.credentials,  # in place of a key
@@ -237,17 +244,3 @@ def _client(server: Server, *, retries: int) -> Iterator[tuple["BlockingPortal",
         ) from None
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
         yield portal, client
-
-
-def _key() -> str:
-    key = os.environ.get(KEY, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise FimError(f"{KEY}: expected printable ASCII, found other characters; set that variable anew")
-    return key
-
-
-def _only(names: list[str], url: str) -> str:
-    if len(names) != 1:
-        found = ", ".join(brief(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
-        raise FimError(f"{url}: expected a server of one model, found {found or 'none listed'}; pass --server-model")
-    return names[0]
