@@ -43,6 +43,7 @@ class Asked:
         models: what answers here.
         servers: what answers elsewhere, by run.
         keeps_merges: whether any merge is to be kept.
+        mixes_engines: whether runs may be answered by several engines.
     """
 
     folder: SweepFolder
@@ -51,6 +52,7 @@ class Asked:
     models: Models
     servers: Mapping[str, Server]
     keeps_merges: bool
+    mixes_engines: bool
 
 
 def answers_so_far(asked: Asked, run: str) -> Answers:
@@ -124,10 +126,11 @@ def _note(asked: Asked, run: Run, found: Mapping[str, Any], order: Sequence[str]
     """Write down what a run is of, before its first answer.
 
     Raises:
-        FimError: it has answers of something else.
+        FimError: it has answers of something else, or other runs have those of another engine.
     """
-    folder = asked.folder
-    old = next((entry for entry in earlier_runs(folder) if entry["run"] == run.name), {})
+    folder, earlier = asked.folder, earlier_runs(asked.folder)
+    _check_engine(asked, found, earlier)
+    old = next((entry for entry in earlier if entry["run"] == run.name), {})
     for name in ("of", "template") if begun else ():
         if old.get(name) != found[name]:
             raise FimError(
@@ -139,6 +142,22 @@ def _note(asked: Asked, run: Run, found: Mapping[str, Any], order: Sequence[str]
     entry |= {"of": found["of"], "template": found["template"]}
     entry |= {"answers": os.path.relpath(folder.answers(run.name), folder.path), **found, "versions": versions()}
     note_run(folder, old | entry, order)
+
+
+def _check_engine(asked: Asked, found: Mapping[str, Any], earlier: Iterable[Mapping[str, Any]]) -> None:
+    """Check that runs are answered alike. Servers, and runs of which no engine was written down, aren't looked at.
+
+    Raises:
+        FimError: they aren't, and nobody asked for that.
+    """
+    engine = found.get("engine")
+    others = [entry for entry in earlier if entry.get("engine", engine) != engine]
+    if engine is not None and others and not asked.mixes_engines:
+        run, its = others[0]["run"], others[0]["engine"]
+        raise FimError(
+            f"{asked.folder.record}: expected runs of one engine, found {run} by {its}, now {engine}; answer in "
+            "another folder, or pass --mix-engines"
+        )
 
 
 def _keep(asked: Asked, run: str, completions: Iterable[tuple[Prompt, Completion]], answers: Answers) -> None:

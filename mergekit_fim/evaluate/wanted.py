@@ -42,6 +42,9 @@ class Wanted:
         servers: each as RUN=URL, or URL for a run more.
         server_model: the model's name there; None for the only one.
         keep: which merges to keep: none, front or all.
+        engine: auto, transformers or vllm.
+        engine_args: vLLM's options, as NAME=VALUE,...
+        mix_engines: whether a folder may have answers of several engines.
         margin: how much less accurate than the long model the run to keep may be.
     """
 
@@ -63,6 +66,9 @@ class Wanted:
     servers: tuple[str, ...]
     server_model: str | None
     keep: str
+    engine: str
+    engine_args: str | None
+    mix_engines: bool
     margin: float
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 import yaml
 from click.testing import CliRunner, Result
 from launching import together
@@ -178,6 +180,7 @@ def test_what_is_written(whole):
         assert its["tokens_mean"] == pytest.approx(sum(row["tokens"] for row in rows) / COUNT)
         assert its["truncated"] == sum(row["ended"] == "length" for row in rows) / COUNT
         assert run["dtype"] == "torch.float32"
+        assert run["engine"] == {"name": "transformers", "version": transformers.__version__, "options": {}}
     assert record["findings"]["summary"]["base"] == "base"
     assert record["findings"]["summary"]["long"] == "long"
     assert (whole.out / "sweep.png").read_bytes().startswith(b"\x89PNG")
@@ -705,6 +708,23 @@ class _Full:
 
     def write(self, _: bytes) -> None:
         raise self.error
+
+
+def test_an_engine_that_isn_t_installed(sweep, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for options in (("--engine", "vllm"), ("--engine-args", "max_model_len=9")):
+        ends_in_one_line(sweep(*options), "pip install 'mergekit-fim[vllm]'")
+
+
+def test_engines_are_mixed_only_if_told(sweep):
+    sweep.ok("--set", "alpha_mean=0.3")
+    record = sweep.record()
+    for run in record["runs"]:
+        run["engine"]["version"] = "0.1"
+    (sweep.out / "sweep.json").write_text(json.dumps(record), encoding="utf-8")
+    ends_in_one_line(sweep("--set", "alpha_mean=0.4"), "expected runs of one engine, found base by", "--mix-engines")
+    sweep.ok("--set", "alpha_mean=0.4", "--mix-engines")
+    assert len({run["engine"]["version"] for run in sweep.record()["runs"]}) == 2
 
 
 def test_interrupted(sweep, monkeypatch):

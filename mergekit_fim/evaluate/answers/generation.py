@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
+import transformers
 from accelerate.utils import get_max_memory, release_memory
 from mergekit.options import MergeOptions
 from torch.nn.functional import pad
@@ -40,7 +41,12 @@ class Transformers:
         """See `Engine`."""
         self._model = load_model(files.name, files.path, files.tokenizer, self._options, self._dtype, files.revision)
         network = self._model.model
-        return {"device": str(network.device), "dtype": str(network.dtype), "stop": list(self._model.stop)}
+        return {
+            "engine": {"name": "transformers", "version": transformers.__version__, "options": {}},
+            "device": str(network.device),
+            "dtype": str(network.dtype),
+            "stop": list(self._model.stop),
+        }
 
     def answers(self, prompts: Sequence[Prompt], decoding: Decoding) -> Generator[tuple[Prompt, Completion]]:
         """See `Engine`."""
