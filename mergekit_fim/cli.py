@@ -438,6 +438,15 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
 )
 @click.option("--server-model", metavar="NAME", help="The model's name there.  [default: the only one]")
 @click.option(
+    "--engine",
+    type=click.Choice(("auto", "transformers", "vllm")),
+    default="auto",
+    show_default=True,
+    help="What runs the models; auto is vLLM where it is installed and has a class of its own for each model.",
+)
+@click.option("--engine-args", metavar="NAME=VALUE,...", help="vLLM's own options, such as tensor_parallel_size=4.")
+@click.option("--mix-engines", is_flag=True, help="Let OUT have answers of several engines, or versions of them.")
+@click.option(
     "--keep",
     type=click.Choice(("none", "front", "all")),
     default="none",

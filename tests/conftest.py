@@ -110,7 +110,7 @@ def warm(tmp_path_factory) -> Iterator[Warm]:
 @pytest.fixture
 def stub(monkeypatch) -> Iterator[Callable[..., Stub]]:
     """Starts stand-ins for servers, which aren't waited for when they fail."""
-    monkeypatch.setattr(server, "_WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(server, "_RETRIES", 1)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with stubs() as start:
         yield start

@@ -29,9 +29,11 @@ from benchmarks.evidence.answers import MODELS, Answers
 from benchmarks.evidence.variants import Variant
 from benchmarks.pairs.recipes import Kind, core_seconds, note, noted
 from benchmarks.pairs.training import layer_of
-from mergekit_fim.evaluate.answers.answering import Decoding, by_model
-from mergekit_fim.evaluate.answers.generation import LanguageModel, load_model, load_tokenizer
-from mergekit_fim.evaluate.answers.prompts import chat_template
+from mergekit_fim.evaluate.answers.engine import Decoding
+from mergekit_fim.evaluate.answers.generation import complete
+from mergekit_fim.evaluate.answers.loading import LanguageModel, load_model
+from mergekit_fim.evaluate.answers.prompts import chat_template, prompts
+from mergekit_fim.evaluate.answers.tokens import load_tokenizer
 from mergekit_fim.evaluate.folder import file_name, read_answers, write_answers
 from mergekit_fim.evaluate.front.bootstrap import Outcomes
 from mergekit_fim.evaluate.front.findings import outcomes
@@ -116,11 +118,10 @@ class Pair:
             return found
         began = time.time()
         loaded = load()
-        decoding = Decoding(self.kind.max_tokens, 0.0, 0, ROWS)
-        template = chat_template(name, loaded.tokenizer)
-        written = by_model(loaded, self.questions, self.questions.keys, template, decoding)
-        bar = tqdm.tqdm(written, total=len(self.questions.keys), desc=f"{self.folder.name}: {name}", leave=False)
-        graded = [self.questions.graded(its, 0.0) for its in bar]
+        asked = prompts(self.questions, self.questions.keys, chat_template(name, loaded.tokenizer))
+        completions = complete(loaded, asked, Decoding(self.kind.max_tokens, batch=ROWS))
+        bar = tqdm.tqdm(completions, total=len(self.questions.keys), desc=f"{self.folder.name}: {name}", leave=False)
+        graded = [self.questions.graded((prompt.key, its, prompt.text), 0.0) for prompt, its in bar]
         nats = prose(loaded.model, loaded.tokenizer) if self.kind.prose else None
         write_answers(str(self._path(name)), graded)
         note(self.folder, run=name, seconds=core_seconds(began), nats=nats)
@@ -146,7 +147,7 @@ class Pair:
     def _as_base(self) -> functools.partial[LanguageModel]:
         """Return how to run a model of the base's architecture, without holding the base's weights."""
         base = self._loaded("base")
-        names = ("tokenizer", "stop", "context", "joins", "pads", "row_bytes", "token_bytes")
+        names = ("tokenizer", "stop", "context", "vocabulary", "joins", "pads", "row_bytes", "token_bytes")
         return functools.partial(LanguageModel, **{name: getattr(base, name) for name in names})
 
     def _by_mergekit(self, run: str, config: MergeConfiguration) -> PreTrainedModel:

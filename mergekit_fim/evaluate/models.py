@@ -13,8 +13,9 @@ from mergekit.common import ModelPath
 from mergekit.options import MergeOptions
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.evaluate.answers.generation import LanguageModel, load_model, load_tokenizer
+from mergekit_fim.evaluate.answers.engine import Engine, ModelFiles
 from mergekit_fim.evaluate.answers.prompts import Template, chat_template
+from mergekit_fim.evaluate.answers.tokens import load_tokenizer
 from mergekit_fim.evaluate.folder import SweepFolder, taken
 from mergekit_fim.evaluate.runs.families import Run
 from mergekit_fim.tools.whole import merge_whole
@@ -29,14 +30,14 @@ class Models:
         options: mergekit's.
         template: in place of the models' chat templates.
         fingerprints: of the models as they are, by run.
-        dtype: what all of them run in.
+        engine: what runs them.
     """
 
     folder: SweepFolder
     options: MergeOptions
     template: Template | None
     fingerprints: Mapping[str, str]
-    dtype: torch.dtype
+    engine: Engine
     _tokenizers: dict[str, Any] = field(default_factory=dict)  # those that were read, by run
 
     def tokenizer(self, run: Run) -> Any:
@@ -51,14 +52,14 @@ class Models:
         """By which a model gets its questions."""
         return self.template or chat_template(run.name, self.tokenizer(run))
 
-    def load(self, run: Run) -> LanguageModel:
-        """Load a run's model, merged where it is a merge."""
+    def files(self, run: Run) -> ModelFiles:
+        """Where a run's model is. Its merge has to be there for that."""
         options, tokenizer = self.options, self.tokenizer(run)
         path, revision = self.folder.model(run.name), None
         if run.model is not None:
             its = run.model.merged(options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype).model
             path, revision = its.path, its.revision
-        return load_model(run.name, path, tokenizer, options, self.dtype, revision)
+        return ModelFiles(run.name, path, revision, tokenizer)
 
     def merged(self, run: Run, *, card: bool = False) -> str:
         """The folder of a merge, which is made unless it is there.

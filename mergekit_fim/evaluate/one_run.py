@@ -3,15 +3,15 @@
 import contextlib
 import os
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import tqdm
-from accelerate.utils import release_memory
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.evaluate.answers.answering import Decoding, by_model, by_server
+from mergekit_fim.evaluate.answers.engine import Decoding, Engine
+from mergekit_fim.evaluate.answers.prompts import Prompt, Template, prompts
 from mergekit_fim.evaluate.answers.server import Server
 from mergekit_fim.evaluate.folder import (
     SweepFolder,
@@ -24,7 +24,7 @@ from mergekit_fim.evaluate.folder import (
 )
 from mergekit_fim.evaluate.models import Models
 from mergekit_fim.evaluate.problems.questions import Questions
-from mergekit_fim.evaluate.records import Answer, Key, Written
+from mergekit_fim.evaluate.records import Answer, Completion, Key
 from mergekit_fim.evaluate.runs.families import Run
 from mergekit_fim.files import write_text
 from mergekit_fim.measurements.record import versions
@@ -42,6 +42,7 @@ class Asked:
     models: Models
     servers: Mapping[str, Server]
     keeps_merges: bool
+    mixes_engines: bool
 
 
 def answers_so_far(asked: Asked, run: str) -> Answers:
@@ -73,55 +74,46 @@ def answer(asked: Asked, run: Run, order: Sequence[str]) -> Answers:
     answers = answers_so_far(asked, run.name)
     missing = [key for key in keys if key not in answers]
     if missing:
-        by = _by_server if run.name in asked.servers else _by_model
-        entry, written = by(asked, run, missing)
-        with contextlib.closing(written):
-            _note(asked, run, entry, order, begun=bool(answers))
-            _grade(asked, run.name, written, answers)
+        engine, template, entry = _opened(asked, run)
+        with contextlib.closing(engine):
+            asked_for = prompts(asked.questions, missing, template)
+            with contextlib.closing(engine.answers(asked_for, asked.decoding)) as completions:
+                _note(asked, run, entry, order, begun=bool(answers))
+                _grade(asked, run.name, completions, answers)
     if list(answers) != keys:  # they are in the order in which they came
         answers = {key: answers[key] for key in keys}
         write_answers(folder.answers(run.name), list(answers.values()))
     return answers
 
 
-def _by_server(asked: Asked, run: Run, keys: Sequence[Key]) -> tuple[dict[str, Any], Generator[Written]]:
-    """Describe a server, and let it write."""
-    server, template = asked.servers[run.name], asked.models.template
-    entry = {"of": {"server": server.url, "model": server.model}, "template": template and template.record}
-    return entry, by_server(server, asked.questions, keys, template, asked.decoding)
-
-
-def _by_model(asked: Asked, run: Run, keys: Sequence[Key]) -> tuple[dict[str, Any], Generator[Written]]:
-    """Describe a model, and let it write."""
-    models = asked.models
+def _opened(asked: Asked, run: Run) -> tuple[Engine, Template | None, dict[str, Any]]:
+    """Open a run's model. Tell by which engine, how it is asked, and what the record is to have of it."""
+    models, server = asked.models, asked.servers.get(run.name)
+    if server is not None:
+        return server, models.template, _of({"server": server.url, "model": server.model}, models.template)
     if run.config is not None:
         models.merged(run, card=asked.keeps_merges)
-    template, model = models.template_of(run), models.load(run)
     of = {"model": str(run.model)} if run.config is None else {"config": run.config.to_yaml()}
     if run.name in models.fingerprints:
         of["fingerprint"] = models.fingerprints[run.name]
-    entry: dict[str, Any] = {"of": of, "template": template.record}
-    entry |= {"device": str(model.model.device), "dtype": str(model.model.dtype), "stop": list(model.stop)}
+    template = models.template_of(run)
+    return models.engine, template, _of(of, template) | models.engine.open(models.files(run))
 
-    def written() -> Generator[Written]:
-        nonlocal model
-        try:
-            yield from by_model(model, asked.questions, keys, template, asked.decoding)
-        finally:
-            del model
-            release_memory()
 
-    return entry, written()
+def _of(of: dict[str, str], template: Template | None) -> dict[str, Any]:
+    return {"of": of, "template": None if template is None else template.record}
 
 
 def _note(asked: Asked, run: Run, entry: Mapping[str, Any], order: Sequence[str], *, begun: bool) -> None:
     """Write down what a run is of, before its first answer.
 
     Raises:
-        FimError: it has answers of something else.
+        FimError: it has answers of something else, or other runs have those of another engine.
     """
+    earlier = read_record(asked.folder)["runs"]
+    _check_engine(asked, entry, earlier)
     folder = asked.folder
-    old: dict[str, Any] = next((its for its in read_record(folder)["runs"] if its["run"] == run.name), {})
+    old: dict[str, Any] = next((its for its in earlier if its["run"] == run.name), {})
     for name, what in (("of", "model"), ("template", "template")) if begun else ():
         if old.get(name) != entry[name]:
             raise FimError(
@@ -133,14 +125,30 @@ def _note(asked: Asked, run: Run, entry: Mapping[str, Any], order: Sequence[str]
     note_run(folder, {**old, **own, **entry}, order)
 
 
-def _grade(asked: Asked, run: str, written: Generator[Written], answers: Answers) -> None:
+def _check_engine(asked: Asked, entry: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> None:
+    """Check that one engine answers all runs. Leave out servers, and runs whose engine wasn't written down.
+
+    Raises:
+        FimError: another engine answers, and --mix-engines wasn't given.
+    """
+    engine = entry.get("engine")
+    others = [its for its in earlier if its.get("engine", engine) != engine]
+    if engine is not None and others and not asked.mixes_engines:
+        raise FimError(
+            f"{asked.folder.record}: expected runs of one engine, found {others[0]['run']} by {others[0]['engine']}, "
+            f"now {engine}; answer in another folder, or pass --mix-engines"
+        )
+
+
+def _grade(asked: Asked, run: str, completions: Iterable[tuple[Prompt, Completion]], answers: Answers) -> None:
     """Grade what is written, add it to the run's file and to its answers, and show how far the run is."""
     total, quiet = len(asked.questions.keys), asked.models.options.quiet
     bar = tqdm.tqdm(total=total, initial=len(answers), desc=run, unit="answer", disable=quiet)
     with bar, appended(asked.folder.answers(run)) as file:
         started = time.perf_counter()
-        for its in written:
-            answer = asked.questions.graded(its, time.perf_counter() - started)
+        for prompt, completion in completions:
+            written = (prompt.key, completion, prompt.text)
+            answer = asked.questions.graded(written, time.perf_counter() - started)
             append_answer(file, answer)
             answers[answer.source, answer.index, answer.sample] = answer
             bar.set_postfix_str(_so_far(answers), refresh=False)

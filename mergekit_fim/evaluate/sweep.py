@@ -5,20 +5,24 @@ goes on where it was. Any number of the same command work on one sweep: each tak
 """
 
 import contextlib
+import importlib.util
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_fim.config.parameters import METHODS
-from mergekit_fim.errors import require
-from mergekit_fim.evaluate.answers.answering import Decoding, prompts
-from mergekit_fim.evaluate.answers.prompts import file_template
+from mergekit_fim.errors import FimError, require
+from mergekit_fim.evaluate.answers.by_vllm import Vllm, is_known, parse_arguments
+from mergekit_fim.evaluate.answers.engine import Decoding, Engine
+from mergekit_fim.evaluate.answers.generation import Transformers
+from mergekit_fim.evaluate.answers.prompts import file_template, prompts
 from mergekit_fim.evaluate.conclusion import conclude, is_concluded, write_findings
 from mergekit_fim.evaluate.folder import SweepFolder, agreed_dtype, concluding, open_folder, taken, writing
 from mergekit_fim.evaluate.front.findings import Findings
@@ -68,6 +72,7 @@ def _sweep(
     configs: Mapping[str, MergeConfiguration], out: str, wanted: Wanted, options: MergeOptions
 ) -> Findings | None:
     check_options(wanted)
+    parse_arguments(wanted.engine_args)
     config = next(iter(configs.values()))
     as_they_are = models_as_they_are(config, wanted.also)
     merges = families(configs, wanted.varied, wanted.compare, lambda: default_density(inputs[BASE]))
@@ -86,9 +91,10 @@ def _sweep(
         since = _last_written(folder)
         reading = config.out_dtype or config.dtype
         dtype = agreed_dtype(folder, lambda: str(dtypes(inputs[BASE], reading, options)[1]))
-        models = Models(folder, options, template, fingerprints, dtype_named(folder, dtype))
+        engine = _engine(wanted, inputs.values(), options, dtype_named(folder, dtype))
+        models = Models(folder, options, template, fingerprints, engine)
         decoding = Decoding(wanted.max_tokens, wanted.temperature, wanted.seed, wanted.batch)
-        asked = Asked(folder, questions, decoding, models, servers, wanted.keep != "none")
+        asked = Asked(folder, questions, decoding, models, servers, wanted.keep != "none", wanted.mix_engines)
         _check_before(asked, runs, tuned)
         answers: dict[str, Answers] = {}
         _answer_all(asked, runs, answers, wanted.keep)
@@ -113,6 +119,18 @@ def _opened(runs: Sequence[Run], options: MergeOptions) -> dict[str, InputModel]
                 os.makedirs(options.lora_merge_cache, exist_ok=True)
                 stack.enter_context(filelock.FileLock(os.path.join(options.lora_merge_cache, ".lock")))
         return {run.name: open_model(str(run.model), None, options) for run in runs}
+
+
+def _engine(wanted: Wanted, models: Iterable[InputModel], options: MergeOptions, dtype: torch.dtype) -> Engine:
+    """Choose what answers: unless told vLLM, where it is installed and has a class of its own for every model."""
+    arguments = parse_arguments(wanted.engine_args)
+    fits = wanted.engine == "auto" and importlib.util.find_spec("vllm") is not None
+    if wanted.engine == "vllm" or (fits and all(is_known(model.config) for model in models)):
+        require("vllm", "vllm")
+        return Vllm(options, dtype, wanted.batch, arguments)
+    if arguments:
+        raise FimError("--engine-args: expected --engine vllm, whose they are, found transformers; leave them out")
+    return Transformers(options, dtype)
 
 
 def _last_written(folder: SweepFolder) -> int:

@@ -41,6 +41,9 @@ class Wanted:
     servers: tuple[str, ...]
     server_model: str | None
     keep: str
+    engine: str
+    engine_args: str | None
+    mix_engines: bool
     margin: float
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 import yaml
 from click.testing import CliRunner, Result
 from launching import together
@@ -30,7 +32,12 @@ from mergekit_fim.evaluate import folder as folder_module
 from mergekit_fim.evaluate import models as models_module
 from mergekit_fim.evaluate import one_run
 from mergekit_fim.evaluate import sweep as module
-from mergekit_fim.evaluate.answers.generation import Prompt, complete, load_model, load_tokenizer
+from mergekit_fim.evaluate.answers import generation
+from mergekit_fim.evaluate.answers.engine import Decoding
+from mergekit_fim.evaluate.answers.generation import complete
+from mergekit_fim.evaluate.answers.loading import load_model
+from mergekit_fim.evaluate.answers.prompts import Prompt
+from mergekit_fim.evaluate.answers.tokens import load_tokenizer
 from mergekit_fim.evaluate.folder import SweepFolder, file_name, read_answers, taken, write_answers
 from mergekit_fim.evaluate.problems.grading import grade_math
 from mergekit_fim.evaluate.records import Answer
@@ -80,7 +87,7 @@ def talkers(tmp_path_factory) -> Talkers:
         tokenizer = load_tokenizer(name, str(folder / name), None, False)
         loaded = load_model(name, str(folder / name), tokenizer, MergeOptions(), None)
         prompts = [Prompt("", i, 0, question, False) for i, question in enumerate(questions)]
-        written = {prompt.index: its.text for prompt, its in complete(loaded, prompts, max_tokens=TOKENS)}
+        written = {prompt.index: its.text for prompt, its in complete(loaded, prompts, Decoding(TOKENS))}
         found[name] = [grade_math("7", written[i]).found for i in range(COUNT)]
     with open(folder / "problems.jsonl", "w", encoding="utf-8") as file:
         for i, question in enumerate(questions):
@@ -173,6 +180,7 @@ def test_what_is_written(whole):
         assert its["tokens_mean"] == pytest.approx(sum(row["tokens"] for row in rows) / COUNT)
         assert its["truncated"] == sum(row["ended"] == "length" for row in rows) / COUNT
         assert run["dtype"] == "torch.float32"
+        assert run["engine"] == {"name": "transformers", "version": transformers.__version__, "options": {}}
     assert record["findings"]["summary"]["base"] == "base"
     assert record["findings"]["summary"]["long"] == "long"
     assert (whole.out / "sweep.png").read_bytes().startswith(b"\x89PNG")
@@ -203,7 +211,7 @@ def test_answers_are_those_of_the_models(whole, tmp_path):
     model = load_model("m", str(tmp_path / "m"), tokenizer, MergeOptions(), None)
     rows = whole.answers()[file_name(run)]
     prompts = [Prompt("", row["index"], 0, row["prompt"], False) for row in rows]
-    found = {prompt.index: its for prompt, its in complete(model, prompts, max_tokens=TOKENS)}
+    found = {prompt.index: its for prompt, its in complete(model, prompts, Decoding(TOKENS))}
     assert [(row["text"], row["tokens"], row["ended"]) for row in rows] == [
         (found[i].text, found[i].tokens, found[i].ended) for i in range(COUNT)
     ]
@@ -222,7 +230,7 @@ def test_what_is_printed(whole):
 
 def test_a_finished_sweep_runs_nothing_again(whole, monkeypatch):
     before = {p: p.read_bytes() for p in (whole.out / "answers").iterdir()}
-    for where, name in ((models_module, "load_model"), (models_module, "merge_whole"), (module, "plan_merge")):
+    for where, name in ((generation, "load_model"), (models_module, "merge_whole"), (module, "plan_merge")):
         monkeypatch.delattr(where, name)
     whole.ok("--compare", "task_arithmetic")
     assert {p: p.read_bytes() for p in (whole.out / "answers").iterdir()} == before
@@ -726,12 +734,29 @@ class _Full:
         raise self.error
 
 
+def test_an_engine_that_isn_t_installed(sweep, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    for options in (("--engine", "vllm"), ("--engine-args", "max_model_len=9")):
+        ends_in_one_line(sweep(*options), "pip install 'mergekit-fim[vllm]'")
+
+
+def test_engines_are_mixed_only_if_told(sweep):
+    sweep.ok("--set", "alpha_mean=0.3")
+    record = sweep.record()
+    for run in record["runs"]:
+        run["engine"]["version"] = "0.1"
+    (sweep.out / "sweep.json").write_text(json.dumps(record), encoding="utf-8")
+    ends_in_one_line(sweep("--set", "alpha_mean=0.4"), "expected runs of one engine, found base by", "--mix-engines")
+    sweep.ok("--set", "alpha_mean=0.4", "--mix-engines")
+    assert len({run["engine"]["version"] for run in sweep.record()["runs"]}) == 2
+
+
 def test_interrupted(sweep, monkeypatch):
     def interrupt(*_: Any, **__: Any) -> Iterator[Any]:
         raise KeyboardInterrupt
         yield
 
-    monkeypatch.setattr(one_run, "by_model", interrupt)
+    monkeypatch.setattr(generation.Transformers, "answers", interrupt)
     ends_in_one_line(sweep(), "stopped; the answers so far are kept, and the same command goes on")
 
 
@@ -839,10 +864,10 @@ def test_refined(whole, sweep):
 
 SHOWN = """
 import os, time
-import mergekit_fim.evaluate.models as models
+import mergekit_fim.evaluate.answers.generation as generation
 import mergekit_fim.evaluate.one_run as one_run
 from mergekit_fim.errors import FimError
-load, append = models.load_model, one_run.append_answer
+load, append = generation.load_model, one_run.append_answer
 def load_model(name, *args):
     print("answers:", name, flush=True)
     {loads}
@@ -851,7 +876,7 @@ def append_answer(file, answer):
     append(file, answer)
     print("answer:", os.path.basename(file.name), answer.index, flush=True)
     {answers}
-models.load_model, one_run.append_answer = load_model, append_answer
+generation.load_model, one_run.append_answer = load_model, append_answer
 """
 
 

@@ -18,7 +18,7 @@ class Stub:
     Attributes:
         answer: called with each POST's handler, path and body; sends the answer.
         models: the answer to GET /v1/models.
-        seen: the POSTs: path, body and headers.
+        seen: the POSTs: path, body and headers, each of whose words begins with a capital.
         mixes_up: it gives back what a model is asked.
     """
 
@@ -74,7 +74,7 @@ def stubs() -> Iterator[Callable[..., Stub]]:
                     body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                     if module._PROBE in str(body):
                         return say(self, chat(module._PROBE if made.mixes_up else "f", "length", 1))
-                    made.seen.append((self.path, body, dict(self.headers)))
+                    made.seen.append((self.path, body, {name.title(): value for name, value in self.headers.items()}))
                     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client gave up
                         made.answer(self, self.path, body)
 

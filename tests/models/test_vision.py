@@ -18,8 +18,10 @@ from transformers import AutoModelForImageTextToText
 
 from mergekit_fim.cli import main
 from mergekit_fim.config.parameters import FisherSettings
-from mergekit_fim.evaluate.answers.generation import Prompt, complete
-from mergekit_fim.evaluate.answers.generation import load_model as load_for_generation
+from mergekit_fim.evaluate.answers.engine import Decoding
+from mergekit_fim.evaluate.answers.generation import complete
+from mergekit_fim.evaluate.answers.loading import load_model as load_for_generation
+from mergekit_fim.evaluate.answers.prompts import Prompt
 from mergekit_fim.fisher.batched import batched_engine
 from mergekit_fim.fisher.loading import Placement, load_to_run
 from mergekit_fim.fisher.measure import measure_model
@@ -433,7 +435,7 @@ def test_it_answers_in_a_sweep(name, tmp_path):
     tokenizer = tiny.tokenizer()
     model = load_for_generation("base", str(base), tokenizer, MergeOptions(quiet=True), torch.float32)
     prompts = [Prompt("p", i, 0, text, False) for i, text in enumerate(("ab", "1 + 1"))]
-    found = {prompt.text: completion for prompt, completion in complete(model, prompts, max_tokens=4)}
+    found = {prompt.text: completion for prompt, completion in complete(model, prompts, Decoding(4))}
     assert found.keys() == {prompt.text for prompt in prompts}
     whole = AutoModelForImageTextToText.from_pretrained(base)
     for text, completion in found.items():

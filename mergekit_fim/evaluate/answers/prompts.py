@@ -1,12 +1,42 @@
-"""A problem -> what a model is given: by its own chat template, or by one in a file."""
+"""A problem -> what a model is given: by its own chat template, by one in a file, or as messages."""
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from mergekit_fim.errors import FimError, reason
-from mergekit_fim.evaluate.records import Problem
+from mergekit_fim.evaluate.problems.questions import Questions
+from mergekit_fim.evaluate.records import Key, Problem
+
+Message = dict[str, str]  # with `role` and `content`
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is to go on from.
+
+    Attributes:
+        source: the problem's source.
+        index: the problem's number in it.
+        sample: which of several answers to it. On these three, the seed and the text depends what is sampled.
+        text: the prompt, or the messages as JSON.
+        special: whether the tokenizer adds its special tokens, such as BOS. The text of a chat template has its own.
+        messages: for a server's own chat template; None for the text.
+    """
+
+    source: str
+    index: int
+    sample: int
+    text: str
+    special: bool
+    messages: tuple[Message, ...] | None = field(default=None, hash=False)
+
+    @property
+    def key(self) -> Key:
+        """Which answer it is for."""
+        return self.source, self.index, self.sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +59,20 @@ class Template:
         return {"kind": self.kind, "sha256": hashlib.sha256(self.text.encode("utf-8", "replace")).hexdigest()}
 
 
-def messages(problem: Problem) -> tuple[dict[str, str], ...]:
+def prompts(questions: Questions, keys: Iterable[Key], template: Template | None) -> list[Prompt]:
+    """Make what is to be answered, by a template, or where there is none as messages.
+
+    Raises:
+        FimError: the template fails on one of the problems.
+    """
+    if template is None:
+        turns = [(key, _messages(questions.problem(key))) for key in keys]
+        return [Prompt(*key, json.dumps(its, ensure_ascii=False), special=False, messages=its) for key, its in turns]
+    special = template.kind == "file"
+    return [Prompt(*key, template.prompt(questions.problem(key)), special=special) for key in keys]
+
+
+def _messages(problem: Problem) -> tuple[Message, ...]:
     """A problem as a conversation: what the model is told first, if anything, and the question."""
     system = ({"role": "system", "content": problem.system},) if problem.system else ()
     return (*system, {"role": "user", "content": problem.question})
@@ -54,7 +97,7 @@ def chat_template(name: str, tokenizer: Any) -> Template:
         ) from None
 
     def prompt(problem: Problem) -> str:
-        made = tokenizer.apply_chat_template(list(messages(problem)), tokenize=False, add_generation_prompt=True)
+        made = tokenizer.apply_chat_template(list(_messages(problem)), tokenize=False, add_generation_prompt=True)
         return str(made)
 
     return Template("chat", text, _guarded(prompt, f"{name}: its chat template"))

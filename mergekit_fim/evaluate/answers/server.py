@@ -1,36 +1,32 @@
-"""Requests to a server that speaks OpenAI's protocol -> completions: vLLM, llama.cpp, `transformers serve`."""
+"""Prompts -> completions by a server that speaks OpenAI's protocol: vLLM, llama.cpp, `transformers serve`."""
 
-import asyncio
 import contextlib
-import ipaddress
 import itertools
-import json
 import os
 import re
-import threading
-from collections.abc import Coroutine, Hashable, Iterable, Iterator
+import zlib
+from collections.abc import Awaitable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field, ValidationError
-
-from mergekit_fim.errors import FimError, brief, misfit, reason, require
-from mergekit_fim.evaluate.records import LENGTH, STOP, Completion
+from mergekit_fim.errors import FimError, reason, require
+from mergekit_fim.evaluate.answers.address import KEY, address, is_here, key
+from mergekit_fim.evaluate.answers.engine import Decoding, ModelFiles
+from mergekit_fim.evaluate.answers.openai_format import completion, listed, only
+from mergekit_fim.evaluate.answers.prompts import Prompt
+from mergekit_fim.evaluate.records import Completion
 
 if TYPE_CHECKING:
-    import httpx
+    import openai
+    from anyio.from_thread import BlockingPortal
 
-T = TypeVar("T")
-
-KEY = "OPENAI_API_KEY"  # the environment variable that every client of this protocol reads
-
-# What a busy server, or one that is being started again, may get over in seconds; the waits between the tries.
-_WAITS: tuple[float, ...] = (0.5, 2.0, 8.0)
-_BUSY = (408, 425, 429)
+# Further tries, 16 seconds in all, which a busy server, or one that is being started again, may need.
+_RETRIES = 5
 # Seconds in which a connection must come about, and a list of models be there, however long an answer may take.
 _REACHED, _LISTED = 10.0, 60.0
+# Requests that a server has at a time, where nothing is said.
+_PARALLEL = 8
 
 # No token is as long as this, so that a model that writes one can't have written it.
 _PROBE = "2b7e151628aed2a6abf7158809cf4f3c"
@@ -40,7 +36,7 @@ _KEPT = "the answers so far are kept, and the same command goes on"
 
 @dataclass(frozen=True)
 class Server:
-    """A server, and the model on it.
+    """The engine that is somebody else's: a server, and the model on it.
 
     Attributes:
         url: where its endpoints are, without a user's name or password: for requests, messages and records.
@@ -54,63 +50,41 @@ class Server:
     timeout: float
     credentials: tuple[str, str] | None = field(default=None, repr=False)
 
+    def open(self, files: ModelFiles) -> dict[str, Any]:
+        """Do nothing: the server has its model."""
+        return {}
 
-@dataclass(frozen=True)
-class Request:
-    """What a model is to go on from: either messages, for the server's chat template, or a prompt's text.
+    def answers(self, prompts: Sequence[Prompt], decoding: Decoding) -> Generator[tuple[Prompt, Completion]]:
+        """See `Engine`; what was asked before an error is waited for, and yielded first.
 
-    Attributes:
-        key: whatever tells the caller which request it is.
-        messages: with `role` and `content`.
-        prompt: the text.
-        seed: sent where the temperature is above 0.
-    """
+        Raises:
+            FimError: the server can't be reached, refuses a request, is too slow, answers something else, or gives what
+                a model was asked for what it wrote.
+        """
+        parallel = decoding.batch or _PARALLEL
+        waiting, failure = iter(prompts), None
+        pending: set[Future[tuple[Prompt, Completion]]] = set()
+        with _client(self, retries=_RETRIES) as (portal, client):
+            if any(prompt.messages for prompt in prompts):
+                portal.call(_check, client, self)
+            while True:
+                free = parallel - len(pending) if failure is None else 0
+                for prompt in itertools.islice(waiting, free):
+                    pending.add(portal.start_task_soon(_answer, client, self, prompt, decoding))
+                if not pending:
+                    break
+                # Windows hears Ctrl-C only between waits.
+                done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in itertools.islice(done, 1):
+                    pending.remove(future)
+                    if (error := future.exception()) is None:
+                        yield future.result()
+                    failure = failure or error
+        if failure is not None:
+            raise failure
 
-    key: Hashable
-    messages: tuple[dict[str, str], ...] | None = None
-    prompt: str | None = None
-    seed: int | None = None
-
-
-class _Usage(BaseModel):
-    completion_tokens: Annotated[int, Field(ge=0)]
-
-
-class _Message(BaseModel):
-    content: str | None = None
-    # How servers call what the model thought, where they take it out of the content.
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-
-
-class _Choice(BaseModel):
-    finish_reason: str | None = None
-
-
-class _ChatChoice(_Choice):
-    message: _Message
-
-
-class _TextChoice(_Choice):
-    text: str
-
-
-class _ChatAnswer(BaseModel):
-    choices: Annotated[list[_ChatChoice], Field(min_length=1)]
-    usage: _Usage
-
-
-class _TextAnswer(BaseModel):
-    choices: Annotated[list[_TextChoice], Field(min_length=1)]
-    usage: _Usage
-
-
-class _Model(BaseModel):
-    id: str
-
-
-class _Models(BaseModel):
-    data: list[_Model]
+    def close(self) -> None:
+        """Do nothing: the server stays."""
 
 
 def connect(url: str, model: str | None, *, timeout: float = 600.0) -> Server:
@@ -124,16 +98,15 @@ def connect(url: str, model: str | None, *, timeout: float = 600.0) -> Server:
     Raises:
         FimError: it isn't such a URL, no server answers there, or it doesn't say which model is meant.
     """
-    base, credentials = _address(url)
+    base, credentials = address(url)
     bases = [base] if re.search(r"/v\d+[a-z0-9]*$", base) else [f"{base}/v1", base]
-    with _Connection(base, credentials, 1) as connection:
-        statuses = []
-        for place in bases:
-            server = Server(place, model or "", timeout, credentials)
-            response = connection.submit(_send(connection.client, server, "/models")).result()
-            if response.status_code == 200 and (names := _listed(response)) is not None:
-                return Server(place, model or _only(names, place), timeout, credentials)
-            statuses.append(response.status_code)
+    statuses = []
+    for place in bases:
+        server = Server(place, model or "", timeout, credentials)
+        status, names = _models(server)
+        if names is not None:
+            return Server(place, model or only(names, place), timeout, credentials)
+        statuses.append(status)
     if model is None:
         raise FimError(
             f"{bases[0]}: expected a list of the server's models, found none (status {statuses[0]}); pass "
@@ -142,56 +115,22 @@ def connect(url: str, model: str | None, *, timeout: float = 600.0) -> Server:
     return Server(bases[0], model, timeout, credentials)
 
 
-def complete(
-    server: Server, requests: Iterable[Request], *, max_tokens: int, temperature: float, parallel: int
-) -> Iterator[tuple[Hashable, Completion, str]]:
-    """Have requests answered, several at a time.
+def _models(server: Server) -> tuple[int, list[str] | None]:
+    """Ask for the list of models: the status, and the names if it is such a list."""
+    with _client(server, retries=0) as (portal, client):
+        import openai
 
-    Args:
-        server: as `connect` found it.
-        requests: taken one by one, as the server gets through with them.
-        max_tokens: that an answer may have.
-        temperature: 0 for the likeliest token always.
-        parallel: how many requests the server has at a time.
-
-    Yields:
-        A request's key, its completion, and what the model was given: the prompt, or the messages as JSON. In the
-        order in which they finish.
-
-    Raises:
-        FimError: the server can't be reached, refuses a request, is too slow, answers something else, or gives what
-            a model was asked for what it wrote. What it has been asked by then is waited for, and yielded before.
-    """
-    if parallel < 1:
-        raise FimError(f"expected at least one request at a time, found {parallel}; raise it")
-    waiting, failure = iter(requests), None
-    pending: set[Future[tuple[Hashable, Completion, str]]] = set()
-    first = next(waiting, None)
-    if first is None:
-        return
-    waiting = itertools.chain([first], waiting)
-    with _Connection(server.url, server.credentials, parallel) as connection:
-        if first.messages is not None:
-            connection.submit(_check(connection.client, server)).result()
-        while True:
-            # Answers that the caller hasn't come to yet don't keep the server idle, but must not pile up either.
-            free = min(parallel - sum(not future.done() for future in pending), 2 * parallel - len(pending))
-            for request in itertools.islice(waiting, free if failure is None else 0):
-                pending.add(connection.submit(_complete(connection.client, server, request, max_tokens, temperature)))
-            if not pending:
-                break
-            # Windows hears Ctrl-C only between waits.
-            done, _ = wait(pending, timeout=1.0, return_when=FIRST_COMPLETED)
-            for future in itertools.islice(done, 1):
-                pending.remove(future)
-                if (error := future.exception()) is None:
-                    yield future.result()
-                failure = failure or error
-    if failure is not None:
-        raise failure
+        try:
+            call = client.models.with_raw_response.list
+            text = portal.call(
+                _sent, server, call(), min(_LISTED, server.timeout), "start the server, or check the URL"
+            )
+        except openai.APIStatusError as error:
+            return error.status_code, None
+    return 200, listed(text)
 
 
-async def _check(client: "httpx.AsyncClient", server: Server) -> None:
+async def _check(client: "openai.AsyncOpenAI", server: Server) -> None:
     """See that a server tells what a model wrote from what it was asked.
 
     `transformers serve` 5.23 doesn't, where a model's type is Qwen's and its chat template isn't, as of DeepSeek-R1's
@@ -200,228 +139,108 @@ async def _check(client: "httpx.AsyncClient", server: Server) -> None:
     Raises:
         FimError: it doesn't, or the request fails.
     """
-    probe = Request(None, messages=({"role": "user", "content": _PROBE},))
-    _, completion, _ = await _complete(client, server, probe, 1, 0.0)
-    if _PROBE in completion.text:
+    probe = Prompt("", 0, 0, "", special=False, messages=({"role": "user", "content": _PROBE},))
+    _, found = await _answer(client, server, probe, Decoding(max_tokens=1))
+    if _PROBE in found.text:
         raise FimError(
             f"{server.url}: expected what the model wrote, found what it was asked with it, which `transformers "
             "serve` mixes up for some chat templates; serve the model by another server, or pass --template"
         )
 
 
-async def _complete(
-    client: "httpx.AsyncClient", server: Server, request: Request, max_tokens: int, temperature: float
-) -> tuple[Hashable, Completion, str]:
-    given: dict[str, Any]
-    if request.messages is not None:
-        path, given = "/chat/completions", {"messages": request.messages}
-        prompt = json.dumps(request.messages, ensure_ascii=False)
+async def _answer(
+    client: "openai.AsyncOpenAI", server: Server, prompt: Prompt, decoding: Decoding
+) -> tuple[Prompt, Completion]:
+    import openai
+
+    options: dict[str, Any] = {"model": server.model, "max_tokens": decoding.max_tokens, "stream": False}
+    options["temperature"] = decoding.temperature
+    if decoding.temperature > 0:
+        options["seed"] = zlib.crc32(repr((decoding.seed, *prompt.key)).encode()) >> 1  # servers take 31 bits
+    messages: Any = prompt.messages
+    if messages is not None:
+        call = client.chat.completions.with_raw_response.create(messages=messages, **options)
     else:
-        path, given = "/completions", {"prompt": request.prompt}
-        prompt = request.prompt or ""
-    body = {"model": server.model, **given, "max_tokens": max_tokens, "temperature": temperature, "stream": False}
-    if temperature > 0 and request.seed is not None:
-        body["seed"] = request.seed
-    response = await _send(client, server, path, body)
-    if response.status_code != 200:
-        raise FimError(
-            f"{server.url}: expected an answer, found status {response.status_code} ({_message(response)}); change "
-            f"what it complains of: {_KEPT}"
-        )
-    return request.key, _completion(response, server, max_tokens, is_chat=request.messages is not None), prompt
-
-
-def _completion(response: "httpx.Response", server: Server, max_tokens: int, *, is_chat: bool) -> Completion:
-    """What a server answered, checked."""
-    advice = f"serve the model by another server, or another version: {_KEPT}"
-    content = _json(response)
-    if not isinstance(content, dict):
-        raise FimError(f"{server.url}: expected an answer as a JSON object, found {brief(response.text)!r}; {advice}")
+        call = client.completions.with_raw_response.create(prompt=prompt.text, **options)
     try:
-        # As JSON, where no type is taken for another, but without halves of characters, which no file can have.
-        checked = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
-        answer = (_ChatAnswer if is_chat else _TextAnswer).model_validate_json(checked, strict=True)
-    except ValidationError as error:
-        raise FimError(f"{server.url}: not an answer in OpenAI's format: {misfit(error, content)}; {advice}") from None
-    tokens, choice = answer.usage.completion_tokens, answer.choices[0]
-    if choice.finish_reason in ("stop", "length"):
-        ended = STOP if choice.finish_reason == "stop" else LENGTH
-    else:
-        ended = LENGTH if tokens >= max_tokens else STOP
-    text = _whole(choice.message, ended) if isinstance(choice, _ChatChoice) else choice.text
-    if tokens > max_tokens + 1 or (text and not tokens):  # one more: a server may not count the one that ends a turn
+        text = await _sent(server, call, server.timeout, f"start the server again: {_KEPT}")
+    except openai.APIStatusError as error:
+        is_busy = error.status_code >= 500 or error.status_code in (408, 429)
         raise FimError(
-            f"{server.url}: expected an answer of at most {max_tokens} tokens, and their number, found {len(text)} "
-            f"characters of {brief(tokens)} tokens; {advice}"
-        )
-    return Completion(text, tokens, ended)
+            f"{server.url}: expected an answer, found status {error.status_code} ({_said(error.body)}); "
+            f"{'start the server again' if is_busy else 'change what it complains of'}: {_KEPT}"
+        ) from None
+    except UnicodeEncodeError as error:
+        raise FimError(f"{server.url}: a prompt isn't Unicode ({reason(error)}); correct it: {_KEPT}") from None
+    try:
+        return prompt, completion(text, decoding.max_tokens, is_chat=messages is not None)
+    except FimError as error:
+        raise FimError(
+            f"{server.url}: {error}; serve the model by another server, or another version: {_KEPT}"
+        ) from None
 
 
-def _whole(message: _Message, ended: str) -> str:
-    """A message's text as the model wrote it, its thinking put back in its place."""
-    thought, content = message.reasoning_content or message.reasoning, message.content or ""
-    if not thought or content.lstrip().startswith("<think>"):  # some servers give it in both places
-        return content
-    return f"<think>{thought}" if not content and ended == LENGTH else f"<think>{thought}</think>{content}"
+def _said(body: Any) -> str:
+    """What a server says of an error, in the ways in which servers do, in one short line."""
+    found = body.get("error", body) if isinstance(body, dict) else body
+    if isinstance(found, dict):
+        found = found.get("message") or found.get("detail") or found
+    return " ".join(str(found or "").split())[:300] or "without a word"
 
 
-async def _send(client: "httpx.AsyncClient", server: Server, path: str, body: Any = None) -> "httpx.Response":
-    """Send a request: with a body, again where the server is busy or the connection breaks; without, once.
+async def _sent(server: Server, call: Awaitable[Any], timeout: float, advice: str) -> str:
+    """Wait for what a server answers.
 
     Raises:
-        FimError: there is no answer in time, none at all, or none to any try but that the server is busy or failed, or
-            it wants another key.
+        FimError: there is no answer in time or none at all, or it wants another key.
+        openai.APIStatusError: it has another status than 200; where the server is busy or failed, at every try.
     """
-    import httpx
+    import anyio
+    import openai
 
-    pauses, timeout, kept, again = _WAITS, server.timeout, f": {_KEPT}", "start the server again"
-    if body is None:
-        pauses, timeout, kept, again = (), min(_LISTED, server.timeout), "", "start the server, or check the URL"
-    # Not by httpx: its JSON can't have halves of characters.
-    content = None if body is None else json.dumps(body)
-    for pause in (*pauses, None):
-        try:
-            sent = client.request(
-                "GET" if content is None else "POST",
-                server.url + path,
-                content=content,
-                headers={"Content-Type": "application/json"},
-            )
-            response = await asyncio.wait_for(sent, timeout)
-            if response.status_code == 401:
-                found = "another" if os.environ.get(KEY) else "none"
-                raise FimError(f"{server.url}: expected a key that it knows in {KEY}, found {found}; set that variable")
-            if content is None or (response.status_code < 500 and response.status_code not in _BUSY):
-                return response
-            found = f"status {response.status_code} ({_message(response)})"
-        except asyncio.TimeoutError:
-            raise FimError(
-                f"{server.url}: expected an answer within {timeout:g} s, found none; give it more time, or fewer "
-                f"requests at once{kept}"
-            ) from None
-        except httpx.RequestError as error:
-            found = f"none ({reason(error)})"
-        except httpx.InvalidURL as error:
-            raise FimError(f"{server.url}: expected the URL of a server, found none ({error}); correct it") from None
-        if pause is not None:
-            await asyncio.sleep(pause)
-    tries = f" at {len(pauses) + 1} tries" if pauses else ""
-    raise FimError(f"{server.url}: expected an answer, found {found}{tries}; {again}{kept}")
+    try:
+        with anyio.fail_after(timeout):
+            return str((await call).text)
+    except TimeoutError:
+        raise FimError(
+            f"{server.url}: expected an answer within {timeout:g} s, found none; give it more time, or fewer requests "
+            f"at once, or {advice}"
+        ) from None
+    except openai.AuthenticationError:
+        found = "another" if os.environ.get(KEY) else "none"
+        raise FimError(f"{server.url}: expected a key that it knows in {KEY}, found {found}; set it") from None
+    except openai.APIConnectionError as error:
+        why = reason(error.__cause__ or error)
+        raise FimError(f"{server.url}: expected an answer, found none ({why}); {advice}") from None
 
 
-class _Connection:
-    """A client in an event loop of its own thread.
+@contextlib.contextmanager
+def _client(server: Server, *, retries: int) -> Iterator[tuple["BlockingPortal", "openai.AsyncOpenAI"]]:
+    """Open a client, and an event loop in a thread of its own.
 
     Requests so go on while their answers are graded, whether or not the caller has a loop of its own, and can be
     given up at any moment, which a thread that waits for a socket can't.
     """
+    require("openai", "server")
+    import openai
+    from anyio.from_thread import start_blocking_portal
 
-    def __init__(self, url: str, credentials: tuple[str, str] | None, parallel: int) -> None:
-        require("httpx", "sweep")
-        import httpx
-
-        try:
-            self.client = httpx.AsyncClient(
-                auth=credentials,  # in place of a key
-                headers=_authorization(),
-                timeout=httpx.Timeout(None, connect=_REACHED),
-                # An answer takes longer than a connection, which a server may drop at any time after an answer.
-                limits=httpx.Limits(max_connections=parallel, max_keepalive_connections=0),
-                trust_env=not _is_here(url),  # no proxy leads back to this machine
-            )
-        except (ImportError, ValueError, OSError) as error:  # a proxy that isn't one, certificates that aren't there
-            raise FimError(
-                f"{url}: the environment's proxy or certificates can't be used ({reason(error)}); correct or unset "
-                "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE"
-            ) from None
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="mergekit-fim-server", daemon=True)
-
-    def submit(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-    def __enter__(self) -> "_Connection":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.submit(self._end()).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-
-    async def _end(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await self.client.aclose()
-
-
-def _authorization() -> dict[str, str]:
-    key = os.environ.get(KEY, "").strip()
-    if not (key.isascii() and key.isprintable()):
-        raise FimError(f"{KEY}: expected printable ASCII, found other characters; set that variable anew")
-    return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def _address(url: str) -> tuple[str, tuple[str, str] | None]:
-    """A URL without what is secret in it, nor a slash at its end; and the secret.
-
-    Raises:
-        FimError: it isn't a server's.
-    """
     try:
-        parts = urlsplit(url.strip())
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-    except ValueError:
-        good = False
-    if not good or parts.query or parts.fragment:
-        # Whatever is wrong, a password stands before the one, and a key behind the other.
-        shown = re.sub(r"\?.*", "?...", url.rsplit("@", 1)[-1], flags=re.DOTALL)
-        raise FimError(f"--server: expected a URL such as http://localhost:8000/v1, found {brief(shown)!r}; correct it")
-    credentials = (unquote(parts.username or ""), unquote(parts.password or "")) if "@" in parts.netloc else None
-    return f"{parts.scheme}://{parts.netloc.rsplit('@', 1)[-1]}{parts.path.rstrip('/')}", credentials
-
-
-def _is_here(url: str) -> bool:
-    """Whether a URL is of this machine."""
-    host = urlsplit(url).hostname or ""
-    with contextlib.suppress(ValueError):
-        address = ipaddress.ip_address(host)
-        return address.is_loopback or address.is_unspecified
-    return host == "localhost" or host.endswith(".localhost")
-
-
-def _listed(response: "httpx.Response") -> list[str] | None:
-    """The names in a list of models, if it is one."""
-    try:
-        return [model.id for model in _Models.model_validate_json(response.content).data]
-    except ValidationError:
-        return None
-
-
-def _only(names: list[str], url: str) -> str:
-    if len(names) != 1:
-        found = ", ".join(brief(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
-        raise FimError(f"{url}: expected a server of one model, found {found or 'none listed'}; pass --server-model")
-    return names[0]
-
-
-def _json(response: "httpx.Response") -> Any:
-    """A response's content; None if it isn't JSON."""
-    try:
-        return response.json()
-    except (ValueError, RecursionError):
-        return None
-
-
-def _message(response: "httpx.Response") -> str:
-    """What a server says of an error, in the ways in which servers do, in one short line."""
-    content = _json(response)
-    found = content if isinstance(content, dict) else {}
-    found = found.get("error", found)
-    text = found if isinstance(found, str) else None
-    if isinstance(found, dict):
-        text = found.get("message") or found.get("detail")
-    return " ".join(str(text or response.text).split())[:300] or "without a word"
+        client = openai.AsyncOpenAI(
+            base_url=server.url,
+            api_key=key() or "none",  # the client insists on one, and servers without keys don't look at it
+            max_retries=retries,
+            http_client=openai.DefaultAsyncHttpxClient(
+                auth=server.credentials,  # in place of a key
+                timeout=openai.Timeout(None, connect=_REACHED),
+                follow_redirects=False,
+                trust_env=not is_here(server.url),  # no proxy leads back to this machine
+            ),
+        )
+    except (ImportError, ValueError, OSError) as error:  # a proxy that isn't one, certificates that aren't there
+        raise FimError(
+            f"{server.url}: the environment's proxy or certificates can't be used ({reason(error)}); correct or unset "
+            "HTTPS_PROXY, HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE"
+        ) from None
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(client):
+        yield portal, client

@@ -16,8 +16,13 @@ from mergekit.options import MergeOptions
 from tokenizers.processors import TemplateProcessing
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.evaluate.answers import generation
-from mergekit_fim.evaluate.answers.generation import LanguageModel, Prompt, complete, load_model, load_tokenizer
+from mergekit_fim.evaluate.answers import draws, generation
+from mergekit_fim.evaluate.answers.batches import Row
+from mergekit_fim.evaluate.answers.engine import Decoding
+from mergekit_fim.evaluate.answers.generation import complete
+from mergekit_fim.evaluate.answers.loading import LanguageModel, load_model
+from mergekit_fim.evaluate.answers.prompts import Prompt
+from mergekit_fim.evaluate.answers.tokens import load_tokenizer
 from mergekit_fim.evaluate.records import LENGTH, STOP, Completion
 
 TEXTS = [
@@ -81,7 +86,7 @@ def drawn(seed: int, temperature: float) -> Pick:
     def pick(prompt: Prompt, step: int, scores: torch.Tensor) -> tuple[int, float]:
         ends = torch.softmax(scores.double() / temperature, -1).cumsum(-1)
         ends /= ends[-1].clone()
-        at = generation._uniform(seed, prompt, step)
+        at = draws.uniform(seed, prompt.key, step)
         return int((ends <= at).sum()), float((ends - at).abs().min())
 
     return pick
@@ -131,7 +136,7 @@ def stopping(model: LanguageModel, *, count: int = 3) -> LanguageModel:
 
 
 def answered(model: LanguageModel, prompts: Sequence[Prompt], **options) -> dict[Prompt, Completion]:
-    pairs = list(complete(model, prompts, **{"max_tokens": COUNT} | options))
+    pairs = list(complete(model, prompts, Decoding(**{"max_tokens": COUNT} | options)))
     assert len(pairs) == len({prompt for prompt, _ in pairs}) == len(prompts)  # each once
     return dict(pairs)
 
@@ -240,16 +245,16 @@ def test_special_tokens_where_they_are_wanted(llama, monkeypatch):
     seen: list[list[int]] = []
     watch(monkeypatch, model, lambda ids: seen.append(ids[0].tolist()))
     plain = model.tokenizer.encode("ab", add_special_tokens=False)
-    list(complete(model, [Prompt("p", 0, 0, "ab", True)], max_tokens=1))
-    list(complete(model, [Prompt("p", 0, 0, "ab", False)], max_tokens=1))
+    list(complete(model, [Prompt("p", 0, 0, "ab", True)], Decoding(max_tokens=1)))
+    list(complete(model, [Prompt("p", 0, 0, "ab", False)], Decoding(max_tokens=1)))
     assert seen == [[tiny.VOCAB - 2, *plain], plain]
 
 
 def test_tags_stay_in_the_text_and_the_end_token_is_counted(llama):
-    row = generation._Row(PROMPTS[0], [5], 9)
+    row = Row(PROMPTS[0], [5], 9)
     think = tiny.CHARACTERS.index("<think>")
-    row.take([think, 33, 0, 12, 0, 33, llama.stop[0], 50, 50], frozenset(llama.stop))
-    assert generation._completion(llama, row) == Completion("<think>A , A", 7, STOP)
+    row.take([think, 33, 0, 12, 0, 33, llama.stop[0], 50, 50], llama.stop)
+    assert llama.completion(row.written) == Completion("<think>A , A", 7, STOP)
 
 
 # Where answers end
@@ -338,7 +343,7 @@ def test_memory_that_runs_out_between_answers_loses_none(llama, monkeypatch):
     right = expected(model)
     seen = failing(monkeypatch, model, lambda rows, calls: rows < 5 or calls < 20)
     given = []
-    for pair in complete(model, list(right), max_tokens=COUNT, batch=8):
+    for pair in complete(model, list(right), Decoding(max_tokens=COUNT, batch=8)):
         given.append((pair, len(seen)))
     assert dict(pair for pair, _ in given) == right
     assert len(given) == len(right)
@@ -348,7 +353,7 @@ def test_memory_that_runs_out_between_answers_loses_none(llama, monkeypatch):
 def test_a_row_that_doesn_t_fit_alone(llama, monkeypatch):
     failing(monkeypatch, llama, lambda rows, calls: calls < 4)
     with pytest.raises(FimError, match=r"llama: memory ran out at the \d+ tokens of p, problem 3, alone; lower"):
-        list(complete(llama, PROMPTS, max_tokens=COUNT, batch=1))
+        list(complete(llama, PROMPTS, Decoding(max_tokens=COUNT, batch=1)))
 
 
 def test_other_errors_aren_t_taken_for_memory(llama, monkeypatch):
@@ -357,7 +362,7 @@ def test_other_errors_aren_t_taken_for_memory(llama, monkeypatch):
 
     watch(monkeypatch, llama, look)
     with pytest.raises(RuntimeError, match="a bug"):
-        list(complete(llama, PROMPTS, max_tokens=COUNT))
+        list(complete(llama, PROMPTS, Decoding(max_tokens=COUNT)))
 
 
 @pytest.mark.parametrize("kind", ["llama", "lfm2"])
@@ -409,7 +414,7 @@ def test_answers_come_as_they_end_and_others_join(llama, monkeypatch):
     right = expected(model)
     calls: list[tuple[int, int]] = []
     watch(monkeypatch, model, lambda ids: calls.append(tuple(ids.shape)))
-    given = [(prompt, len(calls)) for prompt, _ in complete(model, list(right), max_tokens=COUNT, batch=4)]
+    given = [(prompt, len(calls)) for prompt, _ in complete(model, list(right), Decoding(max_tokens=COUNT, batch=4))]
     assert given[0][1] < len(calls) / 3
     total = sum(c.tokens for c in right.values())
     assert sum(rows for rows, width in calls if width == 1) <= total  # in so few rows, none goes on after its end
@@ -431,7 +436,7 @@ def test_an_iterator_that_is_closed_lets_go(kind, models, monkeypatch):
         return out
 
     monkeypatch.setattr(model.model, "generate", kept)
-    answers = complete(model, PROMPTS, max_tokens=COUNT, batch=4)
+    answers = complete(model, PROMPTS, Decoding(max_tokens=COUNT, batch=4))
     assert torch.is_grad_enabled()
     next(answers)
     assert torch.is_grad_enabled()  # what is asked for in between isn't touched
@@ -461,21 +466,13 @@ def test_torch_s_own_random_numbers_are_left_alone(llama):
 )
 def test_prompts_that_can_t_be_answered(text, message, llama):
     with pytest.raises(FimError, match=message):  # before any other is answered
-        complete(llama, [*PROMPTS, Prompt("p", 7, 0, text, False)], max_tokens=5)
-
-
-@pytest.mark.parametrize(
-    "options", [{"max_tokens": 0}, {"batch": 0}, {"temperature": -1.0}, {"temperature": float("nan")}]
-)
-def test_settings_that_mean_nothing(options, llama):
-    with pytest.raises(FimError, match="expected at least one token and one row, and a temperature of 0 or above"):
-        complete(llama, PROMPTS, **{"max_tokens": 5} | options)
+        complete(llama, [*PROMPTS, Prompt("p", 7, 0, text, False)], Decoding(max_tokens=5))
 
 
 def test_a_tokenizer_of_another_model(models):
     model = models(vocab_size=50)
     with pytest.raises(FimError, match=r"p, problem 0: the tokenizer gives token \d\d, but llama knows 50"):
-        complete(model, [Prompt("p", 0, 0, "zebra", False)], max_tokens=5)
+        complete(model, [Prompt("p", 0, 0, "zebra", False)], Decoding(max_tokens=5))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -484,16 +481,16 @@ def test_logits_that_aren_t_numbers(temperature, llama):
     with torch.no_grad():
         model.model.model.norm.weight[3] = float("nan")
     with pytest.raises(FimError, match="llama: some logits aren't numbers; try another dtype"):
-        list(complete(model, PROMPTS, max_tokens=5, temperature=temperature))
+        list(complete(model, PROMPTS, Decoding(max_tokens=5, temperature=temperature)))
 
 
 def test_text_that_is_no_text(llama):
     with pytest.raises(FimError, match="p, problem 0: the tokenizer of llama can't read the prompt"):
-        complete(llama, [Prompt("p", 0, 0, "a\ud800", False)], max_tokens=5)
+        complete(llama, [Prompt("p", 0, 0, "a\ud800", False)], Decoding(max_tokens=5))
 
 
 def test_no_prompts(llama):
-    assert list(complete(llama, [], max_tokens=5)) == []
+    assert list(complete(llama, [], Decoding(max_tokens=5))) == []
 
 
 # Loading

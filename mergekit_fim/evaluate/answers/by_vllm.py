@@ -1,0 +1,215 @@
+"""A model and prompts -> completions by vLLM, in this process. One engine serves all models of one shape."""
+
+import contextlib
+import dataclasses
+import gc
+import os
+import zlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+import yaml
+from mergekit.options import MergeOptions
+
+from mergekit_fim.errors import FimError, check_own_code, reason, require
+from mergekit_fim.evaluate.answers.engine import Decoding, ModelFiles
+from mergekit_fim.evaluate.answers.prompts import Prompt
+from mergekit_fim.evaluate.answers.tokens import Reader, stop_tokens
+from mergekit_fim.evaluate.records import Completion
+
+if TYPE_CHECKING:
+    import vllm
+
+# Options of vLLM's that would change what an answer is, or that follow from the sweep.
+_OURS = ("model", "tokenizer", "revision", "dtype", "seed", "generation_config", "skip_tokenizer_init", "max_num_seqs")
+# What a launcher tells its processes: vLLM starts processes of its own, and would take these for theirs.
+_LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What of a config says nothing of the shape.
+_NO_SHAPE = ("_name_or_path", "transformers_version", "dtype", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class Vllm:
+    """The engine for many answers."""
+
+    def __init__(
+        self, options: MergeOptions, dtype: torch.dtype, batch: int | None, arguments: Mapping[str, Any]
+    ) -> None:
+        """Take the merge's options, what models run in, answers at a time, and further options of vLLM's."""
+        self._options, self._dtype = options, str(dtype).removeprefix("torch.")
+        self._batch = {"max_num_seqs": batch} if batch else {}
+        self._arguments = dict(arguments)
+        self._shape: dict[str, Any] | None = None
+        self._llm: vllm.LLM | None = None
+        self._reader: Reader | None = None
+
+    def open(self, files: ModelFiles) -> dict[str, Any]:
+        """See `Engine`: swap the weights in where the model's shape is that of the one before."""
+        path = _folder(files, self._options)
+        config = _config(files.name, path, self._options)
+        shape = {name: value for name, value in config.to_dict().items() if name not in _NO_SHAPE}
+        try:
+            with _alone():
+                if self._llm is None or shape != self._shape:
+                    if self._llm is not None:
+                        self._end()
+                    self._llm, self._shape = self._started(path), shape
+                else:
+                    self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+                    self._llm.reset_prefix_cache()
+        except Exception as error:  # vLLM has many, and pydantic's
+            self._end()
+            raise FimError(
+                f"{files.name}: expected a model that vLLM can load with these options, found none ({reason(error)}); "
+                "change --engine-args, or pass --engine transformers"
+            ) from error
+        text = config.get_text_config()
+        configs = [config, text]
+        with contextlib.suppress(OSError):  # there is no such file
+            configs.append(transformers.GenerationConfig.from_pretrained(path))
+        context = self._llm.llm_engine.model_config.max_model_len
+        stop = stop_tokens(configs, files.tokenizer)
+        self._reader = Reader(files.name, files.tokenizer, stop, context, text.vocab_size)
+        return self._record() | {"stop": list(stop)}
+
+    def _record(self) -> dict[str, Any]:
+        from vllm.platforms import current_platform
+
+        engine = {"name": "vllm", "version": _vllm().__version__, "options": self._arguments}
+        return {"engine": engine, "device": current_platform.device_type, "dtype": f"torch.{self._dtype}"}
+
+    def answers(self, prompts: Sequence[Prompt], decoding: Decoding) -> Generator[tuple[Prompt, Completion]]:
+        """See `Engine`."""
+        assert self._llm is not None
+        assert self._reader is not None
+        read = {str(number): (prompt, self._reader.ids(prompt)) for number, prompt in enumerate(prompts)}
+        return _answers(self._llm, self._reader, read, decoding)
+
+    def close(self) -> None:
+        """Keep the engine, which the next model's weights go into."""
+
+    def _started(self, path: str) -> "vllm.LLM":
+        llm = _vllm().LLM
+        from vllm.platforms import current_platform
+
+        return llm(
+            **{
+                "enforce_eager": current_platform.is_cpu(),  # where compiling costs more than it gains
+                "disable_log_stats": True,
+                "use_tqdm_on_load": False,
+                "trust_remote_code": self._options.trust_remote_code,
+            }
+            | self._batch
+            | self._arguments,
+            model=path,
+            dtype=self._dtype,
+            seed=0,
+            generation_config="vllm",
+            skip_tokenizer_init=True,
+        )
+
+    def _end(self) -> None:
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self._llm = self._shape = None
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def _answers(
+    llm: "vllm.LLM", reader: Reader, read: Mapping[str, tuple[Prompt, list[int]]], decoding: Decoding
+) -> Generator[tuple[Prompt, Completion]]:
+    """Let the engine answer what was read, by numbers."""
+    engine, left = llm.llm_engine, set(read)
+    try:
+        for number, (prompt, ids) in read.items():
+            parameters = _vllm().SamplingParams(
+                max_tokens=reader.room(ids, decoding.max_tokens),
+                temperature=decoding.temperature,
+                seed=zlib.crc32(repr((decoding.seed, *prompt.key)).encode()),
+                stop_token_ids=list(reader.stop),
+                detokenize=False,
+            )
+            engine.add_request(number, {"prompt_token_ids": ids}, parameters)
+        while left:
+            for output in engine.step():
+                if output.finished:
+                    left.discard(output.request_id)
+                    yield read[output.request_id][0], reader.completion(output.outputs[0].token_ids)
+    finally:
+        engine.abort_request(list(left))
+
+
+def is_known(config: Any) -> bool:
+    """Whether vLLM has a model class of its own for a config."""
+    known = set(_vllm().ModelRegistry.get_supported_archs())
+    return any(name in known for name in config.architectures or ())
+
+
+def parse_arguments(text: str | None) -> dict[str, Any]:
+    """Read `NAME=VALUE,...`, options of vLLM's, whose values are as in YAML.
+
+    Raises:
+        FimError: vLLM has no such option, or the sweep sets it.
+    """
+    found: dict[str, Any] = {}
+    if not text:
+        return found
+    known = {item.name for item in dataclasses.fields(_vllm().EngineArgs)}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or name not in known:
+            raise FimError(
+                f"--engine-args: expected NAME=VALUE,... of options of vLLM's EngineArgs, such as max_model_len=16384, "
+                f"found {part!r}; correct it"
+            )
+        if name in _OURS:
+            raise FimError(f"--engine-args: {name} follows from the sweep's own options; leave it out")
+        found[name] = yaml.safe_load(value)
+    return found
+
+
+def _vllm() -> Any:
+    """Import vLLM: in this process, where a stop ends it too, and without its log."""
+    require("vllm", "vllm")
+    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    import vllm
+
+    return vllm
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Hide from vLLM what a launcher has said."""
+    hidden = {name: os.environ.pop(name) for name in _LAUNCHED if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def _folder(files: ModelFiles, options: MergeOptions) -> str:
+    """Where a model's files are; those of the Hub are fetched."""
+    if os.path.isdir(files.path):
+        return files.path
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(files.path, revision=files.revision, cache_dir=options.transformers_cache)
+
+
+def _config(name: str, path: str, options: MergeOptions) -> Any:
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # transformers has many
+        check_own_code(error)
+        raise FimError(f"{name}: expected a model that can be loaded, found none ({reason(error)})") from error
+    if not is_known(config):
+        raise FimError(
+            f"{name}: expected a model that vLLM has a class of its own for, found {config.architectures}; pass "
+            "--engine transformers"
+        )
+    return config

@@ -1,0 +1,118 @@
+"""Prompts -> tokens, and tokens -> completions: what engines that run a model have in common."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_fim.errors import FimError, check_own_code, reason
+from mergekit_fim.evaluate.answers.prompts import Prompt
+from mergekit_fim.evaluate.records import LENGTH, STOP, Completion
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """What reads a model's prompts and its answers.
+
+    Attributes:
+        name: the model, as messages call it.
+        tokenizer: its tokenizer.
+        stop: the tokens that end an answer, sorted.
+        context: how many tokens of prompt and answer together it takes; None where that isn't known.
+        vocabulary: how many tokens it knows.
+    """
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    stop: tuple[int, ...]
+    context: int | None
+    vocabulary: int
+
+    def ids(self, prompt: Prompt) -> list[int]:
+        """A prompt's tokens.
+
+        Raises:
+            FimError: it is empty, isn't text, has a token that the model doesn't know, or leaves no room for an
+                answer.
+        """
+        where = f"{prompt.source}, problem {prompt.index}"
+        try:
+            ids = self.tokenizer.encode(prompt.text, add_special_tokens=prompt.special, verbose=False)
+        except Exception as error:  # such as of text that isn't Unicode
+            raise FimError(f"{where}: the tokenizer of {self.name} can't read the prompt ({reason(error)})") from error
+        if not ids:
+            raise FimError(f"{where}: the prompt is empty; expected one token at least for {self.name} to go on from")
+        if max(ids) >= self.vocabulary:
+            raise FimError(
+                f"{where}: the tokenizer gives token {max(ids)}, but {self.name} knows {self.vocabulary}; expected "
+                "the model's own tokenizer"
+            )
+        if self.context is not None and len(ids) >= self.context:
+            raise FimError(
+                f"{where}: the prompt has {len(ids)} tokens, which leaves no room for an answer: {self.name} takes "
+                f"{self.context} with it; leave that problem out"
+            )
+        return ids
+
+    def room(self, ids: Sequence[int], max_tokens: int) -> int:
+        """How many tokens may follow a prompt's."""
+        return max_tokens if self.context is None else min(max_tokens, self.context - len(ids))
+
+    def completion(self, written: Sequence[int]) -> Completion:
+        """What the model wrote, one token at least."""
+        ended = STOP if written[-1] in self.stop else LENGTH
+        ids = list(written[:-1] if ended == STOP else written)
+        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return Completion(str(text), len(written), ended)
+
+
+def load_tokenizer(name: str, path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Args:
+        name: the model, as messages call it.
+        path: its folder, or its name on the Hub.
+        revision: of the Hub's.
+        trust_remote_code: whether it may bring code of its own.
+
+    Raises:
+        FimError: there is none that can be loaded.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            path, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # each kind of tokenizer has its own
+        check_own_code(error)
+        raise FimError(
+            f"{name}: expected a model with a tokenizer, found none that can be loaded ({reason(error)}); put the "
+            "tokenizer's files into its folder"
+        ) from error
+    return tokenizer
+
+
+def stop_tokens(configs: Iterable[Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end an answer: all that the configs and the tokenizer name, and the chat template's."""
+    named = [getattr(config, "eos_token_id", None) for config in configs]
+    named += [tokenizer.eos_token_id, _end_of_turn(tokenizer)]
+    found: set[int] = set()
+    for ids in named:
+        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
+    return tuple(sorted(found))
+
+
+def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token with which the chat template ends what the assistant says, if there is one."""
+    if not tokenizer.chat_template:
+        return None
+    said = "2b7e151628aed2a6"
+    turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": said}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except Exception:  # whatever a template raises; who makes the prompts by it says so
+        return None
+    ids = tokenizer.encode(text.rpartition(said)[2].lstrip(), add_special_tokens=False)
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+    return ids[0] if said in text and ids and ids[0] in special else None
