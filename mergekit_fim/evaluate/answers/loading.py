@@ -64,25 +64,23 @@ def load_model(
         devices = {"device_map": "auto" if where.spread else {"": where.device}}
     try:
         with _no_progress_bars():
-            where_from: dict[str, Any] = {
-                "revision": revision,
-                "trust_remote_code": options.trust_remote_code,
-                "cache_dir": options.transformers_cache,
-            }
-            config = transformers.AutoConfig.from_pretrained(path, **where_from)
+            source: dict[str, Any] = {"revision": revision, "cache_dir": options.transformers_cache}
+            source["trust_remote_code"] = options.trust_remote_code
+            config = transformers.AutoConfig.from_pretrained(path, **source)
             kind = auto_class(config, options.trust_remote_code) or transformers.AutoModelForCausalLM
             loaded: Any = kind.from_pretrained(
-                path, dtype=dtype or "auto", output_loading_info=True, **where_from, **devices
+                path, dtype=dtype or "auto", output_loading_info=True, **source, **devices
             )
     except Exception as error:  # transformers, huggingface_hub, safetensors and torch have their own
         check_own_code(error)
         wanted = "memory for its weights" if is_out_of_memory(error) else "a causal language model that can be loaded"
         raise FimError(f"{name}: expected {wanted}, found none ({reason(error)})") from error
-    model, found = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
-    if found["missing_keys"]:
+    model, info = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
+    missing = info["missing_keys"]
+    if missing:
         raise FimError(
-            f"{name}: the checkpoint lacks {len(found['missing_keys'])} of the model's tensors, such as "
-            f"{min(found['missing_keys'])}, which would be random; download or save the model again"
+            f"{name}: the checkpoint lacks {len(missing)} of the model's tensors, such as {min(missing)}, which would "
+            "be random; download or save the model again"
         )
     if dtype is None and model.dtype in (torch.bfloat16, torch.float16):
         nn.Module.to(model, running_dtype(model.dtype, where.device))
