@@ -1,9 +1,11 @@
 """Read and write files: JSON of ours, and whatever must be there whole or not at all."""
 
 import contextlib
-import glob
+import hashlib
 import json
 import os
+import platform
+import re
 import secrets
 import shutil
 import time
@@ -16,7 +18,11 @@ REPORT_FORMAT = "mergekit-fim/report"  # of a merge's report
 REPORT_NAME = "fim_report.json"
 
 PART = ".mergekit-fim-part"  # the name of an unfinished file or folder ends like this
-_ABANDONED = 24 * 3600.0  # seconds without a change after which nobody works on one any more
+
+# The name says which process is at it. Give up a file of another machine at this age, in seconds: none of ours takes as
+# long to write. Never give up a folder of another machine: a large merge may take longer.
+_PART = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}" + re.escape(PART))
+_STALE = 3600.0
 
 # A measurement of 1,000 sequences on the 126 layers of a 405B model has 3 MB.
 _LARGEST_FILE = 64 << 20
@@ -24,12 +30,8 @@ _LARGEST_FILE = 64 << 20
 
 def part_path(folder: str, name: str) -> str:
     """Choose a unique name in `folder` for the unfinished `name`, and remove what killed processes left there."""
-    for part in glob.glob(os.path.join(glob.escape(folder), f".*{PART}")):
-        with contextlib.suppress(OSError):  # another process was quicker
-            inside = glob.glob(os.path.join(glob.escape(part), "*"))  # a model's folder, which gets its files
-            if time.time() - max(map(os.path.getmtime, (part, *inside))) > _ABANDONED:
-                shutil.rmtree(part) if os.path.isdir(part) else os.remove(part)
-    return os.path.join(folder, f".{name}.{secrets.token_hex(8)}{PART}")
+    _remove_abandoned(folder)
+    return os.path.join(folder, f".{name}.{_machine()}-{os.getpid()}-{secrets.token_hex(4)}{PART}")
 
 
 @contextlib.contextmanager
@@ -57,6 +59,42 @@ def written_whole(path: str) -> Iterator[str]:
         if is_file:
             with contextlib.suppress(OSError):
                 os.remove(part)
+
+
+def _machine() -> str:
+    """Tell where a process number means this process. Containers may share a host's name, and count for themselves."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):  # only Linux has these
+        parts.append(os.readlink("/proc/self/ns/pid"))
+        with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+            parts.append(file.read())
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]
+
+
+def _remove_abandoned(folder: str) -> None:
+    names: list[str] = []
+    with contextlib.suppress(OSError):  # a folder that may be written to and not read
+        names = os.listdir(folder)
+    for name in (name for name in names if name.endswith(PART)):
+        path = os.path.join(folder, name)
+        with contextlib.suppress(OSError):  # another process was quicker
+            is_folder = os.path.isdir(path)
+            if _is_of_dead_process(name) or (not is_folder and time.time() - os.path.getmtime(path) > _STALE):
+                shutil.rmtree(path) if is_folder else os.remove(path)
+
+
+def _is_of_dead_process(part: str) -> bool:
+    """Tell whether the process has ended. On other machines, and on Windows, nobody knows."""
+    match = _PART.fullmatch(part)
+    if match is None or match["machine"] != _machine() or os.name != "posix":
+        return False
+    try:
+        os.kill(int(match["process"]), 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # of another user
+        return False
+    return False
 
 
 def read_json(path: str, where: str | None = None) -> Any:

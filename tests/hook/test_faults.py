@@ -11,6 +11,7 @@ import shutil
 import signal
 import stat
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,10 +122,6 @@ class Work(abc.ABC):
         assert may_fail or job.get("fault") or done.status == 0, done.stderr
         return done
 
-    def unfinished(self) -> list[Path]:
-        """What a killed process left, which stays for a day."""
-        return [path for folder in (self.out, self.cache) for path in folder.iterdir() if path.name.endswith(PART)]
-
     @abc.abstractmethod
     def check_stopped(self, same: Callable[[dict[str, bytes], dict[str, bytes]], bool] = operator.eq) -> None:
         """Nothing that has the name of a result is less than one."""
@@ -182,7 +179,7 @@ def test_stopped_at_any_moment(number, work):
     for kind, at in moments(work.calls):
         work.reset()
         done = work.run(fault=(kind, at, number))
-        left = work.unfinished()
+        left = [p for folder in (work.out, work.cache) for p in folder.iterdir() if p.name.endswith(PART)]
         if number == signal.SIGKILL:
             assert done.status == -signal.SIGKILL
             parts += left
@@ -192,8 +189,6 @@ def test_stopped_at_any_moment(number, work):
             assert left == []
         work.check_stopped()
         assert contents(work.cache).items() - {(p.name, p.read_bytes()) for p in left} <= work.kept.items()
-        for part in left:
-            part.unlink()
         work.run()
         assert contents(work.out) == work.whole, (kind, at)
         assert contents(work.cache) == work.kept, (kind, at)
@@ -316,8 +311,6 @@ def test_little_memory(megabytes, work):
     assert not kept or agree(kept, work.kept)
     for name in kept:
         read_measurement(str(work.cache / name))
-    for part in work.unfinished():
-        part.unlink()
     work.run()
     assert agree(contents(work.out), work.whole)
     assert agree(contents(work.cache), work.kept)
@@ -410,20 +403,31 @@ def test_a_model_whose_own_code_fails_is_refused_in_one_line(merge, tmp_path):
     ends_in_one_line(result, *words, absent=target)
 
 
-def test_unfinished_files_go_after_a_day(tmp_path):
-    """Nobody works on them any more; what isn't ours stays, and a folder into which a merge still writes."""
-    old, new, other = (tmp_path / name for name in (f".a.json.1{PART}", f".b.json.1{PART}", ".c.json.1.part"))
-    for path in (old, new, other):
-        path.write_text("{")
-    abandoned, written = tmp_path / f".a.1{PART}", tmp_path / f".b.1{PART}"
-    for folder in (abandoned, written):  # as of `mergekit-fim merge`
-        (folder / "model").mkdir(parents=True)
-        (folder / "model" / "model.safetensors").write_text("")
-        os.utime(folder, (0, 0))
-    for path in (old, other, abandoned / "model"):
-        os.utime(path, (0, 0))
+def test_unfinished_files_of_others_are_left(tmp_path):
+    """Those of processes that are at it here or, for an hour, on another machine; and what isn't ours."""
+    machine = files._machine()
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    process.wait(timeout=60)
+    ended = process.pid
+    names = {
+        "dead": f".f.json.{machine}-{ended}-0123abcd{PART}",
+        "alive": f".f.json.{machine}-{os.getppid()}-0123abcd{PART}",
+        "elsewhere": f".f.json.{'0' * 8}-{ended}-0123abcd{PART}",
+        "not ours": f".f.json.{machine}-{ended}-0123abcd.part",
+    }
+    for name in names.values():
+        (tmp_path / name).write_text("{")
+    folders = {key: f".model.{machine}-{names[key].split('-')[1]}-0123abcd{PART}" for key in ("dead", "alive")}
+    for name in folders.values():  # as of `mergekit-fim merge`
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("")
+        os.utime(tmp_path / name, (0, 0))
     files.write_json(str(tmp_path / "f.json"), {})
-    assert {path.name for path in tmp_path.iterdir()} == {"f.json", new.name, other.name, written.name}
+    left = {"f.json", f"{folders['alive']}/model.safetensors", *names.values()} - {names["dead"]}
+    assert set(contents(tmp_path)) == left
+    os.utime(tmp_path / names["elsewhere"], (0, 0))
+    files.write_json(str(tmp_path / "f.json"), {})
+    assert set(contents(tmp_path)) == left - {names["elsewhere"]}
 
 
 def test_what_is_no_file_is_written_to_as_it_is(tmp_path):
@@ -440,3 +444,10 @@ def test_what_is_no_file_is_written_to_as_it_is(tmp_path):
         assert (tmp_path / "link.json").is_symlink()
         assert json.loads((tmp_path / "folder" / "target.json").read_text()) == content
     assert os.listdir(tmp_path / "folder") == ["target.json"]
+
+
+def test_a_process_number_means_a_process_of_one_container(monkeypatch):
+    own = files._machine()
+    original = os.readlink
+    monkeypatch.setattr(os, "readlink", lambda path: "pid:[1]" if path == "/proc/self/ns/pid" else original(path))
+    assert files._machine() != own

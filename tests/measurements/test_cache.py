@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from merges import Merge, config_for, unwrapped
 import mergekit_fim.prepass.measured
 from mergekit_fim.cli import main
 from mergekit_fim.config.parameters import FisherSettings
+from mergekit_fim.files import PART
 from mergekit_fim.measurements import store as cache
 from mergekit_fim.measurements.file import write_measurement
 from mergekit_fim.measurements.store import read_measurement
@@ -180,6 +182,16 @@ def test_a_cache_that_cannot_be_written(kind, pair, merge, cache_folder, measure
     out, _ = merge.ok(config_for(pair))
     assert "not kept for the next merge" in caplog.text
     assert reference.report(out)["fisher"]["layers"]
+
+
+def test_what_a_killed_process_left_is_removed(pair, merge, cache_folder):
+    old, new = cache_folder / f".a.json.1-2{PART}", cache_folder / f".b.json.1-2{PART}"
+    for part in (old, new):
+        part.write_text("{")
+    os.utime(old, (time.time() - 7200,) * 2)
+    merge.ok(config_for(pair))
+    assert not old.exists()
+    assert new.exists()  # maybe of a process that is still at it
 
 
 def test_two_processes_at_once(pair, warm, cache_folder, tmp_path):
