@@ -826,6 +826,11 @@ def test_refining_goes_to_the_widest_gap():
     assert next_strength(by_accuracy, base, long) == pytest.approx(0.3)
     assert next_strength([Point(0.5, 0.2, 10), Point(0.504, 0.8, 110)], base, long) is None
     assert next_strength([long], base, long) is None
+    # 0.4 of the way in tokens is less than all of it in accuracy, which counts half.
+    by_parts = [Point(0.2, 0.2, 10), Point(0.4, 0.2, 50), Point(0.6, 0.8, 50)]
+    assert next_strength(by_parts, base, long) == pytest.approx(0.5)
+    as_long = Point(0, 0.2, 110)  # base and long model write as much
+    assert next_strength([as_long, Point(0.5, 0.3, 110), long], as_long, long) == pytest.approx(0.75)
 
 
 def strengths(record: dict, method: str) -> list[float]:
