@@ -20,6 +20,7 @@ FORMS = "a JSONL file, reasoning-gym:TASK[:JSON] or hf:DATASET[:CONFIG][:SPLIT]"
 
 # Files that `datasets` reads, by how their names end.
 _BUILDERS = {"jsonl": "json", "json": "json", "parquet": "parquet", "csv": "csv"}
+_LONGEST_LINE = 1 << 20  # bytes; a file without line ends would fill the memory
 _OBJECT = TypeAdapter(dict[str, Any])
 
 
@@ -137,7 +138,12 @@ def _of_file(path: str, names: tuple[str, str], system: str | None) -> tuple[lis
     problems: list[Problem] = []
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
+                if len(line) > _LONGEST_LINE:
+                    raise FimError(
+                        f"{path}, line {number}: expected a problem of at most {_LONGEST_LINE >> 20} MB, found a "
+                        "longer line; write one object a line"
+                    )
                 checksum.update(line)
                 text = line.removeprefix(b"\xef\xbb\xbf").strip()
                 if text:

@@ -156,6 +156,13 @@ def test_bad_files(content, words, tmp_path):
         refused(str(path), str(path), *words, n=n)
 
 
+def test_a_line_without_end_is_not_read_to_its_end(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.truncate(100 << 30)  # more than memory: a hole, which takes no room
+    refused(str(path), "line 1", "a longer line")
+
+
 @pytest.mark.parametrize("source", ["", "missing.jsonl", "reasoning_gym:chain_sum", "gsm8k", "HF:gsm8k", "a\nb"])
 def test_what_is_no_source(source):
     refused(source, FORMS)
