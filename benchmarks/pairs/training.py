@@ -45,8 +45,8 @@ def train(model: Any, name: str, questions: Batch, how: Training, *, pack: bool)
         how: how long and how hard to train.
         pack: whether the model takes masks of four axes. Each prompt is then read once for all of its replies.
     """
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not how.layers_alone or layer_of(name) is not None)
+    for tensor, parameter in model.named_parameters():
+        parameter.requires_grad_(not how.layers_alone or layer_of(tensor) is not None)
     optimizers = _optimizers(model, how)
     warm = min(50, how.steps // 10 + 1)
     schedules = [

@@ -32,6 +32,7 @@ from benchmarks.evidence.variants import EXPLORED, LISTED, VARIANTS, Variant
 from benchmarks.pages import put
 from benchmarks.pairs.recipes import KINDS, core_seconds, make, note, noted, seconds
 from benchmarks.pairs.tasks import characters, columns, gym, words
+from benchmarks.pairs.training import Training
 from example_configs.demo import prompt_ids
 from mergekit_fim.evaluate.front.bootstrap import Outcomes
 from mergekit_fim.evaluate.problems import grader
@@ -127,6 +128,22 @@ def test_a_long_model_that_was_trained_otherwise_is_no_one_sided_one(tmp_path):
     note(tmp_path, run="training of long", seconds=1.0, nats=None, one_sided=60)
     with pytest.raises(ValueError, match="expected a long model of one_sided 300, found 60"):
         make(KINDS["words"], "words", 0, tmp_path, 300)
+
+
+def test_a_kind_without_a_parent_starts_from_the_base(tmp_path):
+    kind = replace(KINDS["scratch-llama"], parent=None, child=Training(9, 2, 1e-3, layers_alone=True))
+    with pytest.raises(ValueError, match="has no parent: expected --one-sided STEPS"):
+        make(kind, "orphan", 0, tmp_path)
+    torch.manual_seed(0)
+    untrained, _ = kind.start(0)
+    torch.manual_seed(0)
+    make(kind, "orphan", 0, tmp_path, 2)
+    assert not (tmp_path / "parent").exists()
+    assert [line["run"] for line in noted(tmp_path)] == ["training of base", "training of long"]
+    start, base, long = (untrained.state_dict(), *(reference.load(tmp_path / name) for name in ("base", "long")))
+    assert all((base[name] == start[name].numpy()).all() for name in base)
+    moved = {name for name in base if (base[name] != long[name]).any()}
+    assert moved == {name for name in base if ".layers." in name}  # the embeddings, the head and the last norm stay
 
 
 @pytest.fixture(scope="module")
