@@ -1,4 +1,4 @@
-"""Run a sweep's statistics on simulated runs whose fronts are known. This gives the figures of docs/sweep.md.
+"""Run a sweep's statistics on simulated runs whose fronts are known. This gives the figures of docs/statistics.md.
 
     python benchmarks/fronts.py [--sweeps 100]
 

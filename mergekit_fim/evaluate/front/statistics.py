@@ -71,7 +71,7 @@ class RunSummary:
 class Area:
     """The mean height of a front between the base's and the long model's mean tokens, in units of accuracy.
 
-    docs/sweep.md says how far luck moves these figures, and how often their intervals hold the truth
+    docs/statistics.md says how far luck moves these figures, and how often their intervals hold the truth
     (`benchmarks/fronts.py`).
 
     Attributes:
