@@ -1,4 +1,4 @@
-"""Estimate what a merge costs at sizes and on machines that were not at hand: the table of docs/scale.md.
+"""Estimate what a merge and a sweep cost at sizes and on machines that were not at hand: the tables of docs/scale.md.
 
     python benchmarks/scale.py
 
@@ -55,7 +55,7 @@ SHAPES = [
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates in operations or bytes per second; `gpu` is the memory of one GPU."""
+    """Rates in operations or bytes per second; `gpu` is the memory of one GPU, and `memory` how fast it reads that."""
 
     name: str
     gpus: int
@@ -64,17 +64,17 @@ class Machine:
     cores: int
     disk: float
     bus: float
+    memory: float
 
 
-MACHINES = [
-    Machine("one 24 GB GPU, 16 cores", 1, 24 * GB, 70e12, 16, 3 * GB, 20 * GB),
-    Machine("eight 80 GB GPUs, 64 cores", 8, 80 * GB, 350e12, 64, 5 * GB, 40 * GB),
-]
+SMALL_GPU = Machine("one 24 GB GPU, 16 cores", 1, 24 * GB, 70e12, 16, 3 * GB, 20 * GB, 900 * GB)
+LARGE_GPU = Machine("one 80 GB GPU, 16 cores", 1, 80 * GB, 350e12, 16, 3 * GB, 40 * GB, 2000 * GB)
+MACHINES = [SMALL_GPU, Machine("eight 80 GB GPUs, 64 cores", 8, 80 * GB, 350e12, 64, 5 * GB, 40 * GB, 2000 * GB)]
 
 # The machine of what was run. At its rate of arithmetic the pair of 1.5B would take 10.8 s. At its rate of the disk the
 # pair of 7B was read. MEASURED has seconds of the pre-pass and of the merge after it, imports included.
 SMALL = Shape("1.5B", 28, 1536, 8960, 256, 151936)
-AS_MEASURED = Machine("two cores, 24 GB, no GPU", 0, 0, SMALL.operations / 10.8, 2, 1.6 * GB, 0)
+AS_MEASURED = Machine("two cores, 24 GB, no GPU", 0, 0, SMALL.operations / 10.8, 2, 1.6 * GB, 0, 0)
 MEASURED = {"7B": (83.3, 135.2 - 83.3)}
 
 
@@ -131,9 +131,49 @@ def table() -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep asks: so many merges, the base and the long model, with so many tokens in the mean answer."""
+
+    merges: int
+    problems: int
+    tokens: int
+
+
+# docs/reproduce.md begins with it: two methods of six strengths on MATH500. The tokens are an assumption.
+SWEEP = Sweep(12, 500, 3000)
+ROOM = 0.9  # the part of a GPU's memory that vLLM takes
+
+
+def sweep(shape: Shape, machine: Machine, asked: Sweep = SWEEP) -> tuple[float, float]:
+    """Return the seconds of a sweep's merges and of its answers, on one GPU that does nothing else.
+
+    - Each merge is one of `estimate`. The measurement is made once, which is left out of account.
+    - Answers are written side by side, as many as fit beside the weights at their full length.
+    - A step writes a token of each. It reads the weights and all keys and values, which are half of the full length in
+      the mean. It takes the longer of reading and arithmetic.
+    """
+    cached = WIDTH * 2 * shape.layers * shape.kv
+    rows = min(asked.problems, (ROOM * machine.gpu - shape.size) // (asked.tokens * cached))
+    reads = shape.size + rows * asked.tokens / 2 * cached
+    step = max(reads / machine.memory, rows * shape.size / WIDTH * 2 / machine.rate)
+    its = estimate(shape, machine)
+    merges = asked.merges * (its.pre_pass + its.merge)
+    return merges, (asked.merges + 2) * asked.problems * asked.tokens / rows * step
+
+
+def sweep_table() -> str:
+    lines = ["| model | machine | merges | answers | run? |", "| --- | --- | --- | --- | --- |"]
+    for shape in (SMALL, SHAPES[0]):
+        for machine in (SMALL_GPU, LARGE_GPU):
+            cells = " | ".join(map(_time, sweep(shape, machine)))
+            lines.append(f"| {shape.name} | {machine.name} | {cells} | **not run** |")
+    return "\n".join(lines)
+
+
 def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(), sweep_table(), sep="\n\n")

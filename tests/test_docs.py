@@ -1,6 +1,7 @@
 """The examples of the documentation run, and its numbers are those of the package."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import re
 import shutil
@@ -60,6 +61,26 @@ SCALE = (ROOT / "docs" / "scale.md").read_text(encoding="utf-8")
 
 def test_the_table_of_costs_is_what_the_script_prints(scale):
     assert scale.table() in SCALE
+    assert scale.sweep_table() in SCALE
+
+
+def test_the_sweep_on_paper_is_that_by_hand(scale):
+    """From the models' shapes and the rates that docs/scale.md names, written out."""
+    large = scale.SHAPES[0]
+    size, cached = 15.23e9, 2 * 2 * 28 * 512  # bytes of the 7B model, and of a token's keys and values
+    rows = (0.9 * 24e9 - size) // (3000 * cached)
+    assert large.size == pytest.approx(size, rel=1e-3)
+    assert rows == 37
+    assert f"only {rows:.0f} answers of the 7B model fit at once" in SCALE
+    step = (size + rows * 1500 * cached) / 900e9  # reading; the arithmetic takes 37 × 2 × 7.6e9 / 70e12 = 0.008 s
+    merges, answers = scale.sweep(large, scale.SMALL_GPU)
+    assert answers == pytest.approx(14 * 500 * 3000 / rows * step, rel=1e-3)
+    its = scale.estimate(large, scale.SMALL_GPU)
+    assert merges == pytest.approx(12 * (its.pre_pass + its.merge))
+    # Where all problems fit at once, more memory gains nothing.
+    few = scale.Sweep(merges=1, problems=10, tokens=100)
+    roomy = dataclasses.replace(scale.LARGE_GPU, gpu=2 * scale.LARGE_GPU.gpu)
+    assert scale.sweep(large, roomy, few)[1] == scale.sweep(large, scale.LARGE_GPU, few)[1]
 
 
 def test_the_costs_on_paper_are_those_by_hand(scale):

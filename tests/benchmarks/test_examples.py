@@ -152,7 +152,7 @@ def test_the_notebook(tmp_path, monkeypatch):
     problems = tmp_path / "problems.jsonl"
     problems.write_text('{"question": "What is 3 + 4?", "answer": 7}\n{"question": "What is 2 + 2?", "answer": 4}\n')
     chosen = {"BASE": str(tmp_path / "base"), "LONG": str(tmp_path / "long"), "PROBLEMS": str(problems)}
-    chosen |= {"STRENGTHS": "0.3,0.6", "MAX_TOKENS": 4}
+    chosen |= {"STRENGTHS": "0.3,0.6", "MORE": 1, "MAX_TOKENS": 4}
     parameters.source += "".join(f"\n{name} = {value!r}" for name, value in chosen.items())
     monkeypatch.setenv("PATH", sysconfig.get_path("scripts"), prepend=os.pathsep)
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # what it installs is there

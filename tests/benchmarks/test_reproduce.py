@@ -201,14 +201,28 @@ def converted(stand_ins):
 
 def test_all_of_the_page_is_run():
     assert len(PYTHON) == 4
-    assert len(SHELL) == 13
-    assert [block.count("mergekit-fim ") for block in SHELL] == [3, 2, 1, 0, *[1] * 9]
-    assert SHELL[3] == "git clone --depth 1 https://github.com/QwenLM/Qwen2.5-Math\n"
+    assert len(SHELL) == 14
+    assert [block.count("mergekit-fim ") for block in SHELL] == [1, 3, 2, 1, 0, *[1] * 9]
+    assert SHELL[4] == "git clone --depth 1 https://github.com/QwenLM/Qwen2.5-Math\n"
+
+
+def test_one_command():
+    """A tied base beside an untied long model, and twelve merges. The second time nothing is new."""
+    record, answers, _ = sweep(SHELL[0])
+    merges = {"fim_kron alpha_mean": 6, "task_arithmetic weight": 6}
+    assert dict(collections.Counter(row.split("=")[0] for row in rows(record)[2:])) == merges
+    assert rows(record)[:2] == ["base", "long"]
+    assert len(answers) == 14 * 3
+    assert sum(merges.values()) == 12
+    assert "merges of six strengths by `fim_kron` and by uniform task" in TEXT
+    with open("Qwen/Qwen2.5-Math-1.5B/config.json", encoding="utf-8") as file:
+        assert json.load(file)["tie_word_embeddings"] is True
+    assert sweep(SHELL[0])[1] == answers
 
 
 def test_the_task_vectors():
     pairs = [(base, long) for base, long, _ in PAIRS.values()] + [QWEN3]
-    for command, pair in zip(SHELL[0].splitlines(), pairs, strict=True):
+    for command, pair in zip(SHELL[1].splitlines(), pairs, strict=True):
         program, *words = shlex.split(command)
         assert (program, words[0], *words[1:3]) == ("mergekit-fim", "delta", *pair)
         result = CliRunner().invoke(main, [*words, "--quiet"])
@@ -231,7 +245,7 @@ STRENGTHS = ("0.4", "0.8")
 
 @pytest.mark.parametrize("pair", ["l2s-1.5b", "qwen3-4b", "l2s-7b"])
 def test_generated_problems(pair):
-    first, second = (command for command in in_loop(SHELL[1]) if f"first-{pair}" in shlex.split(command))
+    first, second = (command for command in in_loop(SHELL[2]) if f"first-{pair}" in shlex.split(command))
     assert named(shlex.split(first), "--n") == ["100"]
     few = ("--n", "2")
     sweep(first, *few)
@@ -248,7 +262,7 @@ def test_generated_problems(pair):
 
 @pytest.mark.parametrize("pair", ["l2s-1.5b", "qwen3-4b", "l2s-7b"])
 def test_generated_problems_by_fim_kron(pair):
-    (command,) = (command for command in in_loop(SHELL[2]) if f"kron-{pair}" in shlex.split(command))
+    (command,) = (command for command in in_loop(SHELL[3]) if f"kron-{pair}" in shlex.split(command))
     record, _, _ = sweep(command, "--n", "2")
     assert sorted(rows(record)) == sorted(["base", "long", *(f"fim_kron alpha_mean={s}" for s in STRENGTHS)])
 
