@@ -1,7 +1,7 @@
 """What passes between the stages of an evaluation: problems, completions, grades and answers. Records alone."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # How a completion ended: by a token that ends a turn, or at the limit of tokens.
@@ -63,11 +63,13 @@ class Completion:
         text: without the tokens that ended it, with special tokens such as <think>.
         tokens: how many the model wrote, by its own tokenizer, with one that ended it.
         ended: `STOP` or `LENGTH`.
+        prompt_tokens: how many the prompt has; None where that isn't known. It is no part of what was written.
     """
 
     text: str
     tokens: int
     ended: str
+    prompt_tokens: int | None = field(default=None, compare=False)
 
 
 # Of which answer, what was written, and what the model was given.
@@ -86,6 +88,8 @@ class Answer:
         found: what was taken for the answer; None where nothing could be.
         note: why it couldn't be graded, if so.
         seconds: its share of the time that generating took.
+        prompt_tokens: how many the prompt has; None where that isn't known.
+        expected: the expected answer; None in rows of earlier versions.
     """
 
     source: str
@@ -100,3 +104,5 @@ class Answer:
     found: str | None
     note: str | None
     seconds: float
+    prompt_tokens: int | None = None
+    expected: str | None = None

@@ -169,12 +169,15 @@ def test_what_is_written(whole):
         *(f"answers/{file_name(run)}.jsonl" for run in RUNS + TWINS),
         *(f"configs/{file_name(run)}.yml" for run in RUNS[2:] + TWINS),
     }
+    problems = whole.talkers.problems.read_text().splitlines()
     for run in record["runs"]:
         rows = [json.loads(line) for line in (whole.out / run["answers"]).read_text().splitlines()]
         assert [(row["source"], row["index"], row["sample"]) for row in rows] == [
             (str(whole.talkers.problems), i, 0) for i in range(COUNT)
         ]
         assert list(rows[0]) == [field.name for field in dataclasses.fields(Answer)]
+        assert [row["prompt_tokens"] for row in rows] == [len(row["prompt"]) for row in rows]
+        assert [row["expected"] for row in rows] == [json.loads(line)["answer"] for line in problems]
         (its,) = (r for r in record["findings"]["summary"]["runs"] if r["run"] == run["run"])
         assert its["accuracy"]["value"] == sum(row["correct"] for row in rows) / COUNT
         assert its["tokens_mean"] == pytest.approx(sum(row["tokens"] for row in rows) / COUNT)
@@ -459,7 +462,7 @@ def test_servers(sweep, stub):
     assert names(record) == ["base", "long", "other", *RUNS[2:]]
     rows = sweep.answers()
     assert [row["text"] for row in rows["other"]] == [row["prompt"].split('"')[-2] for row in rows["other"]]
-    assert [row["tokens"] for row in rows[file_name(run)]] == [3, 3]
+    assert [(row["tokens"], row["prompt_tokens"]) for row in rows[file_name(run)]] == [(3, 5), (3, 5)]
     of = {entry["run"]: entry["of"] for entry in record["runs"]}
     assert of["other"] == of[run] == {"server": started.url, "model": "org/other"}
     assert all(body["max_tokens"] == TOKENS and not body["stream"] for _, body, _ in started.seen)
@@ -693,6 +696,13 @@ def test_answers_are_read_as_they_were_written(tmp_path):
     assert list(read_answers(str(path), keys).values()) == answers
     write_answers(str(path), [*answers, dataclasses.replace(answers[0], text="again")])
     assert list(read_answers(str(path), keys).values()) == answers
+
+
+def test_rows_of_earlier_versions(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROW) + "\n")
+    (answer,) = read_answers(str(path), [("s", 0, 0)]).values()
+    assert (answer.text, answer.prompt_tokens, answer.expected) == ("t", None, None)
 
 
 def test_names_of_files():
