@@ -8,6 +8,7 @@ from typing import Any
 STOP, LENGTH = "stop", "length"
 
 Key = tuple[str, int, int]  # of an answer: source, index, sample
+Message = dict[str, str]  # with `role` and `content`
 
 # What methods call their strength.
 _STRENGTHS = ("alpha_mean", "alpha", "weight", "t", "lambda")
@@ -20,13 +21,24 @@ def ordered_by(settings: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question of a source, its number there from 0, the expected answer, and what the model is told before."""
+    """A question of a source, its number there from 0, the expected answer, and what the model is told before.
+
+    Attributes:
+        shots: turns between the system message and the question, such as answered examples.
+    """
 
     source: str
     index: int
     question: str
     answer: str
     system: str | None = None
+    shots: tuple[Message, ...] = field(default=(), hash=False)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation that the model is to go on with."""
+        told = ({"role": "system", "content": self.system},) if self.system else ()
+        return (*told, *self.shots, {"role": "user", "content": self.question})
 
 
 @dataclass(frozen=True)
