@@ -389,8 +389,8 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     multiple=True,
     required=True,
     metavar="SOURCE",
-    help="A JSONL file of `question` and `answer`, reasoning-gym:TASK[:JSON], or hf:DATASET[:CONFIG][:SPLIT]; again "
-    "for several.",
+    help="A JSONL file of `question` and `answer`, reasoning-gym:TASK[:JSON], hf:DATASET[:CONFIG][:SPLIT], or a task "
+    "of inspect_ai's, inspect:PACKAGE/TASK[:JSON] or inspect:FILE.py@TASK[:JSON]; again for several.",
 )
 @click.option(
     "--set",
@@ -459,6 +459,7 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     show_default=True,
     help="How much less accurate than the long model the run to keep may be, by the interval of their difference.",
 )
+@click.option("--log", type=click.Choice(("inspect",)), help="Write each run to OUT/inspect, too, for `inspect view`.")
 @_no_cache
 def sweep(config_files: tuple[str, ...], out: str, no_cache: bool, options: Any, **wanted: Any) -> None:
     """Let the base, the fine-tuned models and merges of CONFIG_FILES answer problems, and write to the folder OUT what

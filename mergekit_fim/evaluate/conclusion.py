@@ -1,4 +1,4 @@
-"""All runs' answers -> what they show, in `sweep.json`, `sweep.md` and figures."""
+"""All runs' answers -> what they show, in `sweep.json`, `sweep.md` and figures, and logs of inspect_ai's."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -8,8 +8,9 @@ from mergekit_fim.evaluate.front import findings as front
 from mergekit_fim.evaluate.front.figure import write_figure
 from mergekit_fim.evaluate.front.findings import Findings, find, page
 from mergekit_fim.evaluate.one_run import Answers, Asked, answers_so_far
+from mergekit_fim.evaluate.problems.grader import inspected
 from mergekit_fim.evaluate.runs.families import Run
-from mergekit_fim.files import write_text
+from mergekit_fim.files import write_text, written_whole
 from mergekit_fim.measurements.record import versions
 
 _MOMENT = 2.0  # seconds for which another process has a run that it only looks at
@@ -62,6 +63,22 @@ def write_findings(folder: SweepFolder, findings: Findings) -> None:
         write_figure(content["summary"], os.path.join(folder.path, f"sweep.{ending}"))
     text = page(folder.identity, read_record(folder)["runs"], findings, _remedy(folder, findings))
     write_text(os.path.join(folder.path, "sweep.md"), text)
+
+
+def write_logs(folder: SweepFolder, findings: Findings) -> None:
+    """Write a log for inspect_ai of every run.
+
+    Raises:
+        FimError: one of them can't be written.
+    """
+    shown = {run.run for run in findings.summary.runs}
+    for entry in read_record(folder)["runs"]:
+        if entry["run"] in shown:
+            path = folder.log(entry["run"])
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with written_whole(path) as part:
+                about = {"entry": entry, "identity": folder.identity}
+                inspected("inspect_log", path, path=part, answers=folder.answers(entry["run"]), **about)
 
 
 def render(folder: SweepFolder, findings: Findings) -> str:

@@ -49,6 +49,10 @@ class SweepFolder:
         """A merge's config."""
         return os.path.join(self.path, "configs", f"{file_name(run)}.yml")
 
+    def log(self, run: str) -> str:
+        """A run's log, as inspect_ai has them."""
+        return os.path.join(self.path, "inspect", f"{file_name(run)}.eval")
+
     def model(self, run: str) -> str:
         """A merged model."""
         return os.path.join(self.path, "models", file_name(run))

@@ -1,13 +1,14 @@
 """What passes between the stages of an evaluation: problems, completions, grades and answers. Records alone."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # How a completion ended: by a token that ends a turn, or at the limit of tokens.
 STOP, LENGTH = "stop", "length"
 
 Key = tuple[str, int, int]  # of an answer: source, index, sample
+Message = dict[str, str]  # with `role` and `content`
 
 # What methods call their strength.
 _STRENGTHS = ("alpha_mean", "alpha", "weight", "t", "lambda")
@@ -20,13 +21,24 @@ def ordered_by(settings: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Problem:
-    """A question of a source, its number there from 0, the expected answer, and what the model is told before."""
+    """A question of a source, its number there from 0, the expected answer, and what the model is told before.
+
+    Attributes:
+        shots: turns between the system message and the question, such as answered examples.
+    """
 
     source: str
     index: int
     question: str
     answer: str
     system: str | None = None
+    shots: tuple[Message, ...] = field(default=(), hash=False)
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation that the model is to go on with."""
+        told = ({"role": "system", "content": self.system},) if self.system else ()
+        return (*told, *self.shots, {"role": "user", "content": self.question})
 
 
 @dataclass(frozen=True)
@@ -63,11 +75,13 @@ class Completion:
         text: without the tokens that ended it, with special tokens such as <think>.
         tokens: how many the model wrote, by its own tokenizer, with one that ended it.
         ended: `STOP` or `LENGTH`.
+        prompt_tokens: how many the prompt has; None where that isn't known. It is no part of what was written.
     """
 
     text: str
     tokens: int
     ended: str
+    prompt_tokens: int | None = field(default=None, compare=False)
 
 
 # Of which answer, what was written, and what the model was given.
@@ -86,6 +100,8 @@ class Answer:
         found: what was taken for the answer; None where nothing could be.
         note: why it couldn't be graded, if so.
         seconds: its share of the time that generating took.
+        prompt_tokens: how many the prompt has; None where that isn't known.
+        expected: the expected answer; None in rows of earlier versions.
     """
 
     source: str
@@ -100,3 +116,5 @@ class Answer:
     found: str | None
     note: str | None
     seconds: float
+    prompt_tokens: int | None = None
+    expected: str | None = None

@@ -23,7 +23,7 @@ from mergekit_fim.evaluate.answers.by_vllm import Vllm, is_known, parse_argument
 from mergekit_fim.evaluate.answers.engine import Decoding, Engine
 from mergekit_fim.evaluate.answers.generation import Transformers
 from mergekit_fim.evaluate.answers.prompts import file_template, prompts
-from mergekit_fim.evaluate.conclusion import conclude, is_concluded, write_findings
+from mergekit_fim.evaluate.conclusion import conclude, is_concluded, write_findings, write_logs
 from mergekit_fim.evaluate.folder import SweepFolder, agreed_dtype, concluding, open_folder, taken, writing
 from mergekit_fim.evaluate.front.findings import Findings
 from mergekit_fim.evaluate.front.fronts import pareto_set
@@ -251,4 +251,6 @@ def _conclude(
                 write_section(path, measured=markdown_rows(findings.summary, shown))
     _drop(asked, answers, wanted.keep)
     write_findings(asked.folder, findings)
+    if wanted.log is not None:
+        write_logs(asked.folder, findings)
     return findings

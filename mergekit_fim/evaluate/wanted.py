@@ -9,7 +9,7 @@ from typing import Any
 
 from mergekit.config import MergeConfiguration
 
-from mergekit_fim.errors import FimError
+from mergekit_fim.errors import FimError, require
 from mergekit_fim.evaluate.answers.prompts import Template
 from mergekit_fim.evaluate.answers.server import Server, connect
 from mergekit_fim.evaluate.problems.questions import Questions
@@ -45,6 +45,7 @@ class Wanted:
     engine_args: str | None
     mix_engines: bool
     margin: float
+    log: str | None
 
 
 def check_options(wanted: Wanted) -> None:
@@ -62,6 +63,8 @@ def check_options(wanted: Wanted) -> None:
             raise FimError(f"--{option}: expected a whole number of at least {least}, found {value}; change it")
     if not 0 <= wanted.temperature < float("inf"):
         raise FimError(f"--temperature: expected a finite number of at least 0, found {wanted.temperature}; change it")
+    if wanted.log is not None:
+        require("inspect_ai", "inspect")
     if not 0 <= wanted.margin < 1:
         raise FimError(f"--margin: expected a number of at least 0 and below 1, found {wanted.margin}; change it")
     if wanted.samples > 1 and wanted.temperature == 0:

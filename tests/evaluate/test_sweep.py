@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner, Result
+from inspecting import inspect
 from launching import together
 from mergekit.options import MergeOptions
 from merges import ends_in_one_line, unwrapped
@@ -39,7 +41,8 @@ from mergekit_fim.evaluate.answers.loading import load_model
 from mergekit_fim.evaluate.answers.prompts import Prompt
 from mergekit_fim.evaluate.answers.tokens import load_tokenizer
 from mergekit_fim.evaluate.folder import SweepFolder, file_name, read_answers, taken, write_answers
-from mergekit_fim.evaluate.problems.grading import grade_math
+from mergekit_fim.evaluate.problems.grader import GRADER
+from mergekit_fim.evaluate.problems.grading import final_answer, grade_math
 from mergekit_fim.evaluate.records import Answer
 from mergekit_fim.evaluate.runs.refine import Point, next_strength
 from mergekit_fim.files import PART
@@ -169,12 +172,15 @@ def test_what_is_written(whole):
         *(f"answers/{file_name(run)}.jsonl" for run in RUNS + TWINS),
         *(f"configs/{file_name(run)}.yml" for run in RUNS[2:] + TWINS),
     }
+    problems = whole.talkers.problems.read_text().splitlines()
     for run in record["runs"]:
         rows = [json.loads(line) for line in (whole.out / run["answers"]).read_text().splitlines()]
         assert [(row["source"], row["index"], row["sample"]) for row in rows] == [
             (str(whole.talkers.problems), i, 0) for i in range(COUNT)
         ]
         assert list(rows[0]) == [field.name for field in dataclasses.fields(Answer)]
+        assert [row["prompt_tokens"] for row in rows] == [len(row["prompt"]) for row in rows]
+        assert [row["expected"] for row in rows] == [json.loads(line)["answer"] for line in problems]
         (its,) = (r for r in record["findings"]["summary"]["runs"] if r["run"] == run["run"])
         assert its["accuracy"]["value"] == sum(row["correct"] for row in rows) / COUNT
         assert its["tokens_mean"] == pytest.approx(sum(row["tokens"] for row in rows) / COUNT)
@@ -448,6 +454,110 @@ def test_progress(sweep):
     assert "Fisher" not in result.stdout  # the table of coefficients, once a merge
 
 
+# inspect_ai
+
+TASK = """
+from inspect_ai import Task, task
+from inspect_ai.dataset import json_dataset
+from inspect_ai.scorer import includes
+from inspect_ai.solver import generate, multiple_choice, prompt_template, system_message
+
+
+@task
+def short():
+    data = json_dataset("short.jsonl")
+    solvers = [system_message("Sum:"), prompt_template("{prompt}!"), generate()]
+    return Task(dataset=data, solver=solvers, scorer=includes())
+
+
+@task
+def failing():
+    return Task(dataset=json_dataset("short.jsonl"), solver=multiple_choice(), scorer=includes())
+"""
+READ = """
+import json, sys
+from inspect_ai.log import list_eval_logs, read_eval_log
+found = {}
+for log in map(read_eval_log, list_eval_logs(sys.argv[1])):
+    assert log.status == "success"
+    samples = []
+    for its in log.samples:
+        score = its.scores["correct"].value if its.scores else None
+        tokens = [its.output.usage.input_tokens, its.output.usage.output_tokens]
+        samples.append([its.id, its.epoch - 1, its.input, its.target, score, *tokens, its.output.stop_reason])
+    (score,) = log.results.scores
+    total = log.stats.model_usage[log.eval.model].output_tokens
+    found[log.eval.model] = [samples, score.metrics["accuracy"].value, total]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def short(sweep) -> str:
+    (sweep.folder / "task.py").write_text(TASK)
+    with open(sweep.folder / "short.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"input": f"{i} + {i}", "target": str(2 * i)}) + "\n" for i in range(5))
+    return f"inspect:{sweep.folder}/task.py@short"
+
+
+def test_a_task_of_inspects(short, sweep, monkeypatch):
+    """It is answered, gone on with and logged as other problems are."""
+    file = str(sweep.talkers.problems)
+    more = sweep.folder / "more.jsonl"
+    more.write_text('{"question": "a?", "answer": "Paris"}\n{"question": "b?", "answer": 3}\n')
+    options = ["--problems", short, "--problems", file, "--problems", str(more), "--set", "alpha_mean=0.5"]
+    options += ["--n", "5", "--temperature", "0.9", "--samples", "2"]
+    sweep.ok(*options)
+    answers = sweep.answers()
+    rows = [row for rows in answers.values() for row in rows if row["source"] == short]
+    assert len(rows) == 3 * 5 * 2
+    assert all(row["prompt"] == f"Sum: {row['index']} + {row['index']}!" for row in rows)
+    finals = [final_answer(row["prompt"], row["text"])[0] or "" for row in rows]
+    assert [row["correct"] for row in rows] == [
+        row["expected"] in final for row, final in zip(rows, finals, strict=True)
+    ]
+    assert {row["correct"] for row in rows} == {True, False}
+    path = sweep.out / "answers" / "long.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:3]))
+    sweep.ok(*options)
+    assert sweep.answers() == answers
+    assert not (sweep.out / "inspect").exists()
+    monkeypatch.delattr(generation, "load_model")  # all is answered
+    sweep.ok(*options, "--log", "inspect")
+    logs = inspect(READ, str(sweep.out / "inspect"), folder=sweep.folder)
+    assert {file_name(run) for run in logs} == answers.keys()
+    for run, (samples, accuracy, tokens) in logs.items():
+        its = answers[file_name(run)]
+        score = {True: "C", False: "I", None: None}
+        ended = {"stop": "stop", "length": "max_tokens"}
+        expected = [
+            [
+                *(f"{row['source']}, {row['index']}", row["sample"], row["prompt"], row["expected"]),
+                *(score[row["correct"]], row["prompt_tokens"], row["tokens"], ended[row["ended"]]),
+            ]
+            for row in its
+        ]
+        assert sorted(samples, key=str) == sorted(expected, key=str)
+        graded = [row["correct"] for row in its if row["correct"] is not None]
+        assert accuracy == sum(graded) / len(graded)
+        assert tokens == sum(row["tokens"] for row in its)
+
+
+def test_a_task_that_changes_or_fails(short, sweep):
+    options = ["--problems", short, "--set", "alpha_mean=0.5", "--n", "2"]
+    ends_in_one_line(sweep("--problems", short.replace("short", "failing")), "whose solver fails", absent=sweep.out)
+    sweep.ok(*options)
+    (sweep.folder / "task.py").write_text(TASK.replace("Sum:", "Add:"))
+    GRADER.close()
+    ends_in_one_line(sweep(*options), "another sweep", "problems[0].fingerprint")
+
+
+def test_a_log_without_inspect_ai(sweep, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "inspect_ai" else find(name))
+    ends_in_one_line(sweep("--log", "inspect"), "pip install 'mergekit-fim[inspect]'", absent=sweep.out)
+
+
 # Servers
 
 
@@ -459,7 +569,7 @@ def test_servers(sweep, stub):
     assert names(record) == ["base", "long", "other", *RUNS[2:]]
     rows = sweep.answers()
     assert [row["text"] for row in rows["other"]] == [row["prompt"].split('"')[-2] for row in rows["other"]]
-    assert [row["tokens"] for row in rows[file_name(run)]] == [3, 3]
+    assert [(row["tokens"], row["prompt_tokens"]) for row in rows[file_name(run)]] == [(3, 5), (3, 5)]
     of = {entry["run"]: entry["of"] for entry in record["runs"]}
     assert of["other"] == of[run] == {"server": started.url, "model": "org/other"}
     assert all(body["max_tokens"] == TOKENS and not body["stream"] for _, body, _ in started.seen)
@@ -693,6 +803,13 @@ def test_answers_are_read_as_they_were_written(tmp_path):
     assert list(read_answers(str(path), keys).values()) == answers
     write_answers(str(path), [*answers, dataclasses.replace(answers[0], text="again")])
     assert list(read_answers(str(path), keys).values()) == answers
+
+
+def test_rows_of_earlier_versions(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(ROW) + "\n")
+    (answer,) = read_answers(str(path), [("s", 0, 0)]).values()
+    assert (answer.text, answer.prompt_tokens, answer.expected) == ("t", None, None)
 
 
 def test_names_of_files():

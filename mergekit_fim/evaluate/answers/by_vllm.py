@@ -136,7 +136,8 @@ def _answers(
             for output in engine.step():
                 if output.finished:
                     left.discard(output.request_id)
-                    yield read[output.request_id][0], reader.completion(output.outputs[0].token_ids)
+                    prompt, ids = read[output.request_id]
+                    yield prompt, reader.completion(ids, output.outputs[0].token_ids)
     finally:
         engine.abort_request(list(left))
 

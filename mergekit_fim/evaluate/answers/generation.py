@@ -111,7 +111,7 @@ def _completions(model: LanguageModel, waiting: list[Row], decoding: Decoding) -
             _free(model.model.device)
         for row in rows:
             if row.ended:
-                yield row.prompt, model.completion(row.written)
+                yield row.prompt, model.completion(row.ids, row.written)
         live = [row for row in rows if not row.ended]
         if batch is None:  # they go on later from what they wrote
             waiting, live = [*waiting, *live], []

@@ -13,6 +13,7 @@ T = TypeVar("T")
 
 class _Usage(BaseModel):
     completion_tokens: Annotated[int, Field(ge=0)]
+    prompt_tokens: Annotated[int, Field(ge=0)] | None = None
 
 
 class _Message(BaseModel):
@@ -102,7 +103,7 @@ def completion(response: str, max_tokens: int, *, is_chat: bool) -> Completion:
             f"expected an answer of at most {max_tokens} tokens, and their number, found {len(text)} characters of "
             f"{brief(tokens)} tokens"
         )
-    return Completion(text, tokens, ended)
+    return Completion(text, tokens, ended, answer.usage.prompt_tokens)
 
 
 def _whole(message: _Message, ended: str) -> str:

@@ -8,9 +8,7 @@ from typing import Any
 
 from mergekit_fim.errors import FimError, reason
 from mergekit_fim.evaluate.problems.questions import Questions
-from mergekit_fim.evaluate.records import Key, Problem
-
-Message = dict[str, str]  # with `role` and `content`
+from mergekit_fim.evaluate.records import Key, Message, Problem
 
 
 @dataclass(frozen=True)
@@ -66,16 +64,10 @@ def prompts(questions: Questions, keys: Iterable[Key], template: Template | None
         FimError: the template fails on one of the problems.
     """
     if template is None:
-        turns = [(key, _messages(questions.problem(key))) for key in keys]
+        turns = [(key, questions.problem(key).messages) for key in keys]
         return [Prompt(*key, json.dumps(its, ensure_ascii=False), special=False, messages=its) for key, its in turns]
     special = template.kind == "file"
     return [Prompt(*key, template.prompt(questions.problem(key)), special=special) for key in keys]
-
-
-def _messages(problem: Problem) -> tuple[Message, ...]:
-    """A problem as a conversation: what the model is told first, if anything, and the question."""
-    system = ({"role": "system", "content": problem.system},) if problem.system else ()
-    return (*system, {"role": "user", "content": problem.question})
 
 
 def chat_template(name: str, tokenizer: Any) -> Template:
@@ -97,14 +89,14 @@ def chat_template(name: str, tokenizer: Any) -> Template:
         ) from None
 
     def prompt(problem: Problem) -> str:
-        made = tokenizer.apply_chat_template(list(_messages(problem)), tokenize=False, add_generation_prompt=True)
+        made = tokenizer.apply_chat_template(list(problem.messages), tokenize=False, add_generation_prompt=True)
         return str(made)
 
     return Template("chat", text, _guarded(prompt, f"{name}: its chat template"))
 
 
 def file_template(path: str) -> Template:
-    """The user's, of a file: Jinja that is given `question` and `system`, the latter None where there is none.
+    """The user's, of a file: Jinja that is given `question`, `system` (None where there is none), and `messages`.
 
     Raises:
         FimError: it can't be read, or isn't Jinja; its `prompt`, where that fails.
@@ -125,11 +117,14 @@ def file_template(path: str) -> Template:
         template = environment.from_string(text)
     except TemplateError as error:
         raise FimError(f"{path}: expected a template in Jinja, found something else ({reason(error)})") from error
-    if not {"question"} <= _variables(environment, text):
+    variables = _variables(environment, text)
+    if not variables & {"question", "messages"}:
         raise FimError(f"{path}: expected a template with {{{{ question }}}} in it, found none; add it")
 
     def prompt(problem: Problem) -> str:
-        return template.render(question=problem.question, system=problem.system)
+        if problem.shots and "messages" not in variables:
+            raise ValueError("the problem has answered examples, which a template has as `messages`")
+        return template.render(question=problem.question, system=problem.system, messages=problem.messages)
 
     return Template("file", text, _guarded(prompt, path))
 

@@ -60,12 +60,12 @@ class Reader:
         """How many tokens may follow a prompt's."""
         return max_tokens if self.context is None else min(max_tokens, self.context - len(ids))
 
-    def completion(self, written: Sequence[int]) -> Completion:
-        """What the model wrote, one token at least."""
+    def completion(self, ids: Sequence[int], written: Sequence[int]) -> Completion:
+        """What the model wrote after a prompt's tokens, one token at least."""
         ended = STOP if written[-1] in self.stop else LENGTH
-        ids = list(written[:-1] if ended == STOP else written)
-        text = self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        return Completion(str(text), len(written), ended)
+        shown = list(written[:-1] if ended == STOP else written)
+        text = self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return Completion(str(text), len(written), ended, len(ids))
 
 
 def load_tokenizer(name: str, path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:

@@ -17,7 +17,7 @@ from typing import Any
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate.problems import served
-from mergekit_fim.evaluate.problems.served import MAKING_SECONDS, MEMORY
+from mergekit_fim.evaluate.problems.served import LOADING_SECONDS, MAKING_SECONDS, MEMORY
 from mergekit_fim.evaluate.records import Grade
 
 GRADING_SECONDS = 10  # for one answer, or one expected answer
@@ -128,6 +128,21 @@ def problem(index: int, **source: Any) -> dict[str, Any]:
         raise FimError(
             f"reasoning-gym:{source['task']}: problem {index} couldn't be made within {MAKING_SECONDS} seconds; take "
             "another configuration"
+        ) from error
+
+
+def inspected(do: str, where: str, **request: Any) -> Any:
+    """Have something done with inspect_ai; `where` names what, for messages.
+
+    Raises:
+        FimError: it was refused, takes too long, or needs too much memory.
+    """
+    try:
+        return GRADER.ask(do, **request)
+    except EndedError as error:
+        raise FimError(
+            f"{where}: inspect_ai ended, or took more than {LOADING_SECONDS} seconds or {MEMORY >> 30} GB; free some "
+            "memory, or take another task"
         ) from error
 
 

@@ -50,4 +50,4 @@ class Questions:
         else:
             grade = problem_set.grade(problem, final)
         made = {"prompt": prompt, **asdict(completion), "unclosed": unclosed, **asdict(grade)}
-        return Answer(*key, **made, seconds=round(seconds, 3))
+        return Answer(*key, **made, seconds=round(seconds, 3), expected=problem.answer)

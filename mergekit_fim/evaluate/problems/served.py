@@ -12,10 +12,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mergekit_fim.errors import FimError, brief, reason
-from mergekit_fim.evaluate.problems import grading
+from mergekit_fim.evaluate.problems import grading, inspect_log, inspect_tasks
 from mergekit_fim.evaluate.records import Grade
 
 MAKING_SECONDS = 60  # for one problem
+LOADING_SECONDS = 3600  # for a task of inspect_ai's, which may fetch its data, or for a log
 MEMORY = 4 << 30  # bytes of address space, where the system knows such a limit
 _NO_ANSWER = "(no answer)"
 
@@ -46,13 +47,17 @@ def serve() -> None:
         "math": _math,
         "problem": _problem,
         "score": _score,
+        "inspect_samples": lambda _, **asked: inspect_tasks.samples(**asked),
+        "inspect_problem": lambda _, **asked: inspect_tasks.problem(**asked),
+        "inspect_score": _inspect_score,
+        "inspect_log": lambda _, **asked: inspect_log.write(**asked),
     }
     for line in requests:
         request = json.loads(line)
-        guard.seconds = request.pop("seconds")
-        _limit(MAKING_SECONDS)
+        guard.seconds, name = request.pop("seconds"), request.pop("do")
+        _limit(LOADING_SECONDS if name.startswith("inspect_") else MAKING_SECONDS)
         try:
-            reply = {"is": do[request.pop("do")](guard, **request)}
+            reply = {"is": do[name](guard, **request)}
         except FimError as error:
             reply = {"error": str(error)}
         faulthandler.cancel_dump_traceback_later()
@@ -143,6 +148,15 @@ def _score(guard: _Guard, answer: str, **asked: Any) -> dict[str, Any]:
     dataset, entry, expected = _entry(**asked)
     with guard.on():
         grade = grading.grade_by_scorer(lambda text: float(dataset.score_answer(text, entry)), expected, answer)
+    if guard.refused:
+        grade = Grade(False, grade.found, f"the answer is code, which was kept from `{guard.refused}`")
+    return dataclasses.asdict(grade)
+
+
+def _inspect_score(guard: _Guard, index: int, answer: str, **task: Any) -> dict[str, Any]:
+    inspect_tasks.ready(**task)
+    with guard.on():
+        grade = inspect_tasks.grade(**task, index=index, answer=answer)
     if guard.refused:
         grade = Grade(False, grade.found, f"the answer is code, which was kept from `{guard.refused}`")
     return dataclasses.asdict(grade)

@@ -1,5 +1,6 @@
 """A source of problems, as the user names it -> the problems, and who grades their answers."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -16,7 +17,7 @@ from mergekit_fim.errors import FimError, brief, reason, require, shown
 from mergekit_fim.evaluate.problems import grader
 from mergekit_fim.evaluate.records import Grade, Problem, ProblemSet
 
-FORMS = "a JSONL file, reasoning-gym:TASK[:JSON] or hf:DATASET[:CONFIG][:SPLIT]"
+FORMS = "a JSONL file, reasoning-gym:TASK[:JSON], hf:DATASET[:CONFIG][:SPLIT] or inspect:TASK[:JSON]"
 
 # Files that `datasets` reads, by how their names end.
 _BUILDERS = {"jsonl": "json", "json": "json", "parquet": "parquet", "csv": "csv"}
@@ -36,7 +37,8 @@ def open_problems(
     """Read, or make, the problems of a source.
 
     Args:
-        source: a JSONL file, `reasoning-gym:TASK[:JSON]` or `hf:DATASET[:CONFIG][:SPLIT]`; docs/sweep.md has the rules.
+        source: a JSONL file, `reasoning-gym:TASK[:JSON]`, `hf:DATASET[:CONFIG][:SPLIT]`, `inspect:PACKAGE/TASK[:JSON]`
+            or `inspect:FILE.py@TASK[:JSON]`; docs/sweep.md has the rules.
         n: how many; 0 for all that it has. Fewer than it has are a sample by `seed`, in the source's order.
         seed: of the sample, and of what is made.
         system: what the model is told before the question, unless a row has a `system` of its own.
@@ -51,6 +53,8 @@ def open_problems(
     require("math_verify", "sweep")
     if source.startswith("reasoning-gym:"):
         return _made(source, n, seed, system)
+    if source.startswith("inspect:"):
+        return _inspected(source, n, seed, system)
     if source.startswith("hf:"):
         rows, names, description = _dataset(source, question_field, answer_field)
         chosen = _sample(len(rows), n, seed)
@@ -163,9 +167,7 @@ def _made(source: str, n: int, seed: int, system: str | None) -> ProblemSet:
     task, _, text = source.removeprefix("reasoning-gym:").partition(":")
     if not n:
         raise FimError(f"{source}: expected a number of problems, found 0 (all), and reasoning-gym has no end of them")
-    config = _object(
-        text.encode("utf-8", "replace") or b"{}", source, 'write it after the task, such as :{"max_terms": 3}'
-    )
+    config = _arguments(source, text)
     for name in config.keys() & {"seed", "size"}:
         raise FimError(f"{source}: `{name}` is set by the number of problems and the seed; remove it here")
     settings = json.dumps(config, sort_keys=True)
@@ -187,6 +189,41 @@ def _made(source: str, n: int, seed: int, system: str | None) -> ProblemSet:
     return ProblemSet(
         source, tuple(problems), grade, description, {i: its["why"] for i, its in enumerate(made) if its["why"]}
     )
+
+
+def _arguments(source: str, text: str) -> dict[str, Any]:
+    """Read what follows a task's name, if anything does."""
+    encoded = text.encode("utf-8", "replace") or b"{}"
+    return _object(encoded, source, 'write it after the task, such as :{"max_terms": 3}')
+
+
+def _inspected(source: str, n: int, seed: int, system: str | None) -> ProblemSet:
+    """Take the problems of a task of inspect_ai's, whose scorer grades the answers."""
+    require("inspect_ai", "inspect")
+    task, _, text = source.removeprefix("inspect:").partition(":{")
+    asked = {"task": task, "config": json.dumps(_arguments(source, text and "{" + text), sort_keys=True)}
+    count = grader.inspected("inspect_samples", source, **asked)
+    problems = []
+    for index in _sample(count, n, seed):
+        its = grader.inspected("inspect_problem", source, index=index, **asked)
+        *before, last = its["messages"]
+        own = before.pop(0)["content"] if before and before[0]["role"] == "system" else system
+        problems.append(Problem(source, index, last["content"], its["target"], own, tuple(before)))
+    description: dict[str, str | int] = {"kind": "inspect", **asked, "rows": count}
+    description["version"] = importlib.metadata.version("inspect-ai")
+    text = json.dumps([(problem.index, problem.messages, problem.answer) for problem in problems])
+    description["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()
+    place = task.split("@" if "@" in task else "/")[0]  # a file or a package
+    if os.path.isfile(place):
+        with open(place, "rb") as file:
+            description["sha256"] = hashlib.sha256(file.read()).hexdigest()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ValueError):
+        description[place] = importlib.metadata.version(place)
+
+    def grade(problem: Problem, answer: str) -> Grade:
+        return grader.grade("inspect_score", answer=answer, index=problem.index, **asked)
+
+    return ProblemSet(source, tuple(problems), grade, description, {})
 
 
 def _dataset(

@@ -254,7 +254,9 @@ def test_tags_stay_in_the_text_and_the_end_token_is_counted(llama):
     row = Row(PROMPTS[0], [5], 9)
     think = tiny.CHARACTERS.index("<think>")
     row.take([think, 33, 0, 12, 0, 33, llama.stop[0], 50, 50], llama.stop)
-    assert llama.completion(row.written) == Completion("<think>A , A", 7, STOP)
+    found = llama.completion(row.ids, row.written)
+    assert found == Completion("<think>A , A", 7, STOP)
+    assert found.prompt_tokens == 1
 
 
 # Where answers end
