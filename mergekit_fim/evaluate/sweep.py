@@ -7,14 +7,12 @@ goes on where it was. Any number of the same command work on one sweep: each tak
 import contextlib
 import importlib.util
 import logging
-import math
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
-from mergekit.common import dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
@@ -51,8 +49,9 @@ from mergekit_fim.tools.plan import plan_merge
 
 LOG = logging.getLogger("mergekit_fim")
 
-# A merge in memory has to leave room for the engine's copy of it, and for what else comes.
-_ROOM = 3
+# A merge in memory and the engine's copy of it are at most so many times as large as the largest model: in float32,
+# where that is in 16 bits.
+_ROOM = 4
 _PAUSE = 0.5  # seconds between two looks at runs that other processes have
 
 
@@ -91,7 +90,7 @@ def _sweep(
     tuned = [run for run in as_they_are if run.model in fine_tuned(config)]
     own = {str(run.model): fingerprints[run.name] for run in as_they_are if run.model in config.referenced_models()}
     folder = SweepFolder(out, identity_of(configs, wanted, questions, template, own))
-    with writing(out), measured_once(), _memory(wanted, configs.values(), inputs.values()) as memory:
+    with writing(out), measured_once(), _memory(wanted, inputs.values()) as memory:
         open_folder(folder)
         since = _last_written(folder)
         reading = config.out_dtype or config.dtype
@@ -126,18 +125,11 @@ def _opened(runs: Sequence[Run], options: MergeOptions) -> dict[str, InputModel]
         return {run.name: open_model(str(run.model), None, options) for run in runs}
 
 
-def _memory(
-    wanted: Wanted, configs: Iterable[MergeConfiguration], models: Iterable[InputModel]
-) -> contextlib.AbstractContextManager[FolderInMemory | None]:
-    """Make a folder in memory for merges that aren't kept, which are no larger than the largest model."""
-    arguments = parse_arguments(wanted.engine_args)
-    if wanted.keep != "none" or arguments.keys() & {"nnodes", "distributed_executor_backend"}:  # on other machines, too
+def _memory(wanted: Wanted, models: Iterable[InputModel]) -> contextlib.AbstractContextManager[FolderInMemory | None]:
+    """Make a folder in memory for merges that aren't kept, unless other machines read them, too."""
+    if wanted.keep != "none" or parse_arguments(wanted.engine_args).keys() & {"nnodes", "distributed_executor_backend"}:
         return contextlib.nullcontext()
-    elements = max(sum(math.prod(header.shape) for header in model.headers.values()) for model in models)
-    stored = max(model.stored_dtype().itemsize for model in models)
-    own = [dtype_from_name(config.out_dtype or config.dtype) for config in configs]
-    width = max(stored if dtype is None else dtype.itemsize for dtype in own)
-    return folder_in_memory(_ROOM * width * elements)
+    return folder_in_memory(_ROOM * max(sum(its.nbytes for its in model.headers.values()) for model in models))
 
 
 def _engine(wanted: Wanted, models: Mapping[str, InputModel], options: MergeOptions, dtype: torch.dtype) -> Engine:

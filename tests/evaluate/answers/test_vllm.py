@@ -174,31 +174,9 @@ def ended(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"max_model_len": 10_000}, "max_model_len"),
-        ({"max_model_len": "many"}, "max_model_len"),
-        ({"kv_cache_memory_bytes": 1 << 50}, "memory"),
-        ({"kv_cache_memory_bytes": 1}, "memory"),
-        ({"load_format": "none of these"}, "load"),
-    ],
-    ids=str,
-)
-def test_options_that_vllm_can_t_use(arguments, words, tmp_path):
-    """Among them more memory than there is, and too little for one answer."""
-    own = {"kv_cache_memory_bytes": MEMORY} | arguments
-
-    def refused() -> None:
-        with pytest.raises(FimError, match=f"llama: expected a model that vLLM can load .*{words}.*--engine-args"):
-            Vllm(MergeOptions(), torch.float32, None, own).open(made(tmp_path))
-
-    assert ended(started(refused)) == 0
-
-
 # Sweeps
 
-PROBLEMS = 12
+PROBLEMS = 16
 TOKENS = 8
 RUNS = ["base", "long", "task_arithmetic weight=0.5"]
 
@@ -293,13 +271,13 @@ def test_killed_at_twenty_moments(sweep, monkeypatch):
     kept: dict[str, list[dict]] = {}
     at = set()
     for moment in range(20):
-        left = 2 + 5 * moment % 23
+        left = 2 + 5 * moment % 17
         assert ended(started(sweep.ok)) == -signal.SIGKILL, moment
         now = sweep.rows()
         assert all(row in now[run] for run, rows in kept.items() for row in rows)
         kept = now
         at.add((len(kept), sum(map(len, kept.values()))))
-    assert len(at) >= 10  # or the moments were the same ones
+    assert len(at) >= 8  # or the moments were the same ones
     left = 0
     sweep.ok()
     assert sweep.rows() == sweep.rows("whole")
@@ -356,7 +334,9 @@ def test_a_model_that_vllm_doesn_t_know(sweep, monkeypatch, caplog):
     assert {run["engine"]["name"] for run in sweep.record()["runs"]} == {"transformers"}
 
 
-def test_merges_are_swapped_in_from_memory(sweep, monkeypatch):
+@pytest.mark.parametrize("options", [(), ("--engine-args", "distributed_executor_backend=uni")])
+def test_merges_are_swapped_in_from_memory(options, sweep, monkeypatch):
+    """Unless an option may bring in other machines, which don't see this one's memory."""
     seen, merge_whole = [], models_module.merge_whole
 
     def watched(config: Any, text: Any, out_path: str, options: Any) -> None:
@@ -365,10 +345,10 @@ def test_merges_are_swapped_in_from_memory(sweep, monkeypatch):
 
     monkeypatch.setattr(models_module, "merge_whole", watched)
     monkeypatch.setattr("mergekit_fim.files.available_memory", lambda: 1 << 40)
-    sweep.ok("--set", "weight=0.3,0.6")
+    sweep.ok("--set", "weight=0.3,0.6", *options)
     assert len(seen) == 2
     for path in seen:
-        assert path.startswith("/dev/shm/")
+        assert path.startswith("/dev/shm/" if not options else str(sweep.folder / "out" / "models"))
         assert not os.path.exists(path)
 
 
@@ -468,20 +448,29 @@ def test_by_the_command_alone(tmp_path):
     """A process of its own, which loads its own engine; a launcher's variables don't mislead it."""
     sweep = written(tmp_path, "fim_ta")
     command = [sys.executable, "-m", "mergekit_fim", "sweep", "config.yml", "out", "--problems", "problems.jsonl"]
-    command += [
-        "--set",
-        "alpha_mean=0.5",
-        "--max-tokens",
-        "8",
-        "--n",
-        "0",
-        "--quiet",
-        "--engine-args",
-        "max_model_len=96",
-    ]
+    command += ["--set", "alpha_mean=0.5", "--max-tokens", "8", "--n", "0", "--quiet"]
+    command += ["--engine-args", f"max_model_len=96,kv_cache_memory_bytes={MEMORY}"]
     environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     runs = sweep.record()["runs"]
     assert [run["engine"]["options"] for run in runs] == [{"max_model_len": 96, "kv_cache_memory_bytes": MEMORY}] * 3
     assert [len(rows) for rows in sweep.rows().values()] == [PROBLEMS] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"max_model_len": 10_000}, "max_model_len"),
+        ({"max_model_len": "many"}, "max_model_len"),
+        ({"kv_cache_memory_bytes": 1 << 50}, "memory"),
+        ({"kv_cache_memory_bytes": 1}, "memory"),
+        ({"load_format": "none of these"}, "load"),
+    ],
+    ids=str,
+)
+def test_options_that_vllm_can_t_use(arguments, words, tmp_path):
+    """Among them more memory than there is, and too little for one answer. They end what engine there is."""
+    own = {"kv_cache_memory_bytes": MEMORY} | arguments
+    with pytest.raises(FimError, match=f"llama: expected a model that vLLM can load .*{words}.*--engine-args"):
+        Vllm(MergeOptions(), torch.float32, None, own).open(made(tmp_path))
