@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import vllm
 
 # Options of vLLM's that would change what an answer is, or that follow from the sweep.
-_OURS = ("model", "tokenizer", "revision", "dtype", "seed", "generation_config", "skip_tokenizer_init", "max_num_seqs")
-_OURS += ("trust_remote_code",)
+_OURS = {"model", "tokenizer", "revision", "dtype", "seed", "generation_config", "skip_tokenizer_init"}
+_OURS |= {"max_num_seqs", "trust_remote_code"}
 # What a launcher tells its processes: vLLM starts processes of its own, and would take these for theirs.
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _OLDEST = (0, 32)
