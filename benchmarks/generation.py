@@ -2,7 +2,7 @@
 
     python benchmarks/generation.py                     # the shape of SmolLM2-135M: 1 GB of disk, about 10 minutes
     python benchmarks/generation.py --shape small --rows 8
-    python benchmarks/generation.py --vllm              # beside vLLM too, where that is installed
+    python benchmarks/generation.py --sides ours,vllm,swept    # beside vLLM, where that is installed
     python benchmarks/generation.py --device cuda --dtype bfloat16 --rows 64 --problems 512
 
 There are two tasks. `equal` has one full batch of prompts and answers of one length. It shows what it costs to look at
@@ -10,9 +10,14 @@ the rows. `mixed` has prompts of 40 to 120 tokens. Their answers take 20 to 400,
 short-answering and of a long-reasoning model do. The plain loop takes the prompts in the given order, batch after
 batch. Each batch runs until its last answer ends. The length of each answer is fixed, and all sides end it in the same
 way; vLLM has it as a limit. The sides run by turns.
+
+`vllm` is `vllm.LLM.generate` alone. `swept` is a sweep's run by the same
+engine: it swaps the weights in, makes prompts of problems, answers, grades, and writes. What it takes longer is the
+sweep's own share.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import random
@@ -23,16 +28,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import tokenizers
 import torch
 import transformers
+from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
-from mergekit_fim.evaluate.answers.engine import Decoding
+from mergekit_fim.evaluate.answers.by_vllm import Vllm
+from mergekit_fim.evaluate.answers.engine import Decoding, ModelFiles
 from mergekit_fim.evaluate.answers.generation import complete
 from mergekit_fim.evaluate.answers.loading import LanguageModel, load_model
-from mergekit_fim.evaluate.answers.prompts import Prompt
-from mergekit_fim.evaluate.answers.tokens import load_tokenizer
+from mergekit_fim.evaluate.answers.prompts import Prompt, file_template
+from mergekit_fim.evaluate.answers.tokens import Reader, load_tokenizer
+from mergekit_fim.evaluate.folder import SweepFolder, open_folder
+from mergekit_fim.evaluate.models import Models
+from mergekit_fim.evaluate.one_run import Asked, answer
+from mergekit_fim.evaluate.problems.questions import Questions
+from mergekit_fim.evaluate.problems.sources import open_problems
+from mergekit_fim.evaluate.runs.families import Run
 
 SHAPES = {
     "tiny": {"vocab": 1000, "hidden": 64, "inter": 192, "layers": 4, "heads": 4, "kv": 2},
@@ -110,20 +124,52 @@ def ours(model: LanguageModel, task: Task, rows: int | None) -> list[int]:
     return [completion.tokens for _, completion in sorted(found, key=lambda pair: pair[0].index)]
 
 
-def by_vllm(llm: object, task: Task) -> list[int]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Limited(Reader):
+    """Ends answers where a task says, by the prompt."""
+
+    limits: dict[tuple[int, ...], int] = dataclasses.field(default_factory=dict)
+
+    def room(self, ids: list[int], max_tokens: int) -> int:
+        return self.limits[tuple(ids)]
+
+
+class Ending(Vllm):
+    """vLLM whose answers end where `task` says."""
+
+    task: "Task"
+
+    def open(self, files: ModelFiles) -> dict:
+        record = super().open(files)
+        limits = {tuple(ids): count for ids, count in zip(self.task.ids, self.task.answers, strict=True)}
+        own = {field.name: getattr(self._reader, field.name) for field in dataclasses.fields(Reader)}
+        self._reader = Limited(**own | {"stop": ()}, limits=limits)
+        return record
+
+
+def by_vllm(engine: Ending, task: Task) -> list[int]:
     from vllm import SamplingParams
 
+    engine._llm.reset_prefix_cache()
     limits = [SamplingParams(max_tokens=n, temperature=0, ignore_eos=True, detokenize=False) for n in task.answers]
-    found = llm.generate([{"prompt_token_ids": ids} for ids in task.ids], limits, use_tqdm=False)
+    found = engine._llm.generate([{"prompt_token_ids": ids} for ids in task.ids], limits, use_tqdm=False)
     return [len(output.outputs[0].token_ids) for output in found]
 
 
-def open_vllm(folder: str, args: argparse.Namespace) -> object:
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
-    from vllm import LLM
-
-    options = {"enforce_eager": args.device == "cpu", "skip_tokenizer_init": True, "generation_config": "vllm"}
-    return LLM(model=folder, dtype=args.dtype, max_num_seqs=args.rows, **options)
+def swept(engine: Ending, task: Task, folder: Path, options: MergeOptions) -> list[int]:
+    """Let a sweep's run answer, in a folder of its own."""
+    with tempfile.TemporaryDirectory() as out:
+        problems, template = Path(out, "problems.jsonl"), Path(out, "template")
+        rows = [{"question": prompt.text, "answer": 1} for prompt in task.prompts]
+        problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        template.write_text("{{ question }}")
+        sets = [open_problems(str(problems), n=0, seed=0, system=None, question_field=None, answer_field=None)]
+        own = SweepFolder(str(Path(out, "sweep")))
+        open_folder(own)
+        models = Models(own, options, file_template(str(template)), {}, engine)
+        asked = Asked(own, Questions(sets, 1), Decoding(max(task.answers)), models, {}, False, False)
+        run = Run("base", ModelReference.parse(str(folder)))
+        return [its.tokens for its in answer(asked, run, ["base"]).values()]
 
 
 def ended_by(model: LanguageModel, task: Task) -> None:
@@ -143,13 +189,30 @@ def lengths(count: int) -> Iterator[tuple[int, int]]:
         yield pick.randint(40, 120), min(400, max(20, round(pick.lognormvariate(4.4, 0.8))))
 
 
-def measure(model: LanguageModel, llm: object, task: Task, args: argparse.Namespace) -> dict[str, list[float]]:
+def cpu_seconds() -> float:
+    """The time on the CPU of this process and of those that it started: one grades."""
+    here = psutil.Process()
+    times = [process.cpu_times() for process in (here, *here.children(recursive=True))]
+    return sum(its.user + its.system for its in times)
+
+
+def measure(
+    model: LanguageModel, engine: Ending | None, task: Task, args: argparse.Namespace, folder: Path
+) -> dict[str, list[float]]:
     ended_by(model, task)
-    sides = {"plain": lambda: plain(model, task, args.rows), "ours": lambda: ours(model, task, args.rows)}
-    if llm is not None:
-        sides["vllm"] = lambda: by_vllm(llm, task)
+    options = MergeOptions(device=args.device, quiet=True)
+    sides = {
+        "plain": lambda: plain(model, task, args.rows),
+        "ours": lambda: ours(model, task, args.rows),
+        "vllm": lambda: by_vllm(engine, task),
+        "swept": lambda: swept(engine, task, folder, options),
+    }
+    if engine is not None:
+        engine.task = task
+        sides["swept"]()  # the engine starts, and so does the process that grades
+    sides = {side: sides[side] for side in args.sides.split(",")}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
-    clock = time.process_time if args.busy else time.perf_counter
+    clock = cpu_seconds if args.busy else time.perf_counter
     for _ in range(args.rounds):
         for side, run in sides.items():
             begin = clock()
@@ -159,6 +222,30 @@ def measure(model: LanguageModel, llm: object, task: Task, args: argparse.Namesp
                 raise SystemExit(f"{side}: expected answers of the lengths that the task sets, found others")
             print(f"{side}: {seconds[side][-1]:.1f} s", file=sys.stderr)
     return seconds
+
+
+def compare(
+    model: LanguageModel, engine: Ending | None, args: argparse.Namespace, folder: Path
+) -> dict[str, dict[str, list[float]]]:
+    """Measure all sides at all tasks, and print what they took."""
+    tasks = {"equal": [(EQUAL_PROMPT, EQUAL_ANSWER)] * args.rows, "mixed": list(lengths(args.problems))}
+    results = {}
+    print("| task | answers | tokens | side | seconds | times the first one's speed | tokens a second |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for which in args.only.split(","):
+        task = Task(tasks[which], SHAPES[args.shape]["vocab"], model.model.device)
+        results[which] = measure(model, engine, task, args, folder)
+        taken = {side: statistics.median(seconds) for side, seconds in results[which].items()}
+        tokens, first = sum(task.answers), next(iter(taken.values()))
+        for side, seconds in taken.items():
+            print(
+                f"| {which} | {len(task.ids)} | {tokens} | {side} | {seconds:.1f} s | {first / seconds:.2f} | "
+                f"{tokens / seconds:.0f} |",
+                flush=True,
+            )
+        if {"vllm", "swept"} <= taken.keys():
+            print(f"\n{which}: the sweep's own share is {taken['swept'] / taken['vllm'] - 1:.1%} of vLLM's time\n")
+    return results
 
 
 def main() -> None:
@@ -172,7 +259,7 @@ def main() -> None:
     parser.add_argument(
         "--busy", action="store_true", help="use one thread and its time on the CPU: for a machine that others use, too"
     )
-    parser.add_argument("--vllm", action="store_true", help="a third side, by vLLM")
+    parser.add_argument("--sides", default="plain,ours", help="some of plain,ours,vllm,swept (plain,ours)")
     parser.add_argument("--only", default="equal,mixed", help="some of equal,mixed")
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     args = parser.parse_args()
@@ -184,24 +271,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_model(Path(folder), shape)
         tokenizer = load_tokenizer(name, folder, None, False)
-        options = MergeOptions(device=args.device)
-        model = load_model(name, folder, tokenizer, options, getattr(torch, args.dtype))
-        llm = open_vllm(folder, args) if args.vllm else None
-    tasks = {"equal": [(EQUAL_PROMPT, EQUAL_ANSWER)] * args.rows, "mixed": list(lengths(args.problems))}
-    results = {}
-    print("| task | answers | tokens | side | seconds | times plain's speed | tokens a second |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
-    for which in args.only.split(","):
-        task = Task(tasks[which], shape["vocab"], model.model.device)
-        results[which] = measure(model, llm, task, args)
-        taken = {side: statistics.median(seconds) for side, seconds in results[which].items()}
-        tokens = sum(task.answers)
-        for side, seconds in taken.items():
-            print(
-                f"| {which} | {len(task.ids)} | {tokens} | {side} | {seconds:.1f} s | {taken['plain'] / seconds:.2f} | "
-                f"{tokens / seconds:.0f} |",
-                flush=True,
-            )
+        dtype = getattr(torch, args.dtype)
+        model = load_model(name, folder, tokenizer, MergeOptions(device=args.device), dtype)
+        engine = Ending(MergeOptions(), dtype, args.rows, {}) if {"vllm", "swept"} & {*args.sides.split(",")} else None
+        results = compare(model, engine, args, Path(folder))
     if args.json:
         args.json.write_text(json.dumps({"arguments": vars(args) | {"json": str(args.json)}, "seconds": results}))
 

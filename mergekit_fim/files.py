@@ -10,6 +10,8 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mergekit_fim.errors import FimError, reason
@@ -23,6 +25,8 @@ PART = ".mergekit-fim-part"  # the name of an unfinished file or folder ends lik
 # long to write. Never give up a folder of another machine: a large merge may take longer.
 _PART = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}" + re.escape(PART))
 _STALE = 3600.0
+
+_IN_MEMORY = "/dev/shm"  # Linux's: other systems have none
 
 # A measurement of 1,000 sequences on the 126 layers of a 405B model has 3 MB.
 _LARGEST_FILE = 64 << 20
@@ -95,6 +99,57 @@ def _is_of_dead_process(part: str) -> bool:
     except (OSError, OverflowError):  # of another user
         return False
     return False
+
+
+@dataclass(frozen=True)
+class FolderInMemory:
+    """A folder whose files are in memory.
+
+    Attributes:
+        path: the folder.
+        needed: the bytes that have to be free before something more is written there.
+    """
+
+    path: str
+    needed: int
+
+    def has_room(self) -> bool:
+        """Tell whether that much is free, of its file system and of the memory."""
+        return self.needed <= min(shutil.disk_usage(self.path).free, available_memory())
+
+
+@contextlib.contextmanager
+def folder_in_memory(needed: int) -> Iterator[FolderInMemory | None]:
+    """Make a folder in memory and remove it at the end; yield None where the system has none.
+
+    What killed processes left there goes first.
+    """
+    path = part_path(_IN_MEMORY, "folder")
+    try:
+        os.mkdir(path, 0o700)
+    except OSError:
+        yield None
+        return
+    try:
+        yield FolderInMemory(path, needed)
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def available_memory() -> int:
+    """Count the bytes that this process may still take, by the system and, on Linux, by its control groups."""
+    import psutil  # not needed to read measurements
+
+    free = int(psutil.virtual_memory().available)
+    own = ""
+    with contextlib.suppress(OSError):
+        own = Path("/proc/self/cgroup").read_text(encoding="utf-8").rpartition("0::/")[2].strip()
+    group = Path("/sys/fs/cgroup", own)
+    for place in (group, *group.parents):
+        with contextlib.suppress(OSError, ValueError):  # this one has no limit, or "max"
+            limit = int((place / "memory.max").read_text(encoding="ascii"))
+            free = min(free, limit - int((place / "memory.current").read_text(encoding="ascii")))
+    return free
 
 
 def read_json(path: str, where: str | None = None) -> Any:

@@ -19,7 +19,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.errors import FimError, require
-from mergekit_fim.evaluate.answers.by_vllm import Vllm, is_known, parse_arguments
+from mergekit_fim.evaluate.answers.by_vllm import Vllm, check_known, parse_arguments
 from mergekit_fim.evaluate.answers.engine import Decoding, Engine
 from mergekit_fim.evaluate.answers.generation import Transformers
 from mergekit_fim.evaluate.answers.prompts import file_template, prompts
@@ -37,6 +37,7 @@ from mergekit_fim.evaluate.runs.listed import BASE, families, models_as_they_are
 from mergekit_fim.evaluate.runs.refine import Point, next_strength
 from mergekit_fim.evaluate.runs.settings import fine_tuned
 from mergekit_fim.evaluate.wanted import Wanted, check_options, connected, identity_of, read_questions
+from mergekit_fim.files import FolderInMemory, folder_in_memory
 from mergekit_fim.fisher.measure import dtypes
 from mergekit_fim.models.identity import fingerprint
 from mergekit_fim.models.inputs import InputModel, open_model
@@ -48,6 +49,9 @@ from mergekit_fim.tools.plan import plan_merge
 
 LOG = logging.getLogger("mergekit_fim")
 
+# A merge in memory and the engine's copy of it are at most so many times as large as the largest model: in float32,
+# where that is in 16 bits.
+_ROOM = 4
 _PAUSE = 0.5  # seconds between two looks at runs that other processes have
 
 
@@ -86,13 +90,13 @@ def _sweep(
     tuned = [run for run in as_they_are if run.model in fine_tuned(config)]
     own = {str(run.model): fingerprints[run.name] for run in as_they_are if run.model in config.referenced_models()}
     folder = SweepFolder(out, identity_of(configs, wanted, questions, template, own))
-    with writing(out), measured_once():
+    with writing(out), measured_once(), _memory(wanted, inputs.values()) as memory:
         open_folder(folder)
         since = _last_written(folder)
         reading = config.out_dtype or config.dtype
         dtype = agreed_dtype(folder, lambda: str(dtypes(inputs[BASE], reading, options)[1]))
-        engine = _engine(wanted, inputs.values(), options, dtype_named(folder, dtype))
-        models = Models(folder, options, template, fingerprints, engine)
+        engine = _engine(wanted, inputs, options, dtype_named(folder, dtype))
+        models = Models(folder, options, template, fingerprints, engine, memory)
         decoding = Decoding(wanted.max_tokens, wanted.temperature, wanted.seed, wanted.batch)
         asked = Asked(folder, questions, decoding, models, servers, wanted.keep != "none", wanted.mix_engines)
         _check_before(asked, runs, tuned)
@@ -121,13 +125,26 @@ def _opened(runs: Sequence[Run], options: MergeOptions) -> dict[str, InputModel]
         return {run.name: open_model(str(run.model), None, options) for run in runs}
 
 
-def _engine(wanted: Wanted, models: Iterable[InputModel], options: MergeOptions, dtype: torch.dtype) -> Engine:
+def _memory(wanted: Wanted, models: Iterable[InputModel]) -> contextlib.AbstractContextManager[FolderInMemory | None]:
+    """Make a folder in memory for merges that aren't kept, unless other machines read them, too."""
+    if wanted.keep != "none" or parse_arguments(wanted.engine_args).keys() & {"nnodes", "distributed_executor_backend"}:
+        return contextlib.nullcontext()
+    return folder_in_memory(_ROOM * max(sum(its.nbytes for its in model.headers.values()) for model in models))
+
+
+def _engine(wanted: Wanted, models: Mapping[str, InputModel], options: MergeOptions, dtype: torch.dtype) -> Engine:
     """Choose what answers: unless told vLLM, where it is installed and has a class of its own for every model."""
     arguments = parse_arguments(wanted.engine_args)
-    fits = wanted.engine == "auto" and importlib.util.find_spec("vllm") is not None
-    if wanted.engine == "vllm" or (fits and all(is_known(model.config) for model in models)):
-        require("vllm", "vllm")
-        return Vllm(options, dtype, wanted.batch, arguments)
+    fits = wanted.engine == "vllm"
+    if fits or (wanted.engine == "auto" and importlib.util.find_spec("vllm") is not None):
+        try:
+            for name, model in models.items():
+                check_known(name, model.config)
+            return Vllm(options, dtype, wanted.batch, arguments)
+        except FimError as error:
+            if fits:
+                raise
+            LOG.warning("transformers answers, though vLLM is installed: %s", error)
     if arguments:
         raise FimError("--engine-args: expected --engine vllm, whose they are, found transformers; leave them out")
     return Transformers(options, dtype)

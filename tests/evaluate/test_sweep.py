@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -335,6 +336,65 @@ def test_which_merges_are_kept(keep, whole, sweep):
     recommended = sweep.record()["findings"]["recommended"]["run"]
     assert ("It is in " in result.stdout) is (recommended in expected)
     assert sweep.answers() == whole.answers()
+
+
+@pytest.fixture
+def merged(monkeypatch) -> list[Path]:
+    """Where merges are written, as they are."""
+    seen: list[Path] = []
+    merge_whole = models_module.merge_whole
+
+    def watched(config: Any, text: Any, out_path: str, options: Any) -> None:
+        seen.append(Path(out_path))
+        merge_whole(config, text, out_path, options)
+
+    monkeypatch.setattr(models_module, "merge_whole", watched)
+    return seen
+
+
+IN_MEMORY = Path("/dev/shm")
+linux = pytest.mark.skipif(not IN_MEMORY.is_dir(), reason="no folder in memory")
+
+
+@linux
+@pytest.mark.parametrize(
+    ("keep", "free", "memory", "in_memory"),
+    [("none", 1e12, 1e12, True), ("none", 1e12, 1e4, False), ("none", 1e4, 1e12, False), ("all", 1e12, 1e12, False)],
+)
+def test_merges_that_aren_t_kept_are_in_memory(keep, free, memory, in_memory, whole, sweep, merged, monkeypatch):
+    """Where both the memory and the folder in it have the room: a merge here has about 200 kB."""
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=memory))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    sweep.ok("--keep", keep)
+    assert len(merged) == 2
+    for path in merged:
+        assert path.is_relative_to(IN_MEMORY if in_memory else sweep.out / "models")
+        assert path.exists() == (keep == "all")
+        assert not in_memory or not path.parent.exists()
+    assert {run: whole.answers()[run] for run in sweep.answers()} == sweep.answers()
+
+
+@linux
+def test_what_a_killed_sweep_left_in_memory(whole, sweep, warm, tmp_path):
+    """The next start removes it, whatever it does."""
+    code = """
+import os, pathlib
+import mergekit_fim.evaluate.models as models
+merge_whole = models.merge_whole
+def dying(config, text, out_path, options):
+    merge_whole(config, text, out_path, options)
+    pathlib.Path("left").write_text(out_path * pathlib.Path(out_path, "config.json").exists())
+    os.kill(os.getpid(), 9)
+models.merge_whole = dying
+"""
+    outcome = warm.run("mergekit-fim", *sweep.arguments(), code=code, folder=str(tmp_path))
+    assert outcome.status == -signal.SIGKILL, outcome
+    left = Path((tmp_path / "left").read_text())
+    assert left.is_relative_to(IN_MEMORY)
+    sweep.ok("--keep", "none", out="other")
+    assert not left.parent.exists()
+    sweep.ok()
+    assert {run: whole.answers()[run] for run in sweep.answers()} == sweep.answers()
 
 
 def test_several_sources_and_ungradable_answers(sweep):
@@ -855,6 +915,26 @@ def test_an_engine_that_isn_t_installed(sweep, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     for options in (("--engine", "vllm"), ("--engine-args", "max_model_len=9")):
         ends_in_one_line(sweep(*options), "pip install 'mergekit-fim[vllm]'")
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("__version__ = '0.9.2'", "vllm: expected version 0.32 or newer, found 0.9.2"),
+        ("raise RuntimeError('operator torchvision::nms is missing')", "(operator torchvision::nms is missing)"),
+    ],
+)
+def test_an_engine_that_doesn_t_fit(code, words, sweep, monkeypatch, tmp_path, caplog):
+    """Unless told to answer by it, the sweep says so and answers by transformers."""
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    del sys.modules["vllm"]
+    ends_in_one_line(sweep("--engine", "vllm"), words, "--engine transformers")
+    sweep.ok("--set", "alpha_mean=0.3")
+    assert "transformers answers, though vLLM is installed" in caplog.text
+    assert {run["engine"]["name"] for run in sweep.record()["runs"]} == {"transformers"}
 
 
 def test_engines_are_mixed_only_if_told(sweep):

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import os
+import re
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,19 +15,23 @@ import transformers
 import yaml
 from mergekit.options import MergeOptions
 
-from mergekit_fim.errors import FimError, check_own_code, reason, require
+from mergekit_fim.errors import FimError, reason, require
 from mergekit_fim.evaluate.answers.engine import Decoding, ModelFiles
 from mergekit_fim.evaluate.answers.prompts import Prompt
 from mergekit_fim.evaluate.answers.tokens import Reader, stop_tokens
 from mergekit_fim.evaluate.records import Completion
+from mergekit_fim.files import available_memory
+from mergekit_fim.models.checkpoint import explained
 
 if TYPE_CHECKING:
     import vllm
 
 # Options of vLLM's that would change what an answer is, or that follow from the sweep.
-_OURS = ("model", "tokenizer", "revision", "dtype", "seed", "generation_config", "skip_tokenizer_init", "max_num_seqs")
+_OURS = {"model", "tokenizer", "revision", "dtype", "seed", "generation_config", "skip_tokenizer_init"}
+_OURS |= {"max_num_seqs", "trust_remote_code"}
 # What a launcher tells its processes: vLLM starts processes of its own, and would take these for theirs.
 _LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_OLDEST = (0, 32)
 # What of a config says nothing of the shape.
 _NO_SHAPE = ("_name_or_path", "transformers_version", "dtype", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -49,8 +55,9 @@ class Vllm:
         path = _folder(files, self._options)
         config = _config(files.name, path, self._options)
         shape = {name: value for name, value in config.to_dict().items() if name not in _NO_SHAPE}
+        what = f"{files.name}: expected a model that vLLM can load with these options, found none"
         try:
-            with _alone():
+            with explained(what, "change --engine-args, or pass --engine transformers"), _alone():
                 if self._llm is None or shape != self._shape:
                     if self._llm is not None:
                         self._end()
@@ -58,12 +65,9 @@ class Vllm:
                 else:
                     self._llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
                     self._llm.reset_prefix_cache()
-        except Exception as error:  # vLLM has many, and pydantic's
+        except FimError:
             self._end()
-            raise FimError(
-                f"{files.name}: expected a model that vLLM can load with these options, found none ({reason(error)}); "
-                "change --engine-args, or pass --engine transformers"
-            ) from error
+            raise
         text = config.get_text_config()
         configs = [config, text]
         with contextlib.suppress(OSError):  # there is no such file
@@ -93,20 +97,19 @@ class Vllm:
         llm = _vllm().LLM
         from vllm.platforms import current_platform
 
+        defaults = {"disable_log_stats": True, "use_tqdm_on_load": False, **self._batch}
+        if current_platform.is_cpu():
+            defaults["enforce_eager"] = True  # compiling costs more than it gains
+            if "gpu_memory_utilization" not in self._arguments:  # a share of all memory, and an error if it isn't free
+                defaults["kv_cache_memory_bytes"] = available_memory() // 2
         return llm(
-            **{
-                "enforce_eager": current_platform.is_cpu(),  # where compiling costs more than it gains
-                "disable_log_stats": True,
-                "use_tqdm_on_load": False,
-                "trust_remote_code": self._options.trust_remote_code,
-            }
-            | self._batch
-            | self._arguments,
             model=path,
             dtype=self._dtype,
             seed=0,
             generation_config="vllm",
             skip_tokenizer_init=True,
+            trust_remote_code=self._options.trust_remote_code,
+            **defaults | self._arguments,
         )
 
     def _end(self) -> None:
@@ -122,30 +125,48 @@ def _answers(
 ) -> Generator[tuple[Prompt, Completion]]:
     """Let the engine answer what was read, by numbers."""
     engine, left = llm.llm_engine, set(read)
+    explained_here = functools.partial(
+        explained,
+        f"{reader.name}: expected answers by vLLM, found that it failed",
+        "check the model's weights, --engine-args and memory, or pass --engine transformers: the answers so far are "
+        "kept, and the same command goes on",
+    )
     try:
-        for number, (prompt, ids) in read.items():
-            parameters = _vllm().SamplingParams(
-                max_tokens=reader.room(ids, decoding.max_tokens),
-                temperature=decoding.temperature,
-                seed=zlib.crc32(repr((decoding.seed, *prompt.key)).encode()),
-                stop_token_ids=list(reader.stop),
-                detokenize=False,
-            )
-            engine.add_request(number, {"prompt_token_ids": ids}, parameters)
+        with explained_here():
+            for number, (prompt, ids) in read.items():
+                parameters = _vllm().SamplingParams(
+                    max_tokens=reader.room(ids, decoding.max_tokens),
+                    temperature=decoding.temperature,
+                    seed=zlib.crc32(repr((decoding.seed, *prompt.key)).encode()),
+                    stop_token_ids=list(reader.stop),
+                    detokenize=False,
+                )
+                engine.add_request(number, {"prompt_token_ids": ids}, parameters)
         while left:
-            for output in engine.step():
+            with explained_here():
+                outputs = engine.step()
+            for output in outputs:
                 if output.finished:
                     left.discard(output.request_id)
                     prompt, ids = read[output.request_id]
                     yield prompt, reader.completion(ids, output.outputs[0].token_ids)
     finally:
-        engine.abort_request(list(left))
+        with contextlib.suppress(Exception):  # it may have died
+            engine.abort_request(list(left))
 
 
-def is_known(config: Any) -> bool:
-    """Whether vLLM has a model class of its own for a config."""
+def check_known(name: str, config: Any) -> None:
+    """Check that vLLM has a model class of its own for a config.
+
+    Raises:
+        FimError: it hasn't, or can't be used.
+    """
     known = set(_vllm().ModelRegistry.get_supported_archs())
-    return any(name in known for name in config.architectures or ())
+    if not any(architecture in known for architecture in config.architectures or ()):
+        raise FimError(
+            f"{name}: expected a model that vLLM has a class of its own for, found {config.architectures}; pass "
+            "--engine transformers"
+        )
 
 
 def parse_arguments(text: str | None) -> dict[str, Any]:
@@ -161,25 +182,41 @@ def parse_arguments(text: str | None) -> dict[str, Any]:
     for part in text.split(","):
         name, equals, value = part.partition("=")
         name = name.strip().replace("-", "_")
-        if not equals or name not in known:
+        with contextlib.suppress(yaml.YAMLError):
+            found[name] = yaml.safe_load(value)
+        if not equals or name not in known or name not in found:
             raise FimError(
                 f"--engine-args: expected NAME=VALUE,... of options of vLLM's EngineArgs, such as max_model_len=16384, "
                 f"found {part!r}; correct it"
             )
         if name in _OURS:
             raise FimError(f"--engine-args: {name} follows from the sweep's own options; leave it out")
-        found[name] = yaml.safe_load(value)
     return found
 
 
 def _vllm() -> Any:
-    """Import vLLM: in this process, where a stop ends it too, and without its log."""
+    """Import vLLM: in this process, where a stop ends it too, without its log, and with an error for logits of NaN.
+
+    Raises:
+        FimError: it isn't there, is too old, or doesn't fit what is installed beside it.
+    """
     require("vllm", "vllm")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    import vllm
-
+    os.environ.setdefault("VLLM_RAISE_ON_LOGIT_NANS", "1")
+    try:
+        import vllm
+    except Exception as error:  # of whichever library doesn't fit
+        raise FimError(
+            f"vllm: expected one that fits what is installed beside it, found none ({reason(error)}); install it anew "
+            "in an environment of its own, or pass --engine transformers"
+        ) from error
+    version = tuple(int(part) for part in re.findall(r"\d+", vllm.__version__)[:2])
+    if version and version < _OLDEST:
+        raise FimError(
+            f"vllm: expected version 0.32 or newer, found {vllm.__version__}; upgrade it, or pass --engine transformers"
+        )
     return vllm
 
 
@@ -203,14 +240,7 @@ def _folder(files: ModelFiles, options: MergeOptions) -> str:
 
 
 def _config(name: str, path: str, options: MergeOptions) -> Any:
-    try:
+    with explained(f"{name}: expected a model that can be loaded, found none", "download or save it again"):
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
-    except Exception as error:  # transformers has many
-        check_own_code(error)
-        raise FimError(f"{name}: expected a model that can be loaded, found none ({reason(error)})") from error
-    if not is_known(config):
-        raise FimError(
-            f"{name}: expected a model that vLLM has a class of its own for, found {config.architectures}; pass "
-            "--engine transformers"
-        )
+    check_known(name, config)
     return config
