@@ -470,8 +470,8 @@ def sweep(config_files: tuple[str, ...], out: str, no_cache: bool, options: Any,
     or several, work on one sweep. The measurement and the task vectors are made once. docs/sweep.md says how to read a
     front, and how many problems tell two methods apart.
     """
-    from mergekit_fim.evaluate.conclusion import render
     from mergekit_fim.evaluate.folder import SweepFolder
+    from mergekit_fim.evaluate.front.findings import render
     from mergekit_fim.evaluate.sweep import sweep as run_sweep
     from mergekit_fim.evaluate.wanted import Wanted
 
@@ -481,7 +481,7 @@ def sweep(config_files: tuple[str, ...], out: str, no_cache: bool, options: Any,
     except KeyboardInterrupt:
         raise FimError("stopped; the answers so far are kept, and the same command goes on") from None
     if findings is not None:
-        echo(render(SweepFolder(out), findings))
+        echo(render(findings, SweepFolder(out).remedy(findings.recommended.run)))
 
 
 @main.command(short_help="Draw a report or a measurement.")

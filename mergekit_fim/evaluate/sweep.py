@@ -220,7 +220,7 @@ def _pareto(questions: Questions, answers: Mapping[str, Answers]) -> set[str]:
 
 def _point(questions: Questions, answers: Answers, strength: float) -> Point:
     """Tell where a run of this strength came out."""
-    return Point.of(strength, (answers[key] for problem in questions.gradable() for key in problem))
+    return Point.of(strength, (answers[key] for key in questions.gradable()))
 
 
 def _further(
