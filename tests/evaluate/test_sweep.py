@@ -190,6 +190,11 @@ def test_what_is_written(whole):
     assert "![Accuracy against mean tokens of every run, and the front](sweep.png)" in page
 
 
+def test_the_front_of_a_sweep_is_what_it_found(whole, tmp_path):
+    CliRunner().invoke(main, ["front", str(whole.out), "--json", str(tmp_path / "front.json")])
+    assert json.loads((tmp_path / "front.json").read_text())["findings"] == whole.record()["findings"]
+
+
 def test_the_pair_is_fit_for_these_tests(whole):
     """Or some tests here would be of less than they say."""
     runs = {run["run"]: run for run in whole.record()["findings"]["summary"]["runs"]}
