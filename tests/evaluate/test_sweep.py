@@ -20,6 +20,7 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner, Result
+from huggingface_hub import ModelCard
 from launching import together
 from mergekit.options import MergeOptions
 from merges import ends_in_one_line, unwrapped
@@ -330,6 +331,10 @@ def test_which_merges_are_kept(keep, whole, sweep):
         assert re.search(rf"^\| {re.escape(run)} \|", card, re.M)
         assert re.search(r"^\| long \|", card, re.M)
         assert ("## Merge coefficients" in card) is run.startswith("fim")
+        (its,) = (shown for shown in runs if shown["run"] == run)
+        results = ModelCard.load(folder / file_name(run) / "README.md").data.eval_results
+        assert [result.metric_value for result in results] == [its["accuracy"]["value"], its["tokens_mean"]]
+        assert results[0].dataset_name == "problems.jsonl"
         assert (folder / file_name(run) / "model.safetensors").exists()
     recommended = sweep.record()["findings"]["recommended"]["run"]
     assert ("It is in " in result.stdout) is (recommended in expected)
