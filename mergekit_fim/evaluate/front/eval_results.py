@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 # The Hub takes a source's name with an address alone.
-_SOURCE = {"source_name": "mergekit-fim sweep", "source_url": "https://pypi.org/project/mergekit-fim/"}
+_SOURCE: Mapping[str, Any] = {
+    "source_name": "mergekit-fim sweep",
+    "source_url": "https://pypi.org/project/mergekit-fim/",
+}
 
 
 def eval_results(findings: Findings, run: str, problems: Sequence[Mapping[str, Any]]) -> "Iterator[EvalResult]":

@@ -12,12 +12,12 @@ from mergekit_fim.errors import FimError, brief
 from mergekit_fim.evaluate.front.bootstrap import BoolArray, Outcomes
 from mergekit_fim.evaluate.records import Row
 
-_UNKNOWN = -1  # of a flag
+_FLAGS, _UNKNOWN = ("truncated", "unclosed", "empty"), -1
 # A row: numbers for what it is of, and what it says.
 _CELL = np.dtype(
     [(name, np.int32) for name in ("results", "run", "problem", "sample")]
     + [(name, np.float64) for name in ("correct", "tokens", "seconds")]
-    + [(name, np.int8) for name in ("truncated", "unclosed", "empty")]
+    + [(name, np.int8) for name in _FLAGS]
 )
 _Cells = npt.NDArray[Any]
 
@@ -125,7 +125,7 @@ def _check_same(first: _Cells, second: _Cells, results: Sequence[str], names: _N
         return
     i = int(differ.argmax())
     one, other = results[first[i]["results"]], results[second[i]["results"]]
-    what = names.of(*(second[i][name] for name in ("run", "problem", "sample")))
+    what = names.of(*(int(second[i][name]) for name in ("run", "problem", "sample")))
     if is_one[i]:
         raise FimError(
             f"{one}: expected one row of each answer, found two of {what}; remove one, or number answers to the same "
@@ -142,7 +142,7 @@ def _check_complete(places: npt.NDArray[np.int64], names: _Names) -> None:
     due = math.prod(names.shape)
     if len(places) < due:
         first = (np.append(places, due) != np.arange(len(places) + 1)).argmax()
-        what = names.of(*np.unravel_index(first, names.shape))
+        what = names.of(*map(int, np.unravel_index(first, names.shape)))
         raise FimError(
             f"expected every run to answer every problem, found no answer of {what} ({due - len(places):,} of {due:,} "
             "are missing); add them, or leave the run out"
@@ -152,7 +152,12 @@ def _check_complete(places: npt.NDArray[np.int64], names: _Names) -> None:
 def _outcomes(run: str, method: str | None, settings: Mapping[str, Any], cells: _Cells) -> Outcomes:
     """Take a run's cells [problem, sample] apart."""
     correct = cells["correct"]
-    is_whole = bool(np.isin(correct, (0, 1)).all())
-    flags = (None if (cells[name] == _UNKNOWN).any() else cells[name] == 1 for name in _CELL.names[-3:])
-    seconds = None if np.isnan(cells["seconds"]).any() else cells["seconds"]
-    return Outcomes(run, method, settings, correct == 1 if is_whole else correct, cells["tokens"], *flags, seconds)
+    return Outcomes(
+        run,
+        method,
+        settings,
+        correct=correct == 1 if np.isin(correct, (0, 1)).all() else correct,
+        tokens=cells["tokens"],
+        seconds=None if np.isnan(cells["seconds"]).any() else cells["seconds"],
+        **{name: None if (cells[name] == _UNKNOWN).any() else cells[name] == 1 for name in _FLAGS},
+    )

@@ -37,22 +37,21 @@ def front_of(
     check_margin(margin)
     require("scipy.stats", "sweep")
     sweeps = {path: open_sweep(path) for path in results if os.path.isdir(path)}
-    first = next(iter(sweeps.values()), None)
-    for other in sweeps.values():
-        check_alike(first or other, other)
+    opened = list(sweeps.values())
+    for other in opened[1:]:
+        check_alike(opened[0], other)
     gathered = gather({path: sweeps[path].rows() if path in sweeps else _rows(path) for path in results})
-    ends = [
-        _end("base", base or (first and first.base), gathered.outcomes),
-        _end("long", long or (first and first.long), gathered.outcomes),
-    ]
+    if opened:
+        base, long = base or opened[0].base, long or opened[0].long
+    ends = _end("base", base, gathered.outcomes), _end("long", long, gathered.outcomes)
     if ends[0] == ends[1]:
         raise FimError(f"--long: expected another run than the base, {brief(ends[0])}, found that; name the long model")
     runs = (replace(its, method=None) if its.run in ends else its for its in gathered.outcomes)
-    ungradable = dict.fromkeys(its for swept in sweeps.values() for its in swept.ungradable)
+    ungradable = dict.fromkeys(its for swept in opened for its in swept.ungradable)
     found = find(
         replace(gathered, outcomes=tuple(runs)), (ends[0], ends[1:]), seed=seed, margin=margin, ungradable=ungradable
     )
-    return found, [swept.folder for swept in sweeps.values()]
+    return found, [swept.folder for swept in opened]
 
 
 def _rows(path: str) -> Iterable[Row]:

@@ -64,7 +64,7 @@ def read_rows(path: str) -> Iterator[Row]:
             f"{path}, row {number}: expected run, problem, correct (0 to 1) and tokens (0 or more), found a row in "
             f"which {misfit(error, content)}; correct it"
         ) from None
-    except (ValueError, csv.Error) as error:  # of UTF-8, JSON, CSV and Parquet
+    except (ValueError, NotImplementedError, csv.Error) as error:  # of UTF-8, JSON, CSV and Parquet
         raise FimError(
             f"{path}: expected CSV in UTF-8, JSONL or Parquet, as the name ends, found something else after "
             f"{number:,} rows ({reason(error)}); write it anew"
@@ -79,7 +79,7 @@ def _csv(path: str) -> Iterator[Mapping[str, Any]]:
     """Read CSV; what is empty counts as not given."""
     with open(path, encoding="utf-8-sig", newline="") as file:
         for row in csv.DictReader(file, strict=True):
-            yield {name: value for name, value in row.items() if value}
+            yield {name: value for name, value in row.items() if name and value}
 
 
 def _jsonl(path: str) -> Iterator[Mapping[str, Any]]:
