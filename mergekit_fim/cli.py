@@ -515,10 +515,10 @@ def front(
     from mergekit_fim.measurements.record import versions
     from mergekit_fim.report.figure import check_figure
 
-    written = [path for path in (output, json_file) if path is not None]
-    for path in written:
-        check_writable(path, *results, *(other for other in written if other is not path))
+    if json_file is not None:
+        check_writable(json_file, *results)
     if output is not None:
+        check_writable(output, *results, *([json_file] if json_file else []))
         check_figure(output)
     findings, folders = front_of(results, base, long, seed=seed, margin=margin)
     remedies = (folder.remedy(findings.recommended.run) for folder in folders)
