@@ -59,12 +59,11 @@ def solves(rng: np.random.Generator, hardness: np.ndarray, accuracy: float) -> n
 def sweep(rng: np.random.Generator, shape: str, spread: float, problems: int, runs: int) -> list[Outcomes]:
     """Simulate base, long, and two methods that are equally good."""
     hardness = rng.normal(size=problems)
-    no = np.zeros((problems, 1), dtype=bool)
 
     def run(name: str, method: str | None, share: float) -> Outcomes:
         right = solves(rng, hardness, SHAPES[shape](share))[:, None]
-        lengths = rng.lognormal(np.log(BASE + (LONG - BASE) * share) - spread**2 / 2, spread, size=no.shape)
-        return Outcomes(name, method, {}, right, np.maximum(1, np.rint(lengths)).astype(int), no, no, no)
+        lengths = rng.lognormal(np.log(BASE + (LONG - BASE) * share) - spread**2 / 2, spread, size=right.shape)
+        return Outcomes(name, method, {}, right, np.maximum(1, np.rint(lengths)).astype(int))
 
     shares = [(i + 1) / (runs + 1) for i in range(runs)]
     merges = [run(f"{method} {share}", method, share) for method in "ab" for share in shares]

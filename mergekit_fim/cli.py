@@ -101,6 +101,13 @@ _no_cache = click.option(
     "--no-cache", is_flag=True, help="Measure anew, and don't keep the measurement for the next merge."
 )
 
+_margin = click.option(
+    "--margin",
+    default=0.05,
+    show_default=True,
+    help="How much less accurate than the long model the run to keep may be, by the interval of their difference.",
+)
+
 
 def _config(path: str, no_cache: bool) -> tuple[Any, str]:
     """Read a merge config, and its text."""
@@ -453,12 +460,7 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     show_default=True,
     help="Which merges to keep in OUT/models: those that no other run is better than, or all.",
 )
-@click.option(
-    "--margin",
-    default=0.05,
-    show_default=True,
-    help="How much less accurate than the long model the run to keep may be, by the interval of their difference.",
-)
+@_margin
 @click.option("--log", type=click.Choice(("inspect",)), help="Write each run to OUT/inspect, too, for `inspect view`.")
 @_no_cache
 def sweep(config_files: tuple[str, ...], out: str, no_cache: bool, options: Any, **wanted: Any) -> None:
@@ -471,8 +473,8 @@ def sweep(config_files: tuple[str, ...], out: str, no_cache: bool, options: Any,
     or several, work on one sweep. The measurement and the task vectors are made once. docs/sweep.md says how to read a
     front, and how many problems tell two methods apart.
     """
-    from mergekit_fim.evaluate.conclusion import render
     from mergekit_fim.evaluate.folder import SweepFolder
+    from mergekit_fim.evaluate.front.findings import render
     from mergekit_fim.evaluate.sweep import sweep as run_sweep
     from mergekit_fim.evaluate.wanted import Wanted
 
@@ -482,7 +484,52 @@ def sweep(config_files: tuple[str, ...], out: str, no_cache: bool, options: Any,
     except KeyboardInterrupt:
         raise FimError("stopped; the answers so far are kept, and the same command goes on") from None
     if findings is not None:
-        echo(render(SweepFolder(out), findings))
+        echo(render(findings, SweepFolder(out).remedy(findings.recommended.run)))
+
+
+@main.command(short_help="Accuracy against length: of anybody's results.")
+@click.argument("results", type=_PATH, nargs=-1, required=True)
+@click.option("-o", "--output", type=click.Path(), help="Draw the front into this .png or .svg file.")
+@click.option("--base", metavar="RUN", help="The base's run.  [default: the one called base]")
+@click.option("--long", metavar="RUN", help="The long model's run.  [default: the one called long]")
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the bootstrap.")
+@_margin
+@click.option("--json", "json_file", type=click.Path(), help="Write the findings to this file, as sweep.json has them.")
+def front(
+    results: tuple[str, ...],
+    output: str | None,
+    base: str | None,
+    long: str | None,
+    seed: int,
+    margin: float,
+    json_file: str | None,
+) -> None:
+    """Show accuracy against length, and which run to keep, of RESULTS that anybody made, as sweep does of its own.
+
+    RESULTS are files of rows, logs of Inspect (.eval), and folders of sweeps made apart, all on the same problems. The
+    rows are CSV, JSONL or Parquet, with the columns run, problem, correct (0 to 1) and tokens, and if known family,
+    strength, source, sample and truncated. docs/sweep.md says more.
+    """
+    from mergekit_fim.evaluate.front.figure import write_figure
+    from mergekit_fim.evaluate.front.findings import render
+    from mergekit_fim.evaluate.results.front import front_of
+    from mergekit_fim.measurements.record import versions
+    from mergekit_fim.report.figure import check_figure
+
+    if json_file is not None:
+        check_writable(json_file, *results)
+    if output is not None:
+        check_writable(output, *results, *([json_file] if json_file else []))
+        check_figure(output)
+    findings, folders = front_of(results, base, long, seed=seed, margin=margin)
+    remedies = (folder.remedy(findings.recommended.run) for folder in folders)
+    echo(render(findings, next(filter(None, remedies), "")))
+    content = findings.as_json()
+    if json_file is not None:
+        head = {"format": "mergekit-fim/front", "version": 1, "versions": versions()}
+        write_json(json_file, {**head, "findings": content})
+    if output is not None:
+        write_figure(content["summary"], output)
 
 
 @main.command(short_help="Draw a report or a measurement.")

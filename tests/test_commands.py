@@ -28,7 +28,7 @@ from mergekit_fim.measurements.file import write_measurement
 from mergekit_fim.measurements.record import FisherMeasurement, LayerFisher
 from mergekit_fim.tools.export import summary
 
-COMMANDS = ["compare", "delta", "export", "fisher", "merge", "plan", "plot"]
+COMMANDS = ["compare", "delta", "export", "fisher", "front", "merge", "plan", "plot"]
 
 
 # plan

@@ -20,7 +20,7 @@ FLOORS = [
     {"evaluate.conclusion"},
     {"evaluate.one_run"},
     {"evaluate.models", "evaluate.wanted"},
-    {"evaluate.runs", "evaluate.answers"},
+    {"evaluate.runs", "evaluate.answers", "evaluate.results"},
     {"evaluate.problems", "evaluate.folder", "evaluate.front"},
     {"evaluate.records"},
     {"hook", "tools"},

@@ -50,18 +50,16 @@ def save_answers(path: Path, answers: Answers) -> None:
 
 
 def load_answers(path: Path) -> Answers:
-    """Read what `save_answers` kept. How an answer ended wasn't kept, and says False: no area rests on it."""
+    """Read what `save_answers` kept."""
     with np.load(path) as file:
         kept = {name: file[name] for name in file.files}
     tokens = kept["tokens"].astype(np.int64)
     correct = np.unpackbits(kept["correct"], axis=1, count=tokens.shape[1]).astype(bool)
     models: dict[str, Outcomes] = {}
     fronts: dict[str, list[Outcomes]] = {}
-    unknown = np.zeros((tokens.shape[1], 1), bool)
     for row, (run, variant) in enumerate(zip(map(str, kept["runs"]), map(str, kept["variants"]), strict=True)):
         settings = {"strength": float(kept["strengths"][row])} if variant else {}
-        its = [correct[row][:, None], tokens[row][:, None], unknown, unknown, unknown]
-        found = Outcomes(run, variant or None, settings, *its)
+        found = Outcomes(run, variant or None, settings, correct[row][:, None], tokens[row][:, None])
         if variant:
             fronts.setdefault(variant, []).append(found)
         else:

@@ -36,10 +36,10 @@ from mergekit_fim.evaluate.answers.prompts import chat_template, prompts
 from mergekit_fim.evaluate.answers.tokens import load_tokenizer
 from mergekit_fim.evaluate.folder import file_name, read_answers, write_answers
 from mergekit_fim.evaluate.front.bootstrap import Outcomes
-from mergekit_fim.evaluate.front.findings import outcomes
+from mergekit_fim.evaluate.front.gathered import gather
 from mergekit_fim.evaluate.problems.questions import Questions
 from mergekit_fim.evaluate.problems.sources import open_problems
-from mergekit_fim.evaluate.records import Answer, Grade, Key, Problem
+from mergekit_fim.evaluate.records import Answer, Grade, Key, Problem, row_of
 from mergekit_fim.evaluate.runs.refine import Point, next_strength
 from mergekit_fim.norms import squared_distance, squared_norm
 from mergekit_fim.tools.whole import merge_whole
@@ -159,7 +159,8 @@ class Pair:
     def _outcomes(self, name: str, method: str | None, strength: float | None, answers: ByKey) -> Outcomes:
         settings = {} if strength is None else {"strength": strength}
         run = {"run": name, "method": method, "settings": settings}
-        return outcomes(run, answers, self.questions.gradable())
+        rows = (row_of(run, answers[key]) for key in self.questions.gradable())
+        return gather({name: rows}).outcomes[0]
 
 
 def quickly(grade: Callable[[Problem, str], Grade]) -> Callable[[Problem, str], Grade]:

@@ -4,11 +4,12 @@ import os
 from collections.abc import Iterator, Sequence
 
 from mergekit_fim.evaluate.folder import SweepFolder, note_findings, read_record, taken
-from mergekit_fim.evaluate.front import findings as front
 from mergekit_fim.evaluate.front.figure import write_figure
 from mergekit_fim.evaluate.front.findings import Findings, find, page
+from mergekit_fim.evaluate.front.gathered import gather
 from mergekit_fim.evaluate.one_run import Answers, Asked, answers_so_far
 from mergekit_fim.evaluate.problems.grader import inspected
+from mergekit_fim.evaluate.records import row_of
 from mergekit_fim.evaluate.runs.families import Run
 from mergekit_fim.files import write_text, written_whole
 from mergekit_fim.measurements.record import versions
@@ -31,16 +32,11 @@ def conclude(
     """Find out what all runs show; those of other commands that have answered everything are added to `answers`."""
     entries = read_record(asked.folder)["runs"]
     answers |= dict(_of_others(asked, [entry["run"] for entry in entries if entry["run"] not in answers]))
-    problem_sets = asked.questions.problem_sets
-    return find(
-        [entry for entry in entries if entry["run"] in answers],
-        answers,
-        {its.source: asked.questions.gradable(its.source) for its in problem_sets},
-        [(its.source, index, why) for its in problem_sets for index, why in its.ungradable.items()],
-        ends,
-        seed,
-        margin,
-    )
+    gradable = asked.questions.gradable()
+    known = [entry for entry in entries if entry["run"] in answers]
+    rows = (row_of(entry, answers[entry["run"]][key]) for entry in known for key in gradable)
+    ungradable = [(its.source, i, why) for its in asked.questions.problem_sets for i, why in its.ungradable.items()]
+    return find(gather({asked.folder.path: rows}), ends, seed=seed, margin=margin, ungradable=ungradable)
 
 
 def _of_others(asked: Asked, names: Sequence[str]) -> Iterator[tuple[str, Answers]]:
@@ -61,7 +57,7 @@ def write_findings(folder: SweepFolder, findings: Findings) -> None:
     note_findings(folder, versions(), content)
     for ending in ("png", "svg"):
         write_figure(content["summary"], os.path.join(folder.path, f"sweep.{ending}"))
-    text = page(folder.identity, read_record(folder)["runs"], findings, _remedy(folder, findings))
+    text = page(folder.identity, read_record(folder)["runs"], findings, folder.remedy(findings.recommended.run))
     write_text(os.path.join(folder.path, "sweep.md"), text)
 
 
@@ -79,18 +75,3 @@ def write_logs(folder: SweepFolder, findings: Findings) -> None:
             with written_whole(path) as part:
                 about = {"entry": entry, "identity": folder.identity}
                 inspected("inspect_log", path, path=part, answers=folder.answers(entry["run"]), **about)
-
-
-def render(folder: SweepFolder, findings: Findings) -> str:
-    """Show what came out on a terminal."""
-    return front.render(findings, _remedy(folder, findings))
-
-
-def _remedy(folder: SweepFolder, findings: Findings) -> str:
-    """Say how to get the run to keep; empty where it is no merge."""
-    run = findings.recommended.run
-    if findings.summary[run].method is None:
-        return ""
-    if os.path.isdir(folder.model(run)):
-        return f"It is in {folder.model(run)}."
-    return f"To merge it: mergekit-fim merge {folder.config(run)} merged"

@@ -30,7 +30,8 @@ class SweepFolder:
 
     Attributes:
         path: the folder.
-        identity: what the sweep is of, in JSON's types. Answers in the folder belong to this identity alone.
+        identity: what the sweep is of, in JSON's types. Answers in the folder belong to this identity alone. It is
+            empty where a sweep of anything is only read.
     """
 
     path: str
@@ -56,6 +57,14 @@ class SweepFolder:
     def model(self, run: str) -> str:
         """A merged model."""
         return os.path.join(self.path, "models", file_name(run))
+
+    def remedy(self, run: str) -> str:
+        """Say how to get a run's merge; empty where it has none."""
+        if os.path.isdir(self.model(run)):
+            return f"It is in {self.model(run)}."
+        if os.path.isfile(self.config(run)):
+            return f"To merge it: mergekit-fim merge {self.config(run)} merged"
+        return ""
 
 
 def file_name(run: str) -> str:
@@ -168,9 +177,9 @@ def read_record(folder: SweepFolder) -> dict[str, Any]:
             f"{folder.record}: expected the record of a sweep, found a damaged one: {misfit(error, content)}; correct "
             "that, or name another folder"
         ) from None
-    difference = _difference(content["identity"], folder.identity)
-    if difference is not None:
-        where, old, new = difference
+    found = difference(content["identity"], folder.identity) if folder.identity else None
+    if found is not None:
+        where, old, new = found
         raise FimError(
             f"{folder.path}: this folder is of another sweep, whose {where} is {brief(old)}, here {brief(new)}; name "
             "another folder, or give the same command"
@@ -178,7 +187,7 @@ def read_record(folder: SweepFolder) -> dict[str, Any]:
     return content
 
 
-def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
+def difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | None:
     """Find where two records first differ, and what stands there."""
     pairs: list[tuple[str, Any, Any]] = []
     if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -187,7 +196,7 @@ def _difference(old: Any, new: Any, where: str = "") -> tuple[str, Any, Any] | N
         pairs = [(f"{where}[{i}]", *both) for i, both in enumerate(zip(old, new, strict=True))]
     elif old != new:
         return where, old, new
-    return next(filter(None, (_difference(a, b, at) for at, a, b in pairs)), None)
+    return next(filter(None, (difference(a, b, at) for at, a, b in pairs)), None)
 
 
 def _write_record(folder: SweepFolder, content: Mapping[str, Any]) -> None:
@@ -242,15 +251,17 @@ def agreed_dtype(folder: SweepFolder, choose: Callable[[], str]) -> str:
 _ANSWER = TypeAdapter(Answer)
 
 
-def read_answers(path: str, keys: Sequence[Key]) -> dict[Key, Answer]:
+def read_answers(path: str, keys: Sequence[Key] | None = None) -> dict[Key, Answer]:
     """Read the answers in a run's file, without what a killed process left of a last line.
+
+    By default they may have any keys.
 
     Raises:
         FimError: a line isn't an answer with one of these keys.
     """
     if not os.path.exists(path):
         return {}
-    expected = set(keys)
+    expected = None if keys is None else set(keys)
     answers: dict[Key, Answer] = {}
     with writing(path), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -258,7 +269,7 @@ def read_answers(path: str, keys: Sequence[Key]) -> dict[Key, Answer]:
                 break
             answer = _answer(line, f"{path}, line {number}")
             key = (answer.source, answer.index, answer.sample)
-            if key not in expected:
+            if expected is not None and key not in expected:
                 raise FimError(
                     f"{path}, line {number}: expected an answer to a problem of this sweep, found one to problem "
                     f"{answer.index} of {brief(answer.source)}, sample {answer.sample}; remove the line"

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 # How a completion ended: by a token that ends a turn, or at the limit of tokens.
 STOP, LENGTH = "stop", "length"
@@ -118,3 +118,52 @@ class Answer:
     seconds: float
     prompt_tokens: int | None = None
     expected: str | None = None
+
+
+class Row(NamedTuple):
+    """A graded answer as a front takes it, whoever asked. Where something isn't known it is None.
+
+    Attributes:
+        run: what answered.
+        method: its family; None for a model as it is.
+        settings: what tells it from the others of its family.
+        problem: tells the problem from the others of its source.
+        sample: which of several answers to the same problem.
+        correct: from 0 to 1.
+        tokens: how long it is.
+        truncated: whether it ended at the limit of tokens.
+        unclosed: whether it began to think and didn't end it.
+        empty: whether it had no text.
+        seconds: its share of the time that the run took.
+    """
+
+    run: str
+    method: str | None
+    settings: Mapping[str, Any]
+    source: str
+    problem: str
+    sample: int
+    correct: float
+    tokens: float
+    truncated: bool | None = None
+    unclosed: bool | None = None
+    empty: bool | None = None
+    seconds: float | None = None
+
+
+def row_of(entry: Mapping[str, Any], answer: Answer) -> Row:
+    """Turn an answer of a sweep's run into a row; the entry is what `sweep.json` says of the run."""
+    return Row(
+        entry["run"],
+        entry["method"],
+        entry["settings"],
+        answer.source,
+        str(answer.index),
+        answer.sample,
+        correct=answer.correct is True,
+        tokens=answer.tokens,
+        truncated=answer.ended == LENGTH,
+        unclosed=answer.unclosed,
+        empty=not answer.text.strip(),
+        seconds=answer.seconds,
+    )

@@ -25,6 +25,7 @@ from mergekit_fim.evaluate.answers.generation import Transformers
 from mergekit_fim.evaluate.answers.prompts import file_template, prompts
 from mergekit_fim.evaluate.conclusion import conclude, is_concluded, write_findings, write_logs
 from mergekit_fim.evaluate.folder import SweepFolder, agreed_dtype, concluding, open_folder, taken, writing
+from mergekit_fim.evaluate.front.eval_results import eval_results
 from mergekit_fim.evaluate.front.findings import Findings
 from mergekit_fim.evaluate.front.fronts import pareto_set
 from mergekit_fim.evaluate.front.table import markdown_rows
@@ -237,7 +238,7 @@ def _pareto(questions: Questions, answers: Mapping[str, Answers]) -> set[str]:
 
 def _point(questions: Questions, answers: Answers, strength: float) -> Point:
     """Tell where a run of this strength came out."""
-    return Point.of(strength, (answers[key] for problem in questions.gradable() for key in problem))
+    return Point.of(strength, (answers[key] for key in questions.gradable()))
 
 
 def _further(
@@ -265,7 +266,8 @@ def _conclude(
             with taken(asked.folder, run.name, -1):
                 path = asked.models.merged(run, card=True)
                 shown = [findings.summary.base, findings.summary.long, run.name]
-                write_section(path, measured=markdown_rows(findings.summary, shown))
+                results = eval_results(findings, run.name, asked.folder.identity["problems"])
+                write_section(path, measured=markdown_rows(findings.summary, shown), results=results)
     _drop(asked, answers, wanted.keep)
     write_findings(asked.folder, findings)
     if wanted.log is not None:

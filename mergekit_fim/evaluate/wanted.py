@@ -12,6 +12,7 @@ from mergekit.config import MergeConfiguration
 from mergekit_fim.errors import FimError, require
 from mergekit_fim.evaluate.answers.prompts import Template
 from mergekit_fim.evaluate.answers.server import Server, connect
+from mergekit_fim.evaluate.front.recommended import check_margin
 from mergekit_fim.evaluate.problems.questions import Questions
 from mergekit_fim.evaluate.problems.sources import open_problems, warnings_of
 from mergekit_fim.evaluate.records import ProblemSet
@@ -65,8 +66,7 @@ def check_options(wanted: Wanted) -> None:
         raise FimError(f"--temperature: expected a finite number of at least 0, found {wanted.temperature}; change it")
     if wanted.log is not None:
         require("inspect_ai", "inspect")
-    if not 0 <= wanted.margin < 1:
-        raise FimError(f"--margin: expected a number of at least 0 and below 1, found {wanted.margin}; change it")
+    check_margin(wanted.margin)
     if wanted.samples > 1 and wanted.temperature == 0:
         raise FimError(
             f"--samples: {wanted.samples} answers by greedy decoding would be the same; set a --temperature above 0"

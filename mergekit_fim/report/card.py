@@ -6,14 +6,17 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from mergekit_fim.config.parameters import PARAMETERS, Scope
 from mergekit_fim.errors import reason
 from mergekit_fim.files import REPORT_NAME, read_json, write_text
 from mergekit_fim.text import escaped, markdown_table
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 LOG = logging.getLogger("mergekit_fim")
 
@@ -24,7 +27,9 @@ _ALT_KRON = "Per decoder layer: the directions' merge coefficients, from the lea
 _ALT = "Per decoder layer: Fisher information, norm of the task vector, and merge coefficient"
 
 
-def write_section(folder: str, *, figure: str | None = None, measured: str | None = None) -> None:
+def write_section(
+    folder: str, *, figure: str | None = None, measured: str | None = None, results: "Iterable[EvalResult]" = ()
+) -> None:
     """Append our section to the card of a merged model, or replace the section in it.
 
     A failure is only a warning, since the model is finished. A folder without a card is left as it is.
@@ -35,6 +40,7 @@ def write_section(folder: str, *, figure: str | None = None, measured: str | Non
         figure: the name of a figure in the folder, for a card that has the section; by default its figure stays.
         measured: Markdown of what a sweep measured of the model, such as its row of the front with the table's head;
             by default what the card has of it stays.
+        results: what the Hub is to read in the card's head, as `model-index`; without any, what is there stays.
     """
     path, report = os.path.join(folder, "README.md"), os.path.join(folder, REPORT_NAME)
     if not os.path.isfile(path):
@@ -53,7 +59,18 @@ def write_section(folder: str, *, figure: str | None = None, measured: str | Non
             measured=measured if measured is not None else old_measured.rstrip("\n") or None,
         )
         new = text[: old.start()] + section + text[old.end() :] if old else f"{text.rstrip()}\n\n{section}"
-        write_text(path, new)
+        write_text(path, _with_results(new, os.path.basename(folder), list(results)))
+
+
+def _with_results(card: str, model: str, results: "list[EvalResult]") -> str:
+    """Put results into the head of a card, in place of those that are there."""
+    if not results:
+        return card
+    from huggingface_hub import ModelCard
+
+    parsed = ModelCard(card)
+    parsed.data.model_name, parsed.data.eval_results = model, results
+    return str(parsed)
 
 
 def new_section(folder: str) -> str:

@@ -501,8 +501,8 @@ def test_pairs_of_one_lineage_count_once():
 def outcomes(run: str, method: str | None, strength: float | None, right: int, tokens: int) -> Outcomes:
     """Of twenty problems, of which the first are answered right, at one length."""
     correct = (np.arange(20) < right)[:, None]
-    none, settings = np.zeros((20, 1), bool), {} if strength is None else {"strength": strength}
-    return Outcomes(run, method, settings, correct, np.full((20, 1), tokens), none, none, none)
+    settings = {} if strength is None else {"strength": strength}
+    return Outcomes(run, method, settings, correct, np.full((20, 1), tokens))
 
 
 FRONTS = {
@@ -636,7 +636,7 @@ def test_rows_follow_from_the_answers_that_are_kept(tmp_path, monkeypatch):
         assert (run.run, run.method, run.settings) == (its.run, its.method, its.settings)
         assert (run.correct == its.correct).all()
         assert (run.tokens == its.tokens).all()
-        assert not its.truncated.any()
+        assert its.truncated is None
     with np.load(path, allow_pickle=False) as file:
         assert file["tokens"].dtype == np.uint16
     # Whatever the JSON says, it is made anew of the answers, without any model.

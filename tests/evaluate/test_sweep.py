@@ -22,6 +22,7 @@ import torch
 import transformers
 import yaml
 from click.testing import CliRunner, Result
+from huggingface_hub import ModelCard
 from inspecting import inspect
 from launching import together
 from mergekit.options import MergeOptions
@@ -197,6 +198,11 @@ def test_what_is_written(whole):
     assert "![Accuracy against mean tokens of every run, and the front](sweep.png)" in page
 
 
+def test_the_front_of_a_sweep_is_what_it_found(whole, tmp_path):
+    CliRunner().invoke(main, ["front", str(whole.out), "--json", str(tmp_path / "front.json")])
+    assert json.loads((tmp_path / "front.json").read_text())["findings"] == whole.record()["findings"]
+
+
 def test_the_pair_is_fit_for_these_tests(whole):
     """Or some tests here would be of less than they say."""
     runs = {run["run"]: run for run in whole.record()["findings"]["summary"]["runs"]}
@@ -332,6 +338,10 @@ def test_which_merges_are_kept(keep, whole, sweep):
         assert re.search(rf"^\| {re.escape(run)} \|", card, re.M)
         assert re.search(r"^\| long \|", card, re.M)
         assert ("## Merge coefficients" in card) is run.startswith("fim")
+        (its,) = (shown for shown in runs if shown["run"] == run)
+        results = ModelCard.load(folder / file_name(run) / "README.md").data.eval_results
+        assert [result.metric_value for result in results] == [its["accuracy"]["value"], its["tokens_mean"]]
+        assert results[0].dataset_name == "problems.jsonl"
         assert (folder / file_name(run) / "model.safetensors").exists()
     recommended = sweep.record()["findings"]["recommended"]["run"]
     assert ("It is in " in result.stdout) is (recommended in expected)

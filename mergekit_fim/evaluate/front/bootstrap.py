@@ -1,7 +1,7 @@
 """Outcomes -> accuracy and mean tokens of every run, as observed, in every resample of the problems, and in halves."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,16 +21,16 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """What a run answered. The runs of a sweep share the problems, their order, and the number of samples.
+    """What a run answered. The runs of a front share the problems, their order, and the number of samples.
 
     Attributes:
         method: None for a model as it is.
-        correct: whether the answer is right [problem, sample].
+        correct: whether the answer is right, or how right it is, from 0 to 1 [problem, sample].
         tokens: its length [problem, sample].
-        truncated: whether it ended at the limit of tokens [problem, sample].
+        truncated: whether it ended at the limit of tokens [problem, sample]; None where that isn't known, as below.
         unclosed: whether it began to think and didn't end it [problem, sample].
         empty: whether it had no text [problem, sample].
-        seconds: what the run took; None where that isn't known.
+        seconds: its share of the time that the run took [problem, sample].
 
     Raises:
         ValueError: there are no problems or no samples, or the shapes differ.
@@ -39,17 +39,31 @@ class Outcomes:
     run: str
     method: str | None
     settings: Mapping[str, Any]
-    correct: BoolArray
-    tokens: IntArray
-    truncated: BoolArray
-    unclosed: BoolArray
-    empty: BoolArray
-    seconds: float | None = None
+    correct: BoolArray | FloatArray
+    tokens: IntArray | FloatArray
+    truncated: BoolArray | None = None
+    unclosed: BoolArray | None = None
+    empty: BoolArray | None = None
+    seconds: FloatArray | None = None
 
     def __post_init__(self) -> None:
-        shapes = {x.shape for x in (self.correct, self.tokens, self.truncated, self.unclosed, self.empty)}
+        shapes = {its.shape for its in self._arrays.values()}
         if len(shapes) > 1 or self.correct.ndim != 2 or self.correct.size == 0:
-            raise ValueError(f"{self.run}: expected five arrays [problem, sample] of one shape, found {sorted(shapes)}")
+            raise ValueError(f"{self.run}: expected arrays [problem, sample] of one shape, found {sorted(shapes)}")
+
+    @property
+    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
+        names = ("correct", "tokens", "truncated", "unclosed", "empty", "seconds")
+        return {name: its for name in names if (its := getattr(self, name)) is not None}
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether every problem has one answer, which is right or wrong."""
+        return self.correct.dtype == bool and self.correct.shape[1] == 1
+
+    def of(self, problems: BoolArray) -> "Outcomes":
+        """Leave out the other problems [problem]."""
+        return replace(self, **{name: its[problems] for name, its in self._arrays.items()})
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,15 @@
-"""Every run's answers -> what they show: in figures, for a terminal, and as a page."""
+"""Every run's outcomes -> what they show: in figures, for a terminal, and as a page."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from mergekit_fim.evaluate.front.bootstrap import Outcomes
+from mergekit_fim.evaluate.front.gathered import Gathered
 from mergekit_fim.evaluate.front.recommended import Recommendation, recommendation
 from mergekit_fim.evaluate.front.statistics import Summary, summarize
 from mergekit_fim.evaluate.front.table import render_table
-from mergekit_fim.evaluate.records import LENGTH, Answer, Key, ordered_by
+from mergekit_fim.evaluate.records import ordered_by
 from mergekit_fim.measurements.record import versions
 from mergekit_fim.text import escaped, markdown_table, wrapped
 
@@ -40,69 +39,46 @@ class Findings:
 
 
 def find(
-    entries: Sequence[Entry],
-    answers: Mapping[str, Mapping[Key, Answer]],
-    gradable: Mapping[str, Sequence[Sequence[Key]]],
-    ungradable: Sequence[tuple[str, int, str]],
+    gathered: Gathered,
     ends: tuple[str, Sequence[str]],
+    *,
     seed: int,
     margin: float,
+    ungradable: Iterable[tuple[str, int, str]] = (),
 ) -> Findings:
-    """Summarise the runs that have answered everything.
+    """Find out what runs show that have answered the same problems.
 
     Args:
-        entries: of these runs.
-        answers: of each run.
-        gradable: the answers [problem, sample] that can be graded, by source.
-        ungradable: the problems whose answers can't be graded, as (source, index, why).
+        gathered: of these runs.
         ends: the base's run, and those of the fine-tuned models. The long model is the one that writes most.
         seed: of the bootstrap.
         margin: how much less accurate than the long model the run to keep may be.
+        ungradable: see `Findings`; these problems aren't in what was gathered.
     """
-    every = [problem for problems in gradable.values() for problem in problems]
     base, tuned = ends
-    long = max(tuned, key=lambda run: sum(answers[run][key].tokens for problem in every for key in problem))
-    entries = _sorted(entries)
-
-    def summary(problems: Sequence[Sequence[Key]]) -> Summary:
-        return summarize([outcomes(e, answers[e["run"]], problems) for e in entries], base, long, seed=seed)
-
-    overall = summary(every)
-    by_source = {source: summary(problems) for source, problems in gradable.items()} if len(gradable) > 1 else {}
+    runs = _sorted(gathered.outcomes)
+    length = {run.run: float(run.tokens.sum()) for run in runs}
+    long = max(tuned, key=length.__getitem__)
+    overall = summarize(runs, base, long, seed=seed)
+    parts = gathered.by_source()
+    by_source = {
+        source: summarize([run.of(problems) for run in runs], base, long, seed=seed)
+        for source, problems in (parts.items() if len(parts) > 1 else ())
+    }
     return Findings(overall, by_source, recommendation(overall, margin), tuple(ungradable))
 
 
-def _sorted(entries: Sequence[Entry]) -> list[Entry]:
-    """Sort runs by method, then by strength: several commands may have added to them."""
-    methods = list(dict.fromkeys(entry["method"] for entry in entries))
-    varied = list(dict.fromkeys(tuple(entry["settings"]) for entry in entries))
+def _sorted(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
+    """Sort runs by method, models as they are first, then by strength: they may come from anywhere."""
+    methods = list(dict.fromkeys([None, *(run.method for run in outcomes)]))
+    varied = list(dict.fromkeys(tuple(run.settings) for run in outcomes))
 
-    def place(entry: Entry) -> tuple[int, int, float]:
-        strength = entry["settings"].get(ordered_by(entry["settings"]))
+    def place(run: Outcomes) -> tuple[int, int, float]:
+        strength = run.settings.get(ordered_by(run.settings))
         number = float(strength) if isinstance(strength, (int, float)) else 0.0
-        return methods.index(entry["method"]), varied.index(tuple(entry["settings"])), number
+        return methods.index(run.method), varied.index(tuple(run.settings)), number
 
-    return sorted(entries, key=place)
-
-
-def outcomes(entry: Entry, answers: Mapping[Key, Answer], problems: Sequence[Sequence[Key]]) -> Outcomes:
-    """Turn a run's answers into what the statistics take: those that can be graded [problem, sample]."""
-    rows = [[answers[key] for key in problem] for problem in problems]
-
-    def array(of: Callable[[Answer], Any]) -> Any:
-        return np.array([[of(answer) for answer in row] for row in rows])
-
-    return Outcomes(
-        run=entry["run"],
-        method=entry["method"],
-        settings=entry["settings"],
-        correct=array(lambda answer: answer.correct is True),
-        tokens=array(lambda answer: answer.tokens),
-        truncated=array(lambda answer: answer.ended == LENGTH),
-        unclosed=array(lambda answer: answer.unclosed),
-        empty=array(lambda answer: not answer.text.strip()),
-        seconds=sum(answer.seconds for row in rows for answer in row) or None,
-    )
+    return sorted(outcomes, key=place)
 
 
 def render(findings: Findings, remedy: str) -> str:

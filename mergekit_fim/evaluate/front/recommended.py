@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from math import ceil
 
+from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate.front.paired import enough_problems
 from mergekit_fim.evaluate.front.statistics import Paired, RunSummary, Summary
 from mergekit_fim.evaluate.front.table import interval, tokens
@@ -15,6 +16,16 @@ class Recommendation:
     run: str
     margin: float
     sentence: str
+
+
+def check_margin(margin: float) -> None:
+    """Check a margin.
+
+    Raises:
+        FimError: it is no difference of accuracies that a run to keep may have.
+    """
+    if not 0 <= margin < 1:
+        raise FimError(f"--margin: expected a number of at least 0 and below 1, found {margin}; change it")
 
 
 def recommendation(summary: Summary, margin: float) -> Recommendation:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from mergekit_fim.errors import require
-from mergekit_fim.evaluate.front.bootstrap import Draws, Estimate, Outcomes, draw
+from mergekit_fim.evaluate.front.bootstrap import BoolArray, Draws, Estimate, Outcomes, draw
 from mergekit_fim.evaluate.front.fronts import area, chord, held_out_gain, pareto_set, pieces
 from mergekit_fim.evaluate.front.paired import LEVEL, adjusted_interval, score_interval
 
@@ -20,11 +20,12 @@ class Paired:
     """A run's accuracy minus another's, on the same problems.
 
     Attributes:
-        difference: with Tango's interval for one sample a problem. For several with the bootstrap's, widened to Bonett
-            and Price's, as the bootstrap's has no width where no answers differ.
-        gained: how many problems this run alone solves; None with several samples a problem.
-        lost: how many the other alone solves; None with several.
-        mcnemar: the exact p of McNemar's test; None with several.
+        difference: with Tango's interval for one sample a problem. For several, or for answers that may be partly
+            right, with the bootstrap's, widened to Bonett and Price's, as the bootstrap's has no width where no answers
+            differ.
+        gained: how many problems this run alone solves; None with the bootstrap's interval.
+        lost: how many the other alone solves; likewise.
+        mcnemar: the exact p of McNemar's test; likewise.
     """
 
     difference: Estimate
@@ -35,10 +36,11 @@ class Paired:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """A run in figures. Rates are shares of all answers.
+    """A run in figures. Rates are shares of all answers; None where they aren't known.
 
     Attributes:
-        accuracy: with Wilson's interval for one sample a problem, and the bootstrap's over problems for several.
+        accuracy: with Wilson's interval for one sample a problem, and the bootstrap's over problems for several, or
+            for answers that may be partly right.
         correct_tokens_mean: of the right answers; None where there are none.
         tokens_per_second: None where the time isn't known.
         against_base: None for the base itself.
@@ -56,9 +58,9 @@ class RunSummary:
     tokens_median: float
     correct_tokens_mean: float | None
     correct_tokens_median: float | None
-    truncated: float
-    unclosed: float
-    empty: float
+    truncated: float | None
+    unclosed: float | None
+    empty: float | None
     tokens_per_second: float | None
     against_base: Paired | None
     against_long: Paired | None
@@ -187,22 +189,26 @@ def _runs(outcomes: Sequence[Outcomes], draws: Draws, b: int, e: int, *, has_cho
             return None
         return _paired(outcomes[i], outcomes[other], draws.estimate(accuracy[:, i] - accuracy[:, other]))
 
+    def rate(flags: BoolArray | None) -> float | None:
+        return None if flags is None else float(flags.mean())
+
     def run(i: int, o: Outcomes) -> RunSummary:
-        right, count = o.tokens[o.correct], int(o.correct.sum())
+        right = o.tokens[o.correct == 1]
+        took = 0.0 if o.seconds is None else float(o.seconds.sum())
         by_draws = draws.estimate(accuracy[:, i])
         return RunSummary(
             run=o.run,
             method=o.method,
             settings=o.settings,
-            accuracy=wilson(count, draws.problems) if o.correct.shape[1] == 1 else by_draws,
+            accuracy=wilson(len(right), draws.problems) if o.is_binary else by_draws,
             tokens_mean=float(tokens[0, i]),
             tokens_median=float(np.median(o.tokens)),
-            correct_tokens_mean=float(right.mean()) if count else None,
-            correct_tokens_median=float(np.median(right)) if count else None,
-            truncated=float(o.truncated.mean()),
-            unclosed=float(o.unclosed.mean()),
-            empty=float(o.empty.mean()),
-            tokens_per_second=float(o.tokens.sum()) / o.seconds if o.seconds else None,
+            correct_tokens_mean=float(right.mean()) if len(right) else None,
+            correct_tokens_median=float(np.median(right)) if len(right) else None,
+            truncated=rate(o.truncated),
+            unclosed=rate(o.unclosed),
+            empty=rate(o.empty),
+            tokens_per_second=float(o.tokens.sum()) / took if took else None,
             against_base=against(i, b),
             against_long=against(i, e),
             length_ratio=float(tokens[0, i] / tokens[0, e]) if tokens[0, e] > 0 else None,
@@ -267,10 +273,9 @@ def _binomtest() -> Callable[..., Any]:
 
 def _paired(one: Outcomes, other: Outcomes, bootstrap: Estimate) -> Paired:
     """Hold one run against another, where the bootstrap says this of the difference of their accuracies."""
-    problems, samples = one.correct.shape
-    if samples == 1:
-        gained, lost = int((one.correct & ~other.correct).sum()), int((other.correct & ~one.correct).sum())
-        low, high = score_interval(gained, lost, problems)
+    if one.is_binary and other.is_binary:
+        gained, lost = int((one.correct > other.correct).sum()), int((other.correct > one.correct).sum())
+        low, high = score_interval(gained, lost, len(one.correct))
         return Paired(Estimate(bootstrap.value, low, high), gained, lost, mcnemar(gained, lost))
     low, high = adjusted_interval((one.correct.mean(axis=1) - other.correct.mean(axis=1)).tolist())
     if bootstrap.low is not None and bootstrap.high is not None:

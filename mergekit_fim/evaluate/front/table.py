@@ -36,9 +36,9 @@ def _runs_in_full(summary: Summary) -> list[list[str]]:
             "tokens, mean (median)": f"{tokens(run.tokens_mean)} ({tokens(run.tokens_median)})",
             "of the right answers": right if run.correct_tokens_mean is not None else "",
             f"of {summary.long}'s length": "" if run.length_ratio is None else f"{run.length_ratio:.2f}",
-            "truncated": f"{100 * run.truncated:.1f} %",
-            "unclosed": f"{100 * run.unclosed:.1f} %",
-            "empty": f"{100 * run.empty:.1f} %",
+            "truncated": _percent(run.truncated, ".1f", " %"),
+            "unclosed": _percent(run.unclosed, ".1f", " %"),
+            "empty": _percent(run.empty, ".1f", " %"),
             "above the chord": interval(summary, run.above_chord, "+"),
             f"against {summary.base}": interval(summary, _difference(run.against_base), "+"),
             f"against {summary.long}": interval(summary, _difference(run.against_long), "+"),
@@ -63,7 +63,7 @@ def _runs_in_short(summary: Summary) -> list[list[str]]:
                 ("* " if run.pareto else "  ") + name,
                 interval(summary, run.accuracy),
                 tokens(run.tokens_mean),
-                f"{100 * run.truncated:.0f}%",
+                _percent(run.truncated, ".0f", "%"),
                 interval(summary, run.above_chord, "+"),
                 interval(summary, _difference(run.against_long), "+"),
             ]
@@ -93,7 +93,7 @@ def _notes(summary: Summary) -> list[str]:
             "gain is what it has above the chord, luck included; held out, one half of the problems chooses the mixes "
             "on the front, and the other half says how accurate they are."
         )
-    truncated = [run.run for run in summary.runs if run.truncated >= _MANY_TRUNCATED]
+    truncated = [run.run for run in summary.runs if (run.truncated or 0) >= _MANY_TRUNCATED]
     if truncated:
         notes.append(
             f"{100 * _MANY_TRUNCATED:.0f} % or more were cut off at the limit of tokens in {', '.join(truncated)}: "
@@ -126,6 +126,10 @@ def _plain(grid: Sequence[Sequence[str]]) -> str:
         cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=False)]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return "\n".join(lines)
+
+
+def _percent(share: float | None, digits: str, unit: str) -> str:
+    return "" if share is None else f"{100 * share:{digits}}{unit}"
 
 
 def _difference(paired: Paired | None) -> Estimate | None:

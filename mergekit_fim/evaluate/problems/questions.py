@@ -30,13 +30,9 @@ class Questions:
         """Find the problem that an answer is to."""
         return self._problems[key[:2]][1]
 
-    def gradable(self, source: str | None = None) -> list[list[Key]]:
-        """List the answers [problem, sample] that can be graded, of a source or of all."""
-        return [
-            [(*problem, sample) for sample in range(self.samples)]
-            for problem, (problem_set, _) in self._problems.items()
-            if source in (None, problem_set.source) and problem[1] not in problem_set.ungradable
-        ]
+    def gradable(self) -> list[Key]:
+        """List the answers that can be graded."""
+        return [key for key in self.keys if key[1] not in self._problems[key[:2]][0].ungradable]
 
     def graded(self, written: Written, seconds: float) -> Answer:
         """Grade a completion that took so long."""
