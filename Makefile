@@ -14,7 +14,7 @@ CONSTRAINTS ?= -c constraints.txt
 DEVICE ?= cuda
 SHAPES ?= 1.5b 7b
 
-.PHONY: demo test test-vllm gpu lint architectures clean
+.PHONY: demo test pytest test-vllm gpu lint architectures clean
 
 demo: $(VENV)/demo.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python example_configs/demo.py models $(DEMO)
@@ -24,9 +24,13 @@ demo: $(VENV)/demo.installed
 	cd $(DEMO) && HF_HUB_OFFLINE=1 $(CURDIR)/$(BIN)/mergekit-fim sweep $(CURDIR)/example_configs/demo.yml sweep \
 		--problems problems.jsonl --n 0 --max-tokens 112 --set alpha_mean=0.1,0.9 --refine 4 --compare task_arithmetic
 
-test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
-	HF_HUB_OFFLINE=1 MERGEKIT_FIM_TEST_DEVICE=cpu $(BIN)/python -m pytest -m gpu -n logical --maxprocesses 4
+# mypy works on one core: beside the tests it costs no waiting.
+test: $(VENV)/test.installed
+	$(MAKE) -j2 lint pytest
+
+# The tests for accelerators run on the CPU here, to see that they run.
+pytest: $(VENV)/test.installed
+	HF_HUB_OFFLINE=1 MERGEKIT_FIM_TEST_DEVICE=cpu $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 # vLLM pins other versions than constraints.txt, so it has an environment of its own: 3.4 GB, some minutes. PyPI's torchvision
 # breaks its import.

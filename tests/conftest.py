@@ -13,6 +13,7 @@ import torch
 import transformers
 import yaml
 from environments import ROOT, Environment, made_once, make_environment, pip
+from loaded import Loaded
 from mergekit.io.tasks import LoaderCache
 from merges import Merge, Pair
 from stub import Stub, stubs
@@ -97,6 +98,14 @@ def installed(wheel, tmp_path_factory) -> Environment:
         return environment
 
     return made_once(tmp_path_factory, "installed", install)
+
+
+@pytest.fixture(scope="session")
+def loaded(installed, tmp_path_factory) -> Iterator[Loaded]:
+    """A process of that environment that has imported the libraries; mergekit's cards list models as text hashes."""
+    process = Loaded(installed.python, tmp_path_factory.mktemp("loaded"), PYTHONHASHSEED="0")
+    yield process
+    process.close()
 
 
 @pytest.fixture(scope="session")

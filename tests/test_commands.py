@@ -1,5 +1,6 @@
 """The other commands: plan, export, merge, plot, compare; help and completion."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import tiny
 import torch
 import yaml
 from click.testing import CliRunner
+from loaded import Loaded
 from measured import measurement
 from mergekit.scripts.run_yaml import main as mergekit_yaml
 from merges import config_for, ends_in_one_line, run
@@ -340,18 +342,14 @@ def test_merge_where_python_reads_no_start_up_files(pair, config, tmp_path):
 
     path = config(config_for(pair))
     source = Path(mergekit_fim.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{source}{os.pathsep}{sysconfig.get_path('purelib')}"}
+    folders = f"{source}{os.pathsep}{sysconfig.get_path('purelib')}"
     options = ["--no-copy-tokenizer", "--no-write-model-card", "--quiet"]
-
-    def python(*arguments):
-        command = [sys.executable, "-S", *map(str, arguments), *options]
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-
-    done = python("-m", "mergekit.scripts.run_yaml", path, tmp_path / "stock")
-    assert "fim_ties" in done.stderr
-    assert done.returncode != 0
-    done = python("-m", "mergekit_fim", "merge", path, tmp_path / "ours")
-    assert done.returncode == 0, done.stderr
+    with contextlib.closing(Loaded(sys.executable, tmp_path, "-S", PYTHONPATH=folders)) as python:
+        stock = ["-m", "mergekit.scripts.run_yaml", str(path), str(tmp_path / "stock"), *options]
+        done = python.run(*stock, check=False)
+        assert "fim_ties" in done.stderr
+        assert done.returncode != 0
+        python.run("-m", "mergekit_fim", "merge", str(path), str(tmp_path / "ours"), *options)
     assert (tmp_path / "ours" / "fim_report.json").exists()
 
 

@@ -1,6 +1,8 @@
 """What is released, and the start-up hook: installs, uninstalling, cost, and mergekits that are missing or broken."""
 
+import contextlib
 import email
+import os
 import re
 import shutil
 import subprocess
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 from environments import ROOT, Environment, files, make_environment, pip
+from loaded import Loaded
 from markdown_it import MarkdownIt
 from merges import config_for, ends_in_one_line
 from packaging.requirements import Requirement
@@ -23,8 +26,8 @@ import mergekit_fim
 REGISTERED = "from mergekit import merge_methods as m; print([x.spec.name for x in m.registered_methods()][-3:])"
 
 
-def names(environment: Environment, *flags: str, before: str = "", **options) -> str:
-    done = environment.run(*flags, "-c", before + REGISTERED, **options)
+def names(python: Environment | Loaded, before: str = "") -> str:
+    done = python.run("-c", before + REGISTERED)
     assert done.stderr == ""
     return done.stdout.strip()
 
@@ -33,15 +36,20 @@ def names(environment: Environment, *flags: str, before: str = "", **options) ->
 def test_install_and_uninstall(editable, source, tmp_path):
     environment = make_environment(tmp_path / "venv")
     before = files(environment)
-    assert "fim" not in names(environment)
+    is_there = (
+        "import sys, importlib.util as u; print('mergekit_fim' in sys.modules, bool(u.find_spec('mergekit_fim')))"
+    )
+    assert environment.run("-I", "-c", is_there).stdout == "False False\n"
     mode = ["--editable"] if editable else []
     pip(environment, "install", "--no-deps", "--no-build-isolation", "--quiet", *mode, str(source))
     assert names(environment) == "['fim_ties', 'fim_ta', 'fim_kron']"
     where = environment.run("-c", "import mergekit_fim; print(mergekit_fim.__file__)").stdout
     assert where.startswith(str(source)) is editable
-    assert names(environment, env={"MERGEKIT_FIM_DISABLE": "1"}).endswith("'della', 'della_linear']")
+    hooks = "import sys; print('mergekit_fim' in {type(finder).__module__ for finder in sys.meta_path})"
+    for variables, hooked in (({}, "True\n"), ({"MERGEKIT_FIM_DISABLE": "1"}, "False\n")):
+        assert environment.run("-c", hooks, env=variables).stdout == hooked
     pip(environment, "uninstall", "--yes", "--quiet", "mergekit-fim")
-    assert "fim" not in names(environment)
+    assert environment.run("-I", "-c", is_there).stdout == "False False\n"
     assert files(environment) == before
 
 
@@ -144,13 +152,13 @@ def test_versions_agree(wheel):
     assert "0.2.0" not in allowed["mergekit"]
 
 
-def test_the_start_file_names_a_callable(installed):
+def test_the_start_file_names_a_callable(installed, loaded):
     """What Python 3.15 does with it (PEP 829): resolve the name, call it."""
     code = (
         "import sys, pkgutil; sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != '_Finder']; "
         "pkgutil.resolve_name(open(sys.argv[1]).read().strip())(); "
     )
-    done = installed.run("-c", code + REGISTERED, str(installed.site_packages / "mergekit_fim.start"))
+    done = loaded.run("-c", code + REGISTERED, str(installed.site_packages / "mergekit_fim.start"))
     assert done.stdout.strip() == "['fim_ties', 'fim_ta', 'fim_kron']"
 
 
@@ -164,13 +172,14 @@ def test_start_up_imports_nothing_heavy(installed):
     assert ours == "['mergekit_fim']"
 
 
-def test_where_site_does_not_run(installed):
+def test_where_site_does_not_run(installed, tmp_path):
     """`python -S`, and folders on PYTHONPATH: importing the package first does it, and so does importing it late."""
-    path = f"import sys; sys.path[:0] = {[str(installed.site_packages), *sys.path]!r}; "
-    assert names(installed, "-S", before=path + "import mergekit_fim; ") == "['fim_ties', 'fim_ta', 'fim_kron']"
-    late = path + "import mergekit.plan, mergekit_fim; assert mergekit.plan.MergePlanner.plan_to_disk.mergekit_fim; "
-    assert names(installed, "-S", before=late) == "['fim_ties', 'fim_ta', 'fim_kron']"
-    assert "fim" not in names(installed, "-S", before=path)
+    path = os.pathsep.join([str(installed.site_packages), *sys.path])
+    late = "import mergekit.plan, mergekit_fim; assert mergekit.plan.MergePlanner.plan_to_disk.mergekit_fim; "
+    with contextlib.closing(Loaded(installed.python, tmp_path, "-S", PYTHONPATH=path)) as python:
+        assert names(python, before="import mergekit_fim; ") == "['fim_ties', 'fim_ta', 'fim_kron']"
+        assert names(python, before=late) == "['fim_ties', 'fim_ta', 'fim_kron']"
+        assert "fim" not in names(python)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import functools
 import json
 import random
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -766,13 +765,13 @@ def test_what_can_no_longer_be_answered_says_since_when(tmp_path, monkeypatch, c
     assert not list(tmp_path.iterdir())
 
 
-def test_the_pages_are_of_what_is_kept(tmp_path):
+def test_the_pages_are_of_what_is_kept(loaded, tmp_path):
     """docs/evidence.md and README.md have been made anew since docs/evidence/ changed."""
     pages = {"--write": ROOT / "docs/evidence.md", "--short": ROOT / "README.md"}
     copies = {option: tmp_path / page.name for option, page in pages.items()}
     for option, page in pages.items():
         shutil.copy(page, copies[option])
     options = [str(part) for pair in copies.items() for part in pair]
-    subprocess.run([sys.executable, "-m", "benchmarks.evidence.tables", *options], cwd=ROOT, check=True)
+    loaded.run("-m", "benchmarks.evidence.tables", *options, cwd=ROOT)
     for option, page in pages.items():
         assert copies[option].read_text(encoding="utf-8") == page.read_text(encoding="utf-8")

@@ -9,6 +9,7 @@ import torch
 import transformers
 import yaml
 from damage import change_tensor, poison, remake
+from environments import MERGEKIT_YAML
 from mergekit.options import MergeOptions
 from merges import config_for, ends_in_one_line
 
@@ -176,9 +177,9 @@ def test_mergekit_pytorch_is_refused(pair, tmp_path):
     ends_in_one_line(result, "mergekit-yaml", files[1], absent=tmp_path / "out")
 
 
-def test_in_a_process_of_its_own(installed, pair, tmp_path):
+def test_in_a_process_of_its_own(loaded, pair, tmp_path):
     config = tmp_path / "config.yml"
     config.write_text(yaml.safe_dump(config_for(pair, parameters={"sharpnes": 1})))
-    done = installed.command("mergekit-yaml", str(config), str(tmp_path / "out"), check=False)
+    done = loaded.run(MERGEKIT_YAML, str(config), str(tmp_path / "out"), check=False)
     line = ends_in_one_line(done, absent=tmp_path / "out")
     assert line.startswith("Error: the top-level parameters: unknown parameter `sharpnes`")

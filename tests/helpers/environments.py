@@ -16,6 +16,8 @@ import pytest
 from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
+SCRIPTS = Path(sysconfig.get_path("scripts"))
+MERGEKIT_YAML = str(SCRIPTS / "mergekit-yaml")  # the script that pip made for it
 T = TypeVar("T")
 
 
@@ -34,11 +36,6 @@ class Environment:
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
-
-    def command(self, name: str, *arguments: str, **options) -> subprocess.CompletedProcess:
-        """A stock command of mergekit's, from the script that pip made for it."""
-        script = Path(sysconfig.get_path("scripts")) / name
-        return self.run(str(script), *arguments, **options)
 
 
 def make_environment(folder: Path, *, dependencies: bool = True) -> Environment:

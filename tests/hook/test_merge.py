@@ -2,8 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +12,7 @@ import tiny
 import torch
 import transformers
 import yaml
+from environments import MERGEKIT_YAML, SCRIPTS
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
@@ -60,11 +59,11 @@ def assert_same(path: Path, expected: dict[str, np.ndarray], atol=2e-5):
 
 
 @pytest.mark.parametrize("method", ["fim_ties", "fim_ta"])
-def test_the_installed_wheel_merges_as_the_method_says(method, installed, pair, tmp_path):
+def test_the_installed_wheel_merges_as_the_method_says(method, installed, loaded, pair, tmp_path):
     """The main job: wheel, stock `mergekit-yaml` in a process of its own, every tensor, the table and the report."""
     config = tmp_path / "config.yml"
     config.write_text(yaml.safe_dump(config_for(pair, method)), encoding="utf-8")
-    done = installed.command("mergekit-yaml", str(config), str(tmp_path / "out"), "--no-copy-tokenizer")
+    done = installed.run(MERGEKIT_YAML, str(config), str(tmp_path / "out"), "--no-copy-tokenizer")
     F, norms, alphas = reference.layer_coefficients(pair.base, pair.long)
     assert max(alphas) - min(alphas) > 0.1
     assert_same(tmp_path / "out", expect(pair.base, [pair.long], method, [alphas]))
@@ -101,7 +100,7 @@ def test_the_installed_wheel_merges_as_the_method_says(method, installed, pair, 
     assert model(input_ids=torch.tensor([[1, 2, 3]])).logits.isfinite().all()
 
     # The same command again: the same bytes.
-    installed.command("mergekit-yaml", str(config), str(tmp_path / "again"), "--no-copy-tokenizer", "--quiet")
+    loaded.run(MERGEKIT_YAML, str(config), str(tmp_path / "again"), "--no-copy-tokenizer", "--quiet")
     for name in ("model.safetensors", "fim_report.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
@@ -315,15 +314,22 @@ def test_from_python(pair, tmp_path):
     assert settings(tmp_path / "one")[1] != [0.5] * 5
 
 
-def test_mergekit_multi_with_a_later_stage_on_ours(installed, pair, tmp_path):
+def test_mergekit_multi_with_a_later_stage_on_ours(loaded, pair, tmp_path):
     stages = [
         config_for(pair) | {"name": "first"},
         config_for(pair, "fim_ta", models=[{"model": "first"}, {"model": str(pair.third)}]),
     ]
     config = tmp_path / "multi.yml"
     config.write_text(yaml.safe_dump_all(stages), encoding="utf-8")
-    installed.command(
-        *("mergekit-multi", str(config), "--out-path", str(tmp_path / "out"), "-I", str(tmp_path / "stages")),
+    loaded.run(
+        *(
+            str(SCRIPTS / "mergekit-multi"),
+            str(config),
+            "--out-path",
+            str(tmp_path / "out"),
+            "-I",
+            str(tmp_path / "stages"),
+        ),
         *("--no-copy-tokenizer", "--no-write-model-card"),
     )
     first, final = reference.report(tmp_path / "stages" / "first"), reference.report(tmp_path / "out")
@@ -453,28 +459,23 @@ def test_layer_prefixes():
     assert layer_prefix("model.layers.12.mlp", 2) is None
 
 
-def test_importing_mergekit_in_any_order_registers_once():
-    """In forks of a process that has imported no more than what mergekit itself imports, which takes seconds."""
+def test_importing_mergekit_in_any_order_registers_once(loaded):
+    """Where no more has been imported than what mergekit itself imports."""
     code = """
-import os, sys
-import accelerate, peft, torch, transformers
+import sys
 assert not [name for name in sys.modules if name.startswith(("mergekit.", "mergekit_fim."))]
-for module in sys.argv[1:]:
-    if os.fork() == 0:
-        __import__(module)
-        import mergekit.plan, mergekit_fim
-        from mergekit import merge_methods
-        names = [method.spec.name for method in merge_methods.registered_methods()]
-        hooked = bool(mergekit.plan.MergePlanner.plan_to_disk.mergekit_fim)
-        print(module, hooked and names.count("fim_ties") == names.count("fim_ta") == 1, flush=True)
-        os._exit(0)
-    os.wait()
+__import__(sys.argv[1])
+import mergekit.plan, mergekit_fim
+from mergekit import merge_methods
+names = [method.spec.name for method in merge_methods.registered_methods()]
+hooked = bool(mergekit.plan.MergePlanner.plan_to_disk.mergekit_fim)
+print(hooked and names.count("fim_ties") == names.count("fim_ta") == 1)
 """
     modules = ["mergekit.config", "mergekit.plan"]
     modules += ["mergekit_fim.merging.methods", "mergekit_fim.hook.planner", "mergekit_fim.report.table"]
-    done = subprocess.run([sys.executable, "-c", code, *modules], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines() == [f"{module} True" for module in modules]
+    for module in modules:
+        done = loaded.run("-c", code, module)
+        assert (done.stdout, done.stderr) == ("True\n", ""), module
 
 
 def test_multi_gpu_in_worker_threads(pair, merge, request):

@@ -1,5 +1,6 @@
 """What having the package installed, and using it, leaves as it was: stock methods, the process, models, the disk."""
 
+import functools
 import inspect
 import logging
 import os
@@ -59,14 +60,15 @@ assert "mergekit_fim.prepass.run" not in sys.modules
 """
 
 
-def test_stock_methods_do_not_change(installed, pair, tmp_path):
+def test_stock_methods_do_not_change(installed, loaded, pair, tmp_path):
     """All of mergekit's methods, with the hook and without it, in two processes: the same bytes of every file."""
     script = tmp_path / "stock.py"
     script.write_text(STOCK)
     names = {}
-    for kind, environment in (("with", {}), ("without", {"MERGEKIT_FIM_DISABLE": "1"})):
+    off = functools.partial(installed.run, env={"MERGEKIT_FIM_DISABLE": "1"})
+    for kind, python in (("with", loaded.run), ("without", off)):
         arguments = [str(script), str(pair.base), str(pair.long), str(pair.third), str(tmp_path / kind)]
-        names[kind] = installed.run(*arguments, env=environment).stdout.split()
+        names[kind] = python(*arguments).stdout.split()
     assert names["with"] == [*names["without"], "fim_ties", "fim_ta", "fim_kron"]
     assert names["with"] == [method.spec.name for method in registered_methods()]
     found = {k: {p.relative_to(tmp_path / k): p.read_bytes() for p in (tmp_path / k).glob("*/*")} for k in names}
@@ -133,13 +135,13 @@ print(len(hooked), [finder for finder in sys.meta_path if finder not in hooked] 
 """
 
 
-def test_importing_all_of_it_changes_nothing_but_the_hook(installed, tmp_path):
+def test_importing_all_of_it_changes_nothing_but_the_hook(installed, loaded, tmp_path):
     """With the hook switched off there isn't even that; with it, one finder is on `sys.meta_path`, put there once."""
     script = tmp_path / "imports.py"
     script.write_text(IMPORTS.format(state=inspect.getsource(state)))
     off = installed.run(str(script), env={"MERGEKIT_FIM_DISABLE": "1"}).stdout.splitlines()
     assert off == ["[]", "0 True"]
-    on = installed.run(str(script)).stdout.splitlines()
+    on = loaded.run(str(script)).stdout.splitlines()
     assert on == ["[]", "1 False"]  # the finder was there before
 
 
@@ -280,7 +282,7 @@ def test_uninstalling_leaves_nothing(wheel, tmp_path):
     assert set(os.listdir(scripts)) - commands == {"mergekit-fim"}
     assert environment.run(str(scripts / "mergekit-fim"), "--version").stdout.endswith(f"{mergekit_fim.__version__}\n")
     # Compiled files, which pip didn't write, go as well.
-    environment.run("-c", "import mergekit_fim.api", env={"PYTHONDONTWRITEBYTECODE": ""})
+    environment.run("-c", "import mergekit_fim.cli", env={"PYTHONDONTWRITEBYTECODE": ""})
     pip(environment, "uninstall", "--yes", "--quiet", "mergekit-fim")
     assert files(environment) == before
     assert set(os.listdir(scripts)) == commands

@@ -1,5 +1,6 @@
 """What docs/upstream/ proposes for mergekit: on a patched copy the package needs no hook, and gives the same bytes."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Queue
 from threading import Event
@@ -16,7 +18,8 @@ import mergekit
 import mergekit.merge
 import pytest
 import yaml
-from environments import ROOT, Environment, made_once, make_environment, pip
+from environments import MERGEKIT_YAML, ROOT, Environment, made_once, make_environment, pip
+from loaded import Loaded
 from merges import config_for, ends_in_one_line
 
 PATCHES = sorted((ROOT / "docs" / "upstream").glob("*.patch"))
@@ -27,9 +30,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def copy_of_mergekit(folder: Path) -> Path:
-    return shutil.copytree(
-        Path(mergekit.__file__).parent, folder / "mergekit", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    return shutil.copytree(Path(mergekit.__file__).parent, folder / "mergekit")
 
 
 def apply(patch: Path, folder: Path) -> None:
@@ -81,19 +82,30 @@ def test_git_applies_them_likewise(tmp_path):
             assert text != (Path(mergekit.__file__).parents[1] / name).read_text(encoding="utf-8")
 
 
-def merged(environment: Environment, config: dict, folder: Path, command: str = "mergekit-yaml", **variables: str):
-    """All files of a merge, and what was printed of it."""
+@pytest.fixture(scope="module")
+def seams(patched, tmp_path_factory) -> Iterator[Loaded]:
+    """A process of the patched environment, without the hook."""
+    process = Loaded(patched.python, tmp_path_factory.mktemp("seams"), PYTHONHASHSEED="0", **NO_HOOK)
+    yield process
+    process.close()
+
+
+def merged(python: Loaded | Environment, config: dict, folder: Path, *command: str) -> dict[str, bytes]:
+    """All files of a merge, by the stock command or another."""
     folder.mkdir()
     source = folder / "config.yml"
     source.write_text(yaml.safe_dump(config))
     # mergekit's card lists the models in the order of a set.
-    variables |= {"PYTHONHASHSEED": "0", "MERGEKIT_FIM_CACHE": str(folder / "cache")}
-    arguments = [str(source), str(folder / "merged"), "--quiet"]
-    if command == "mergekit-yaml":
-        environment.command(command, *arguments, env=variables)
-    else:
-        environment.run("-m", "mergekit_fim", command, *arguments, env=variables)
+    variables = {"PYTHONHASHSEED": "0", "MERGEKIT_FIM_CACHE": str(folder / "cache")}
+    python.run(*(command or (MERGEKIT_YAML,)), str(source), str(folder / "merged"), "--quiet", env=variables)
     return {path.name: path.read_bytes() for path in (folder / "merged").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def expected(loaded, pair, tmp_path_factory) -> Callable[[str], dict[str, bytes]]:
+    """All files of a merge by a method, with the hook."""
+    folder = tmp_path_factory.mktemp("expected")
+    return functools.cache(lambda method: merged(loaded, config_for(pair, method), folder / method))
 
 
 def differing(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
@@ -101,24 +113,23 @@ def differing(found: dict[str, bytes], expected: dict[str, bytes]) -> list[str]:
 
 
 @pytest.mark.parametrize("method", ["fim_ties", "fim_kron"])
-def test_without_the_hook_a_merge_is_the_same(method, patched, installed, pair, tmp_path):
-    config = config_for(pair, method)
-    expected = merged(installed, config, tmp_path / "hook")
-    assert {"model.safetensors", "fim_report.json", "README.md"} <= expected.keys()
-    assert b"## Merge coefficients" in expected["README.md"]
-    assert differing(merged(patched, config, tmp_path / "seams", **NO_HOOK), expected) == []
+def test_without_the_hook_a_merge_is_the_same(method, patched, seams, expected, pair, tmp_path):
+    config, hooked = config_for(pair, method), expected(method)
+    assert {"model.safetensors", "fim_report.json", "README.md"} <= hooked.keys()
+    assert b"## Merge coefficients" in hooked["README.md"]
+    assert differing(merged(seams, config, tmp_path / "seams"), hooked) == []
     if method == "fim_ties":  # with the hook in place as well, which then wraps nothing
-        assert differing(merged(patched, config, tmp_path / "both"), expected) == []
+        assert differing(merged(patched, config, tmp_path / "both"), hooked) == []
 
 
-def test_our_own_commands_use_the_seams_too(patched, installed, pair, tmp_path):
-    config = config_for(pair)
-    expected = merged(installed, config, tmp_path / "hook", "merge")
-    assert differing(merged(patched, config, tmp_path / "seams", "merge", **NO_HOOK), expected) == []
+def test_our_own_commands_use_the_seams_too(loaded, seams, pair, tmp_path):
+    config, ours = config_for(pair), ("-m", "mergekit_fim", "merge")
+    hooked = merged(loaded, config, tmp_path / "hook", *ours)
+    assert differing(merged(seams, config, tmp_path / "seams", *ours), hooked) == []
     source, plan = str(tmp_path / "hook" / "config.yml"), tmp_path / "plan.json"
-    done = patched.run("-m", "mergekit_fim", "plan", source, "--json", str(plan), env=NO_HOOK, cwd=tmp_path)
+    done = seams.run("-m", "mergekit_fim", "plan", source, "--json", str(plan), cwd=tmp_path)
     assert "Traceback" not in done.stderr
-    report = json.loads(expected["fim_report.json"])
+    report = json.loads(hooked["fim_report.json"])
     assert json.loads(plan.read_text(encoding="utf-8"))["models"] == report["models"]
 
 
@@ -131,44 +142,43 @@ print([hasattr(x, "__wrapped__") for x in found], [method.spec.name for method i
 """
 
 
-def test_the_hook_wraps_nothing_where_there_are_seams(patched, installed):
+def test_the_hook_wraps_nothing_where_there_are_seams(patched, loaded, seams):
     ours = "['fim_ties', 'fim_ta', 'fim_kron']"
-    assert installed.run("-c", WRAPPED).stdout.strip() == f"[True, True] {ours}"
-    for variables in ({}, NO_HOOK):
-        done = patched.run("-c", WRAPPED, env=variables)
+    assert loaded.run("-c", WRAPPED).stdout.strip() == f"[True, True] {ours}"
+    for python in (patched, seams):
+        done = python.run("-c", WRAPPED)
         assert (done.stdout.strip(), done.stderr) == (f"[False, False] {ours}", "")
 
 
-def test_with_the_first_patch_alone_only_the_card_lacks_something(wheel, installed, pair, tmp_path):
+def test_with_the_first_patch_alone_only_the_card_lacks_something(wheel, expected, pair, tmp_path):
     environment = make_environment(tmp_path / "venv")
     pip(environment, "install", "--no-deps", "--no-index", "--quiet", str(wheel))
     copy_of_mergekit(environment.site_packages)
     apply(PATCHES[0], environment.site_packages)
     for name in ("mergekit_fim.pth", "mergekit_fim.start"):
         (environment.site_packages / name).unlink()
-    config = config_for(pair)
-    expected = merged(installed, config, tmp_path / "hook")
+    found = merged(environment, config_for(pair), tmp_path / "entry-point")
     # The stock command has taken `run_merge` before that is wrapped: its card has no section of ours.
-    assert differing(merged(environment, config, tmp_path / "entry-point"), expected) == ["README.md"]
+    assert differing(found, expected("fim_ties")) == ["README.md"]
 
 
-def test_a_plug_in_that_fails_is_a_warning(patched, tmp_path):
+def test_a_plug_in_that_fails_is_a_warning(seams, tmp_path):
     metadata = tmp_path / "broken-1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: broken\nVersion: 1\n")
     (metadata / "entry_points.txt").write_text("[mergekit.merge_methods]\nbroken = nowhere.to_be_found\n")
-    done = patched.run("-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{WRAPPED}", env=NO_HOOK)
+    done = seams.run("-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{WRAPPED}")
     assert done.stdout.strip().endswith("['fim_ties', 'fim_ta', 'fim_kron']")
     assert done.stderr == "WARNING:root:Merge methods of nowhere.to_be_found left out: No module named 'nowhere'\n"
 
 
-def test_processes_that_would_each_write_the_merge_are_refused(patched, pair, tmp_path):
+def test_processes_that_would_each_write_the_merge_are_refused(seams, pair, tmp_path):
     """With the seams the hook no longer wraps `run_merge`, which made the stock command share its work."""
     source = tmp_path / "config.yml"
     source.write_text(yaml.safe_dump(config_for(pair)))
     target = tmp_path / "merged"
-    several = NO_HOOK | {"WORLD_SIZE": "2", "RANK": "0"}
-    done = patched.command("mergekit-yaml", str(source), str(target), env=several, check=False)
+    several = {"WORLD_SIZE": "2", "RANK": "0"}
+    done = seams.run(MERGEKIT_YAML, str(source), str(target), env=several, check=False)
     ends_in_one_line(done, "several processes", "mergekit-fim merge", absent=target)
 
 

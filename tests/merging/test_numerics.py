@@ -2,9 +2,6 @@
 
 import itertools
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +11,10 @@ import tiny
 import torch
 import transformers
 import yaml
-from environments import ROOT
+from environments import Environment
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loaded import Loaded
 from mergekit.options import MergeOptions
 from merges import config_for, trim
 
@@ -46,21 +44,21 @@ CONFIG = {"dtype": "float32", "parameters": {"fisher_samples": 2, "fisher_seq_le
 OPTIONS = ("--no-write-model-card", "--no-copy-tokenizer")
 
 
-def merged_by_a_process(paths, folder: Path) -> Path:
-    """A merge by a process of its own with one thread, with a cache of its own."""
+def merged_by_a_process(python: Environment | Loaded, paths, folder: Path) -> Path:
+    """A merge by another process with one thread, with a cache of its own."""
     folder.mkdir()
     config = {"merge_method": "fim_ties", "base_model": str(paths[0]), "models": [{"model": str(paths[1])}]}
     (folder / "config.yml").write_text(yaml.safe_dump(config | CONFIG), encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MERGEKIT_FIM_CACHE": str(folder / "cache")}
-    environment["PYTHONPATH"] = str(ROOT)
-    command = [sys.executable, "-m", "mergekit_fim", "merge", "config.yml", "out", *OPTIONS]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    environment = {"OMP_NUM_THREADS": "1", "MERGEKIT_FIM_CACHE": str(folder / "cache")}
+    python.run("-m", "mergekit_fim", "merge", "config.yml", "out", *OPTIONS, cwd=folder, env=environment)
     return folder / "out"
 
 
-def test_repeated_merges_are_the_same_and_the_number_of_threads_hardly_matters(large_pair, merge, tmp_path):
-    first, again = (merged_by_a_process(large_pair, tmp_path / name) for name in ("first", "again"))
+def test_repeated_merges_are_the_same_and_the_number_of_threads_hardly_matters(
+    installed, loaded, large_pair, merge, tmp_path
+):
+    first = merged_by_a_process(installed, large_pair, tmp_path / "first")
+    again = merged_by_a_process(loaded, large_pair, tmp_path / "again")
     torch.set_num_threads(2)
     try:
         two, _ = merge.ok(yaml.safe_load((tmp_path / "first" / "config.yml").read_text()), out="two")

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -105,7 +103,7 @@ def test_every_way_to_merge_writes_the_same(way, pair, merged, config, tmp_path)
     assert section(out) == section(merged)
 
 
-def test_run_merge_is_replaced_before_anyone_has_it(pair, tmp_path):
+def test_run_merge_is_replaced_before_anyone_has_it(loaded):
     """Whichever is imported first; once only, and looking as mergekit's own does."""
     check = (
         "import inspect, importlib\n"
@@ -120,8 +118,7 @@ def test_run_merge_is_replaced_before_anyone_has_it(pair, tmp_path):
         "print(run_merge.__name__, run_merge.__module__, hasattr(run_merge.__wrapped__, '__wrapped__'))\n"
     )
     for first in ("import mergekit_fim.tools.plan", "import mergekit_fim.hook.run_merge", "import mergekit_fim"):
-        code = f"{first}\n{check}"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+        done = loaded.run("-c", f"{first}\n{check}")
         assert done.stdout.split() == ["run_merge", "mergekit.merge", "False"]
 
 

@@ -207,17 +207,20 @@ def test_reasoning_gym():
 
 
 # Their problems depend on the order of sets, and so on how Python hashes text.
-@pytest.mark.parametrize("task", ["ransom_note", "isomorphic_strings", "word_ladder", "polynomial_multiplication"])
-def test_problems_are_the_same_in_every_process(task):
+def test_problems_are_the_same_in_every_process():
+    tasks = ["ransom_note", "isomorphic_strings", "word_ladder", "polynomial_multiplication"]
     code = (
+        "import sys\n"
         "from mergekit_fim.evaluate.problems.sources import open_problems\n"
-        f"print(open_problems('reasoning-gym:{task}', n=4, seed=1).description['fingerprint'])\n"
+        "for task in sys.argv[1:]:\n"
+        "    print(open_problems(f'reasoning-gym:{task}', n=4, seed=1).description['fingerprint'])\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    found = open_problems(f"reasoning-gym:{task}", n=4, seed=1)
-    assert done.stdout.split() == [found.description["fingerprint"]], done.stderr
-    grader.GRADER.close()  # a new process makes the problem again, to grade the answer
-    assert found.grade(found.problems[2], found.problems[2].answer).correct
+    done = subprocess.run([sys.executable, "-c", code, *tasks], capture_output=True, text=True, timeout=120)
+    opened = [open_problems(f"reasoning-gym:{task}", n=4, seed=1) for task in tasks]
+    assert done.stdout.split() == [found.description["fingerprint"] for found in opened], done.stderr
+    grader.GRADER.close()  # a new process makes the problems again, to grade the answers
+    for found in opened:
+        assert found.grade(found.problems[2], found.problems[2].answer).correct
 
 
 def test_a_task_without_one_expected_answer():
