@@ -47,12 +47,12 @@ def read_log(path: str) -> Iterator[Row]:
 
 
 def _run(path: str, head: Any) -> tuple[str, str | None, dict[str, float]]:
-    """Tell which run a log is of, its family and its settings."""
+    """Tell which run a log is of, its family and its settings, which a sweep's own logs have in full."""
     told = head.metadata or {}
     strength, family = told.get("strength"), told.get("family")
     if strength is not None and not (isinstance(strength, (int, float)) and abs(strength) < float("inf")):
         raise FimError(f"{path}: expected a number as the metadata `strength`, found {shown(strength)}; correct it")
-    settings = {} if strength is None else {"strength": float(strength)}
+    settings = told.get("settings") or ({} if strength is None else {"strength": float(strength)})
     return str(told.get("run", head.model)), None if family is None else str(family), settings
 
 
