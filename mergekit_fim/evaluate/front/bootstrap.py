@@ -52,7 +52,7 @@ class Outcomes:
             raise ValueError(f"{self.run}: expected arrays [problem, sample] of one shape, found {sorted(shapes)}")
 
     @property
-    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
+    def _arrays(self) -> dict[str, Any]:
         names = ("correct", "tokens", "truncated", "unclosed", "empty", "seconds")
         return {name: its for name in names if (its := getattr(self, name)) is not None}
 

@@ -67,14 +67,14 @@ def check_alike(one: Swept, other: Swept) -> None:
     Raises:
         FimError: they had other problems, or options that change answers.
     """
-    asked = [
+    here, there = (
         {name: its for name, its in swept.record["identity"].items() if name not in ("config", "configs", "models")}
         for swept in (one, other)
-    ]
-    found = difference(*asked)
+    )
+    found = difference(here, there)
     if found is not None:
-        where, here, there = found
+        where, expected, its = found
         raise FimError(
             f"{other.folder.path}: expected a sweep of the same problems and options as {one.folder.path}, found one "
-            f"whose {where} is {brief(there)}, there {brief(here)}; leave one out"
+            f"whose {where} is {brief(its)}, there {brief(expected)}; leave one out"
         )
