@@ -128,6 +128,16 @@ def loaded(installed, tmp_path_factory) -> Iterator[Loaded]:
 
 
 @pytest.fixture(scope="session")
+def unhooked(installed, tmp_path_factory) -> Iterator[Loaded]:
+    """The same with the hook switched off."""
+    process = Loaded(
+        installed.python, tmp_path_factory.mktemp("unhooked"), PYTHONHASHSEED="0", MERGEKIT_FIM_DISABLE="1"
+    )
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
 def warm(tmp_path_factory) -> Iterator[Warm]:
     """A process that has imported everything, offline."""
     process = Warm(tmp_path_factory.mktemp("warm"), HF_HUB_OFFLINE="1")
