@@ -1,9 +1,11 @@
 import contextlib
+import gc
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -30,10 +32,27 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 transformers.utils.logging.disable_progress_bar()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _quick_to_collect() -> None:
+    """Every run of a sweep ends with a collection of garbage, which goes through everything that isn't frozen."""
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """pytest looks for what was never closed in the garbage that is left."""
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def _caches(tmp_path_factory) -> Path:
+    """Apart from the tests' own folders, which pytest goes through for each new one."""
+    return tmp_path_factory.mktemp("caches")
+
+
 @pytest.fixture(autouse=True)
-def cache_folder(tmp_path_factory, monkeypatch) -> Path:
+def cache_folder(_caches, monkeypatch) -> Path:
     """Every test has a cache of its own, empty at first."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = Path(tempfile.mkdtemp(dir=_caches))
     monkeypatch.setenv("MERGEKIT_FIM_CACHE", str(folder))
     return folder
 
@@ -104,6 +123,16 @@ def installed(wheel, tmp_path_factory) -> Environment:
 def loaded(installed, tmp_path_factory) -> Iterator[Loaded]:
     """A process of that environment that has imported the libraries; mergekit's cards list models as text hashes."""
     process = Loaded(installed.python, tmp_path_factory.mktemp("loaded"), PYTHONHASHSEED="0")
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def unhooked(installed, tmp_path_factory) -> Iterator[Loaded]:
+    """The same with the hook switched off."""
+    process = Loaded(
+        installed.python, tmp_path_factory.mktemp("unhooked"), PYTHONHASHSEED="0", MERGEKIT_FIM_DISABLE="1"
+    )
     yield process
     process.close()
 

@@ -1,7 +1,6 @@
 """Every command and every piece of Python of docs/reproduce.md, from the page, on stand-ins of the same shape."""
 
 import collections
-import gc
 import itertools
 import json
 import re
@@ -121,15 +120,6 @@ def stand_ins(tmp_path_factory) -> Path:
         path.parent.mkdir(parents=True)
         path.write_text("".join(json.dumps(row) + "\n" for row, _ in rows), encoding="utf-8")
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_to_collect():
-    """Every run ends with a collection of garbage, which goes through all that was imported unless it is set aside."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

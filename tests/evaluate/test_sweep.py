@@ -977,6 +977,15 @@ def contents(sweep: Sweep) -> dict[str, Any]:
     return {"answers": sweep.answers(), "record": record, "files": files, "svg": (sweep.out / "sweep.svg").read_text()}
 
 
+# Each of its 57 sweeps would start a process that grades, half a second of a core.
+GRADED_HERE = """
+import mergekit_fim.evaluate.problems.grader as grader
+from mergekit_fim.evaluate.records import Grade
+grader.why_ungradable = lambda expected: None
+grader.grade = lambda do, expected, answer: Grade(expected in answer, expected)
+"""
+
+
 def test_killed_at_any_moment(warm: Warm, talkers, tmp_path):
     """28 moments, spread over all calls, those that touch files, and, every other one, those that keep answers."""
     problems = tmp_path / "three.jsonl"
@@ -992,7 +1001,8 @@ def test_killed_at_any_moment(warm: Warm, talkers, tmp_path):
         for sweep, fault in zip(sweeps, faults, strict=False):
             cache = {"MERGEKIT_FIM_CACHE": str(sweep.folder / "cache")}
             arguments = ["mergekit-fim", *sweep.arguments(*options)]
-            jobs.append({"arguments": arguments, "environment": cache, "fault": fault, "count": count})
+            faulty = {"fault": fault, "count": count, "code": GRADED_HERE}
+            jobs.append({"arguments": arguments, "environment": cache, **faulty})
         return warm.together(*jobs)
 
     (done,) = run(None, count=True)
@@ -1045,6 +1055,7 @@ def strengths(record: dict, method: str) -> list[float]:
 
 
 def test_refined(whole, sweep):
+    shutil.copytree(whole.out, sweep.out)
     sweep.ok("--compare", "task_arithmetic", "--refine", "2")
     record = sweep.record()
     ends = {run: whole.record()["findings"]["summary"]["runs"][i] for i, run in enumerate(("base", "long"))}

@@ -3,19 +3,17 @@
 import os
 import socket
 import subprocess
-import sys
-import sysconfig
-from pathlib import Path
 
+from environments import SCRIPTS
+from loaded import Loaded
 from warm import Outcome, Warm
 
 
-def launch(processes: int, *arguments: str) -> subprocess.CompletedProcess:
-    torchrun = Path(sysconfig.get_path("scripts")) / "torchrun"
-    command = [sys.executable, str(torchrun), "--nproc_per_node", str(processes)]
+def launch(python: Loaded, processes: int, *arguments: str) -> subprocess.CompletedProcess:
+    """By torchrun, which starts processes of their own."""
+    command = [str(SCRIPTS / "torchrun"), "--nproc_per_node", str(processes)]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=120)
+    return python.run(*command, *arguments, check=False)
 
 
 def together(

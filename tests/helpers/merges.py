@@ -38,7 +38,8 @@ class Merge:
         source.write_text(config if isinstance(config, str) else yaml.safe_dump(config), encoding="utf-8")
         target = self.folder / out
         if self.fresh:  # the fixture `cache_folder` undoes it
-            os.environ["MERGEKIT_FIM_CACHE"] = tempfile.mkdtemp(dir=self.folder.parent)
+            folder = Path(os.environ["MERGEKIT_FIM_CACHE"]).parent
+            os.environ["MERGEKIT_FIM_CACHE"] = tempfile.mkdtemp(dir=folder)
         arguments = [str(source), str(target), "--no-write-model-card", "--no-copy-tokenizer", *options]
         return target, CliRunner().invoke(mergekit_yaml, arguments)
 

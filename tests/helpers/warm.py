@@ -5,6 +5,7 @@ of commands as a line of JSON, runs them at the same time, each in a fork, and a
 """
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -87,6 +88,7 @@ def _main(folder: Path) -> None:
         importlib.import_module(name)
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
+    gc.freeze()  # or every collection in a fork goes through all of it, and copies it
     commands = {"mergekit-yaml": mergekit.scripts.run_yaml.main, "mergekit-fim": mergekit_fim.cli.main}
     for line in sys.stdin:
         running = []

@@ -1,6 +1,5 @@
 """What having the package installed, and using it, leaves as it was: stock methods, the process, models, the disk."""
 
-import functools
 import inspect
 import logging
 import os
@@ -60,15 +59,14 @@ assert "mergekit_fim.prepass.run" not in sys.modules
 """
 
 
-def test_stock_methods_do_not_change(installed, loaded, pair, tmp_path):
+def test_stock_methods_do_not_change(unhooked, loaded, pair, tmp_path):
     """All of mergekit's methods, with the hook and without it, in two processes: the same bytes of every file."""
     script = tmp_path / "stock.py"
     script.write_text(STOCK)
     names = {}
-    off = functools.partial(installed.run, env={"MERGEKIT_FIM_DISABLE": "1"})
-    for kind, python in (("with", loaded.run), ("without", off)):
+    for kind, python in (("with", loaded), ("without", unhooked)):
         arguments = [str(script), str(pair.base), str(pair.long), str(pair.third), str(tmp_path / kind)]
-        names[kind] = python(*arguments).stdout.split()
+        names[kind] = python.run(*arguments).stdout.split()
     assert names["with"] == [*names["without"], "fim_ties", "fim_ta", "fim_kron"]
     assert names["with"] == [method.spec.name for method in registered_methods()]
     found = {k: {p.relative_to(tmp_path / k): p.read_bytes() for p in (tmp_path / k).glob("*/*")} for k in names}
@@ -135,11 +133,11 @@ print(len(hooked), [finder for finder in sys.meta_path if finder not in hooked] 
 """
 
 
-def test_importing_all_of_it_changes_nothing_but_the_hook(installed, loaded, tmp_path):
+def test_importing_all_of_it_changes_nothing_but_the_hook(unhooked, loaded, tmp_path):
     """With the hook switched off there isn't even that; with it, one finder is on `sys.meta_path`, put there once."""
     script = tmp_path / "imports.py"
     script.write_text(IMPORTS.format(state=inspect.getsource(state)))
-    off = installed.run(str(script), env={"MERGEKIT_FIM_DISABLE": "1"}).stdout.splitlines()
+    off = unhooked.run(str(script)).stdout.splitlines()
     assert off == ["[]", "0 True"]
     on = loaded.run(str(script)).stdout.splitlines()
     assert on == ["[]", "1 False"]  # the finder was there before

@@ -55,14 +55,14 @@ def test_one_process(model, tmp_path):
 
 
 @pytest.mark.parametrize(("processes", "samples"), [(2, 5), (3, 2)])
-def test_several_processes_measure_the_same(processes, samples, model, warm, tmp_path):
+def test_several_processes_measure_the_same(processes, samples, model, warm, loaded, tmp_path):
     """By torchrun, and where there are more processes than sequences."""
     options = ["fisher", str(model), "--samples", str(samples)]
     result = CliRunner().invoke(main, [*options, "-q", "--no-cache", "-o", str(tmp_path / "one.json")])
     assert result.exit_code == 0, result.output
     many = [*options, "-q", "-o", str(tmp_path / "many.json")]
     if processes == 2:
-        done = launch(processes, "-m", "mergekit_fim", *many)
+        done = launch(loaded, processes, "-m", "mergekit_fim", *many)
         assert done.returncode == 0, done.stderr
     else:
         assert [(one.status, one.stderr) for one in together(warm, processes, *many)] == [(0, "")] * processes
@@ -131,13 +131,13 @@ def test_one_process_failing_ends_all(model, warm, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_one_process_ending_ends_all(model, tmp_path):
+def test_one_process_ending_ends_all(model, loaded, tmp_path):
     """By the launcher, which ends the others."""
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(action="os._exit(9)") + MAIN)
     out = tmp_path / "out" / "fisher.json"
     out.parent.mkdir()
-    done = launch(2, str(script), "fisher", str(model), "-o", str(out), "-q")
+    done = launch(loaded, 2, str(script), "fisher", str(model), "-o", str(out), "-q")
     assert done.returncode != 0
     assert os.listdir(out.parent) == []
 

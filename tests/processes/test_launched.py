@@ -1,13 +1,13 @@
 """Merges that a launcher starts several times over."""
 
 import os
-import sysconfig
 from pathlib import Path
 
 import pytest
 import reference
 import tiny
 import yaml
+from environments import MERGEKIT_YAML
 from launching import FAILING, MAIN, launch, together
 from merges import config_for
 from warm import Outcome
@@ -143,16 +143,16 @@ if os.environ["RANK"] == "0":
     assert os.listdir(tmp_path) == ["config.yml"]
 
 
-def test_one_process_ending_ends_all(pair, tmp_path):
+def test_one_process_ending_ends_all(pair, loaded, tmp_path):
     """By torchrun, with the stock command and with ours: in the pre-pass, and while the main process merges."""
     path = written(uncached(pair), tmp_path)
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(action="os._exit(9)") + MAIN)
     options = ["--no-copy-tokenizer", "--quiet"]
-    done = launch(2, str(script), "merge", path, str(tmp_path / "out"), *options)
+    done = launch(loaded, 2, str(script), "merge", path, str(tmp_path / "out"), *options)
     assert done.returncode != 0
     script.write_text(DIES_WHILE_MERGING + MAIN)
-    done = launch(2, str(script), "merge", path, str(tmp_path / "out"), *options)
+    done = launch(loaded, 2, str(script), "merge", path, str(tmp_path / "out"), *options)
     assert done.returncode != 0
     assert sorted(os.listdir(tmp_path)) == ["config.yml", "failing.py"]
 
@@ -174,10 +174,9 @@ else:
 """
 
 
-def test_the_stock_command_by_torchrun(pair, tmp_path):
+def test_the_stock_command_by_torchrun(pair, loaded, tmp_path):
     path = written(uncached(pair), tmp_path)
-    stock = os.path.join(sysconfig.get_path("scripts"), "mergekit-yaml")
-    done = launch(2, stock, path, str(tmp_path / "out"), "--no-copy-tokenizer")
+    done = launch(loaded, 2, MERGEKIT_YAML, path, str(tmp_path / "out"), "--no-copy-tokenizer")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Fisher information of") == 1
     assert done.stderr.count("Executing graph") >= 1
