@@ -34,7 +34,8 @@ def _task(task: str, config: str, copy: int) -> Any:
     except (Exception, SystemExit) as error:  # of the task's own code
         raise FimError(
             f"{where}: expected a task of inspect_ai's, found one that can't be made of {brief(config)} "
-            f"({reason(error)}); check its name and arguments, and install the package that has it"
+            f"({reason(error)}); check its name, its arguments and the connection, and install the "
+            "package that has it"
         ) from error
     if len(tasks) != 1:
         raise FimError(
