@@ -250,7 +250,10 @@ def _further(
     for alike in series(runs):
         points = [_point(questions, answers[run.name], run.strength or 0.0) for run in alike]
         start = [base] if all(point.strength > 0 for point in points) else []
-        strength = next_strength([*start, *points], base, long)
+        # One model's whole task vector gives that model, but for trimmed ones, which often need more than all of it.
+        whole = len(tuned) == 1 and alike[0].family and alike[0].family.strength != "lambda"
+        end = [long] if whole and all(point.strength < 1 for point in points) else []
+        strength = next_strength([*start, *points, *end], base, long)
         if strength is not None:
             yield alike[0].at(round(strength, 4))
 

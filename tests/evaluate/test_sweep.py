@@ -1069,10 +1069,12 @@ def test_refined(whole, sweep):
             if run["method"] == method
         }
         assert len(found) == 4
-        base, long = (Point(0.0, end["accuracy"]["value"], end["tokens_mean"]) for end in ends.values())
+        base, long = (
+            Point(strength, end["accuracy"]["value"], end["tokens_mean"]) for strength, end in enumerate(ends.values())
+        )
         known = [0.3, 0.6]
         for _ in range(2):
-            known.append(round(next_strength([base, *(found[x] for x in known)], base, long), 4))
+            known.append(round(next_strength([base, *(found[x] for x in known), long], base, long), 4))
             assert known[-1] in found
     (twin,) = (run for run in record["runs"] if run["run"] == "task_arithmetic weight=0.3")
     assert twin["method"] == "task_arithmetic"

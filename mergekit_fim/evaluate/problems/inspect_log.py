@@ -42,7 +42,7 @@ def write(path: str, answers: str, entry: Mapping[str, Any], identity: Mapping[s
         ),
         config=log.EvalConfig(epochs=identity["samples"]),
         packages=entry["versions"],
-        metadata={"family": entry["method"], **{its: entry[its] for its in ("run", "settings", "engine") if its in entry}},
+        metadata={"family": entry["method"], **{k: entry[k] for k in ("run", "settings", "engine") if k in entry}},
     )
     graded = [row["correct"] for row in rows if row["correct"] is not None]
     accuracy = log.EvalMetric(name="accuracy", value=sum(graded) / len(graded))
