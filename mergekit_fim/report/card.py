@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import quote
 
 from mergekit_fim.config.parameters import PARAMETERS, Scope
@@ -66,10 +66,11 @@ def _with_results(card: str, model: str, results: "list[EvalResult]") -> str:
     """Put results into the head of a card, in place of those that are there."""
     if not results:
         return card
-    from huggingface_hub import ModelCard
+    from huggingface_hub import ModelCard, ModelCardData
 
     parsed = ModelCard(card)
-    parsed.data.model_name, parsed.data.eval_results = model, results
+    data = cast(ModelCardData, parsed.data)
+    data.model_name, data.eval_results = model, results
     return str(parsed)
 
 

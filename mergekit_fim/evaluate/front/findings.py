@@ -74,7 +74,8 @@ def _sorted(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
     varied = list(dict.fromkeys(tuple(run.settings) for run in outcomes))
 
     def place(run: Outcomes) -> tuple[int, int, float]:
-        strength = run.settings.get(ordered_by(run.settings))
+        name = ordered_by(run.settings)
+        strength = None if name is None else run.settings[name]
         number = float(strength) if isinstance(strength, (int, float)) else 0.0
         return methods.index(run.method), varied.index(tuple(run.settings)), number
 
