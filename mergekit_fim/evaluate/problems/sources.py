@@ -38,7 +38,7 @@ def open_problems(
 
     Args:
         source: a JSONL file, `reasoning-gym:TASK[:JSON]`, `hf:DATASET[:CONFIG][:SPLIT]`, `inspect:PACKAGE/TASK[:JSON]`
-            or `inspect:FILE.py@TASK[:JSON]`; docs/sweep.md has the rules.
+            or `inspect:FILE.py@TASK[:JSON]`; docs/problems.md has the rules.
         n: how many; 0 for all that it has. Fewer than it has are a sample by `seed`, in the source's order.
         seed: of the sample, and of what is made.
         system: what the model is told before the question, unless a row has a `system` of its own.
