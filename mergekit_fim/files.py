@@ -115,7 +115,9 @@ class FolderInMemory:
 
     def has_room(self) -> bool:
         """Tell whether that much is free, of its file system and of the memory."""
-        return self.needed <= min(shutil.disk_usage(self.path).free, available_memory())
+        with contextlib.suppress(OSError):  # systemd may remove it when its user logs out
+            return self.needed <= min(shutil.disk_usage(self.path).free, available_memory())
+        return False
 
 
 @contextlib.contextmanager

@@ -41,6 +41,12 @@ def front_of(
     for other in opened[1:]:
         check_alike(opened[0], other)
     gathered = gather({path: sweeps[path].rows() if path in sweeps else _rows(path) for path in results})
+    answered = {its.run for its in gathered.outcomes}
+    for swept in opened:
+        for run in set(swept.runs) - answered:
+            raise FimError(
+                f"{swept.folder.answers(run)}: expected the answers of {run}, found none; give the sweep's command again"
+            )
     if opened:
         base, long = base or opened[0].base, long or opened[0].long
     ends = _end("base", base, gathered.outcomes), _end("long", long, gathered.outcomes)

@@ -465,7 +465,7 @@ def test_by_the_command_alone(tmp_path):
         ({"max_model_len": "many"}, "max_model_len"),
         ({"kv_cache_memory_bytes": 1 << 50}, "memory"),
         ({"kv_cache_memory_bytes": 1}, "memory"),
-        ({"load_format": "none of these"}, "load"),
+        ({"load_format": "none of these"}, "none of these"),
     ],
     ids=str,
 )
