@@ -43,9 +43,10 @@ def front_of(
     gathered = gather({path: sweeps[path].rows() if path in sweeps else _rows(path) for path in results})
     answered = {its.run for its in gathered.outcomes}
     for swept in opened:
-        for run in set(swept.runs) - answered:
+        for run in (run for run in swept.runs if run not in answered):
             raise FimError(
-                f"{swept.folder.answers(run)}: expected the answers of {run}, found none; give the sweep's command again"
+                f"{swept.folder.answers(run)}: expected the answers of {run}, found none; give the sweep's command "
+                "again"
             )
     if opened:
         base, long = base or opened[0].base, long or opened[0].long
