@@ -259,8 +259,6 @@ def _of_scratch(config: Callable[..., Any], digits: tuple[int, int], ways: Seque
 KINDS = {
     "words": _of_smollm2(lambda seed: words(random.Random(seed), held=False), _words_problems, 96),
     "gym": _of_smollm2(lambda seed: gym(random.Random(seed), seed=seed), _gym_problems, 128, prose=True),
-    "scratch-llama": _of_scratch(_llama, (2, 3), (0.35, 0.45, 0.2), 80),
-    "scratch-mixtral": _of_scratch(_mixtral, (2, 3), (0.35, 0.45, 0.2), 80),
     # An instruct model as others made it: it is the base itself.
     "coder": Kind(
         _qwen_coder,
@@ -274,6 +272,8 @@ KINDS = {
         128,
         dtype=torch.bfloat16,
     ),
+    "scratch-llama": _of_scratch(_llama, (2, 3), (0.35, 0.45, 0.2), 80),
+    "scratch-mixtral": _of_scratch(_mixtral, (2, 3), (0.35, 0.45, 0.2), 80),
     # GPT-2 has absolute positions. It learns to add three digits at once as well as by columns.
     "scratch-gpt2": _of_scratch(_gpt2, (3, 4), (0.3, 0.45, 0.25), 110),
 }
