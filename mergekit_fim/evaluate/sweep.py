@@ -35,7 +35,7 @@ from mergekit_fim.evaluate.problems.grading import CLOSE, OPEN
 from mergekit_fim.evaluate.problems.questions import Questions
 from mergekit_fim.evaluate.runs.families import Run, series
 from mergekit_fim.evaluate.runs.listed import BASE, families, models_as_they_are
-from mergekit_fim.evaluate.runs.refine import Point, next_strength
+from mergekit_fim.evaluate.runs.refine import Point, between_ends, next_strength
 from mergekit_fim.evaluate.runs.settings import fine_tuned
 from mergekit_fim.evaluate.wanted import Wanted, check_options, connected, identity_of, read_questions
 from mergekit_fim.files import FolderInMemory, folder_in_memory
@@ -249,11 +249,11 @@ def _further(
     long = max((_point(questions, answers[run.name], 1.0) for run in tuned), key=lambda point: point.tokens)
     for alike in series(runs):
         points = [_point(questions, answers[run.name], run.strength or 0.0) for run in alike]
-        start = [base] if all(point.strength > 0 for point in points) else []
-        # One model's whole task vector gives that model, but for trimmed ones, which often need more than all of it.
-        whole = len(tuned) == 1 and alike[0].family and alike[0].family.strength != "lambda"
-        end = [long] if whole and all(point.strength < 1 for point in points) else []
-        strength = next_strength([*start, *points, *end], base, long)
+        family = alike[0].family
+        assert family is not None  # of a series
+        assert family.strength is not None
+        near = between_ends(family.strength, points, base, long if len(tuned) == 1 else None)
+        strength = next_strength(near, base, long)
         if strength is not None:
             yield alike[0].at(round(strength, 4))
 

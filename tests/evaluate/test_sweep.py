@@ -46,7 +46,7 @@ from mergekit_fim.evaluate.folder import SweepFolder, file_name, read_answers, t
 from mergekit_fim.evaluate.problems.grader import GRADER
 from mergekit_fim.evaluate.problems.grading import final_answer, grade_math
 from mergekit_fim.evaluate.records import Answer
-from mergekit_fim.evaluate.runs.refine import Point, next_strength
+from mergekit_fim.evaluate.runs.refine import Point, between_ends, next_strength
 from mergekit_fim.files import PART
 from mergekit_fim.prepass import factors as measured_factors
 from mergekit_fim.prepass import layers as prepass
@@ -1048,6 +1048,18 @@ def test_refining_goes_to_the_widest_gap():
     assert next_strength(by_parts, base, long) == pytest.approx(0.5)
     as_long = Point(0, 0.2, 110)  # base and long model write as much
     assert next_strength([as_long, Point(0.5, 0.3, 110), long], as_long, long) == pytest.approx(0.75)
+
+
+def test_a_family_lies_between_the_models_that_it_leads_from_and_to():
+    base, long = Point(0.5, 0.2, 10), Point(0.5, 0.8, 110)
+    ends = Point(0, 0.2, 10), Point(1, 0.8, 110)
+    inside = [Point(0.3, 0.2, 12), Point(0.9, 0.3, 20)]
+    assert between_ends("alpha_mean", inside, base, long) == [ends[0], *inside, ends[1]]
+    assert next_strength(between_ends("alpha_mean", inside, base, long), base, long) == pytest.approx(0.95)
+    assert between_ends("lambda", inside, base, long) == [ends[0], *inside]
+    assert between_ends("weight", inside, base, None) == [ends[0], *inside]
+    beyond = [Point(0, 0.2, 10), Point(1.0, 0.7, 90)]
+    assert between_ends("weight", beyond, base, long) == beyond
 
 
 def strengths(record: dict, method: str) -> list[float]:

@@ -6,7 +6,7 @@ over it. So each further run goes to the middle of the widest gap on the way.
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from mergekit_fim.evaluate.records import Answer
@@ -30,6 +30,24 @@ class Point:
         """Tell where these answers came out."""
         every = list(answers)
         return Point(strength, fmean(answer.correct is True for answer in every), fmean(a.tokens for a in every))
+
+
+def between_ends(strength: str, points: Sequence[Point], base: Point, long: Point | None) -> list[Point]:
+    """Put a family's runs between the models that it leads from and to, unless it goes beyond them.
+
+    Args:
+        strength: the parameter that says how far a merge goes. `lambda` scales trimmed task vectors, of which it often
+            takes more than 1.
+        points: the family's runs.
+        base: the base.
+        long: the fine-tuned model; None where there are several, which no merge becomes.
+
+    Returns:
+        The base at strength 0, the runs, and the long model at strength 1.
+    """
+    start = [replace(base, strength=0.0)] if all(point.strength > 0 for point in points) else []
+    leads_there = long is not None and strength != "lambda" and all(point.strength < 1 for point in points)
+    return [*start, *points, *([replace(long, strength=1.0)] if long is not None and leads_there else [])]
 
 
 def next_strength(points: Sequence[Point], base: Point, long: Point) -> float | None:
