@@ -9,12 +9,6 @@ from mergekit_fim.evaluate.front.findings import Findings
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-# The Hub takes a source's name with an address alone.
-_SOURCE: Mapping[str, Any] = {
-    "source_name": "mergekit-fim sweep",
-    "source_url": "https://pypi.org/project/mergekit-fim/",
-}
-
 
 def eval_results(findings: Findings, run: str, problems: Sequence[Mapping[str, Any]]) -> "Iterator[EvalResult]":
     """Give a run's accuracy and mean tokens on each source of problems, as `sweep.json` has them.
@@ -36,7 +30,6 @@ def eval_results(findings: Findings, run: str, problems: Sequence[Mapping[str, A
                 metric_name=metric,
                 metric_value=value,
                 **_dataset(its),
-                **_SOURCE,
             )
 
 
