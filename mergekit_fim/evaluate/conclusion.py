@@ -3,11 +3,11 @@
 import os
 from collections.abc import Sequence
 
-from mergekit_fim.evaluate.folder import SweepFolder, file_name, note_findings, read_record, taken
+from mergekit_fim.evaluate.folder import SweepFolder, file_name, note_findings, read_record
 from mergekit_fim.evaluate.front.figure import write_figure
 from mergekit_fim.evaluate.front.findings import Findings, find, page
 from mergekit_fim.evaluate.front.gathered import gather
-from mergekit_fim.evaluate.one_run import Answers, Asked, answers_so_far
+from mergekit_fim.evaluate.one_run import Answers, Asked, whole_answers
 from mergekit_fim.evaluate.problems.grader import inspected
 from mergekit_fim.evaluate.records import row_of
 from mergekit_fim.evaluate.runs.families import Run
@@ -33,9 +33,7 @@ def conclude(
     """Find out what all runs show; those of other commands that have answered everything are added to `answers`."""
     entries = read_record(asked.folder)["runs"]
     for name in [entry["run"] for entry in entries if entry["run"] not in answers]:
-        with taken(asked.folder, name, _MOMENT) as free:
-            others = answers_so_far(asked, name) if free else {}
-        if len(others) == len(asked.questions.keys):
+        if others := whole_answers(asked, name, _MOMENT):
             answers[name] = others
     gradable = asked.questions.gradable()
     known = [entry for entry in entries if entry["run"] in answers]

@@ -218,7 +218,8 @@ def agreed_dtype(folder: SweepFolder, choose: Callable[[], str]) -> str:
             with open(path, encoding="utf-8") as file:
                 return file.read()
         dtypes = [str(entry["dtype"]) for entry in read_record(folder)["runs"] if "dtype" in entry]
-        write_text(path, dtype := dtypes[0] if dtypes else choose())
+        dtype = dtypes[0] if dtypes else choose()
+        write_text(path, dtype)
     return dtype
 
 
@@ -235,7 +236,8 @@ def read_answers(path: str, keys: Sequence[Key] | None = None) -> dict[Key, Answ
     """
     if not os.path.exists(path):
         return {}
-    answers, expected = dict[Key, Answer](), None if keys is None else set(keys)
+    answers: dict[Key, Answer] = {}
+    expected = None if keys is None else set(keys)
     with writing(path), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):

@@ -21,6 +21,7 @@ from mergekit_fim.evaluate.folder import (
     note_run,
     read_answers,
     read_record,
+    taken,
     write_answers,
 )
 from mergekit_fim.evaluate.models import Models
@@ -59,6 +60,13 @@ def answers_so_far(asked: Asked, run: str) -> Answers:
             "remove the file, and the run is answered anew"
         )
     return answers
+
+
+def whole_answers(asked: Asked, run: str, patience: float = 0) -> Answers:
+    """Read a run's answers; none where another process keeps it for so many seconds, or where one is missing."""
+    with taken(asked.folder, run, patience) as free:
+        answers = answers_so_far(asked, run) if free else {}
+    return answers if len(answers) == len(asked.questions.keys) else {}
 
 
 def answer(asked: Asked, run: Run, order: Sequence[str]) -> Answers:

@@ -31,7 +31,7 @@ from mergekit_fim.evaluate.front.findings import Findings
 from mergekit_fim.evaluate.front.fronts import pareto_set
 from mergekit_fim.evaluate.front.table import markdown_rows
 from mergekit_fim.evaluate.models import Models, dtype_named
-from mergekit_fim.evaluate.one_run import Answers, Asked, answer, answers_so_far
+from mergekit_fim.evaluate.one_run import Answers, Asked, answer, whole_answers
 from mergekit_fim.evaluate.problems.grading import CLOSE, OPEN
 from mergekit_fim.evaluate.problems.questions import Questions
 from mergekit_fim.evaluate.runs.families import Run, series
@@ -148,7 +148,7 @@ def _engine(wanted: Wanted, models: Mapping[str, InputModel], options: MergeOpti
 def _check_before(asked: Asked, runs: Sequence[Run], tuned: Sequence[Run]) -> None:
     """Find what would fail later: templates, questions, and the merge itself."""
     models, questions = asked.models, asked.questions
-    missing = [run for run in runs if run.name not in asked.servers and not _is_done(asked, run.name)]
+    missing = [run for run in runs if run.name not in asked.servers and not whole_answers(asked, run.name)]
     for run in missing:
         if run.model is not None:
             prompts(questions, questions.keys, models.template_of(run))
@@ -158,12 +158,6 @@ def _check_before(asked: Asked, runs: Sequence[Run], tuned: Sequence[Run]) -> No
             plan_merge(merge, models.options)
     if any(merge.tokenizer is None and merge.tokenizer_source is None for merge in merges.values()):
         _warn_of_tags(models, runs[0], tuned)
-
-
-def _is_done(asked: Asked, run: str) -> bool:
-    """Whether a run is known to have all its answers."""
-    with taken(asked.folder, run) as free:
-        return free and len(answers_so_far(asked, run)) == len(asked.questions.keys)
 
 
 def _warn_of_tags(models: Models, base: Run, tuned: Sequence[Run]) -> None:

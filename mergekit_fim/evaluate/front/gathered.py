@@ -29,7 +29,7 @@ def gather(results: Mapping[str, Iterable[Row]]) -> Gathered:
     A run may be in several results. Then its rows add up, and a row that is in two of them must say the same.
 
     Args:
-        results: rows by the name of where they are from. They are read once, and take about 500 bytes each.
+        results: rows by the name of where they are from. They are read once, and take about 650 bytes each.
 
     Raises:
         FimError: there are none, one is there twice or missing, or two of one run contradict each other.

@@ -143,7 +143,8 @@ def summarize(outcomes: Sequence[Outcomes], base: str, long: str, *, seed: int =
 def _runs(outcomes: Sequence[Outcomes], draws: Draws, b: int, e: int, *, has_chord: bool) -> tuple[RunSummary, ...]:
     """Put every run in figures, where the runs b and e are the base and the long model."""
     accuracy, tokens = draws.accuracy, draws.tokens
-    gains, pareto = accuracy - chord(accuracy, tokens, b, e), pareto_set(accuracy[0], tokens[0])
+    gains = accuracy - chord(accuracy, tokens, b, e)
+    pareto = pareto_set(accuracy[0], tokens[0])
 
     def rate(flags: BoolArray | None) -> float | None:
         return None if flags is None else float(flags.mean())
