@@ -166,8 +166,8 @@ def swept(engine: Ending, task: Task, folder: Path, options: MergeOptions) -> li
         sets = [open_problems(str(problems), n=0, seed=0, system=None, question_field=None, answer_field=None)]
         own = SweepFolder(str(Path(out, "sweep")))
         open_folder(own)
-        models = Models(own, options, file_template(str(template)), {}, engine)
-        asked = Asked(own, Questions(sets, 1), Decoding(max(task.answers)), models, {}, False, False)
+        models = Models(own, options, file_template(str(template)), {"base": ""}, engine)
+        asked = Asked(own, Questions(sets, 1), Decoding(max(task.answers)), models, {}, False)
         run = Run("base", ModelReference.parse(str(folder)))
         return [its.tokens for its in answer(asked, run, ["base"]).values()]
 

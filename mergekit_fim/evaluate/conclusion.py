@@ -1,13 +1,13 @@
 """All runs' answers -> what they show, in `sweep.json`, `sweep.md` and figures, and logs of inspect_ai's."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from mergekit_fim.evaluate.folder import SweepFolder, note_findings, read_record, taken
+from mergekit_fim.evaluate.folder import SweepFolder, file_name, note_findings, read_record
 from mergekit_fim.evaluate.front.figure import write_figure
 from mergekit_fim.evaluate.front.findings import Findings, find, page
 from mergekit_fim.evaluate.front.gathered import gather
-from mergekit_fim.evaluate.one_run import Answers, Asked, answers_so_far
+from mergekit_fim.evaluate.one_run import Answers, Asked, whole_answers
 from mergekit_fim.evaluate.problems.grader import inspected
 from mergekit_fim.evaluate.records import row_of
 from mergekit_fim.evaluate.runs.families import Run
@@ -20,10 +20,11 @@ _MOMENT = 2.0  # seconds for which another process has a run that it only looks 
 def is_concluded(folder: SweepFolder, runs: Sequence[Run], margin: float) -> bool:
     """Whether `sweep.json` has what these runs show."""
     findings = read_record(folder).get("findings")
-    if findings is None:
-        return False
-    known = {run["run"] for run in findings["summary"]["runs"]}
-    return known >= {run.name for run in runs} and findings["recommended"].get("margin") == margin
+    return (
+        findings is not None
+        and findings["recommended"].get("margin") == margin
+        and {run["run"] for run in findings["summary"]["runs"]} >= {run.name for run in runs}
+    )
 
 
 def conclude(
@@ -31,7 +32,9 @@ def conclude(
 ) -> Findings:
     """Find out what all runs show; those of other commands that have answered everything are added to `answers`."""
     entries = read_record(asked.folder)["runs"]
-    answers |= dict(_of_others(asked, [entry["run"] for entry in entries if entry["run"] not in answers]))
+    for name in [entry["run"] for entry in entries if entry["run"] not in answers]:
+        if others := whole_answers(asked, name, _MOMENT):
+            answers[name] = others
     gradable = asked.questions.gradable()
     known = [entry for entry in entries if entry["run"] in answers]
     rows = (row_of(entry, answers[entry["run"]][key]) for entry in known for key in gradable)
@@ -39,20 +42,8 @@ def conclude(
     return find(gather({asked.folder.path: rows}), ends, seed=seed, margin=margin, ungradable=ungradable)
 
 
-def _of_others(asked: Asked, names: Sequence[str]) -> Iterator[tuple[str, Answers]]:
-    for name in names:
-        with taken(asked.folder, name, _MOMENT) as free:
-            answers = answers_so_far(asked, name) if free else {}
-        if len(answers) == len(asked.questions.keys):
-            yield name, answers
-
-
 def write_findings(folder: SweepFolder, findings: Findings) -> None:
-    """Write `sweep.json`, `sweep.md`, `sweep.png` and `sweep.svg`.
-
-    Raises:
-        FimError: one of them can't be written.
-    """
+    """Write `sweep.json`, `sweep.md`, `sweep.png` and `sweep.svg`."""
     content = findings.as_json()
     note_findings(folder, versions(), content)
     for ending in ("png", "svg"):
@@ -62,16 +53,11 @@ def write_findings(folder: SweepFolder, findings: Findings) -> None:
 
 
 def write_logs(folder: SweepFolder, findings: Findings) -> None:
-    """Write a log for inspect_ai of every run.
-
-    Raises:
-        FimError: one of them can't be written.
-    """
-    shown = {run.run for run in findings.summary.runs}
+    """Write a log for inspect_ai of every run."""
+    shown, logs = {run.run for run in findings.summary.runs}, os.path.join(folder.path, "inspect")
+    os.makedirs(logs, exist_ok=True)
     for entry in read_record(folder)["runs"]:
         if entry["run"] in shown:
-            path = folder.log(entry["run"])
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            path, answers = os.path.join(logs, f"{file_name(entry['run'])}.eval"), folder.answers(entry["run"])
             with written_whole(path) as part:
-                about = {"entry": entry, "identity": folder.identity}
-                inspected("inspect_log", path, path=part, answers=folder.answers(entry["run"]), **about)
+                inspected("inspect_log", path, path=part, answers=answers, entry=entry, identity=folder.identity)

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, BinaryIO
 
+import filelock
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from mergekit_fim.errors import FimError, brief, misfit, require
+from mergekit_fim.errors import FimError, brief, misfit
 from mergekit_fim.evaluate.records import Answer, Key
 from mergekit_fim.files import PART, read_json, write_json, write_text, written_whole
 
@@ -28,10 +29,8 @@ _LOCK, _RECORD_LOCK, _RUN_LOCKS, _DTYPE = ".lock", ".record.lock", ".locks", ".d
 class SweepFolder:
     """Where a sweep's files are.
 
-    Attributes:
-        path: the folder.
-        identity: what the sweep is of, in JSON's types. Answers in the folder belong to this identity alone. It is
-            empty where a sweep of anything is only read.
+    The identity says what the sweep is of, in JSON's types. Answers in the folder belong to this identity alone. It is
+    empty where a sweep of anything is only read.
     """
 
     path: str
@@ -49,10 +48,6 @@ class SweepFolder:
     def config(self, run: str) -> str:
         """A merge's config."""
         return os.path.join(self.path, "configs", f"{file_name(run)}.yml")
-
-    def log(self, run: str) -> str:
-        """A run's log, as inspect_ai has them."""
-        return os.path.join(self.path, "inspect", f"{file_name(run)}.eval")
 
     def model(self, run: str) -> str:
         """A merged model."""
@@ -80,7 +75,6 @@ def open_folder(folder: SweepFolder) -> None:
     Raises:
         FimError: it can't be made or written to, or is of something else or of another sweep.
     """
-    require("filelock", "sweep")
     path = folder.path
     if not path:
         raise FimError("expected the name of a folder for the sweep, found an empty one; name one")
@@ -105,16 +99,11 @@ def open_folder(folder: SweepFolder) -> None:
 @contextlib.contextmanager
 def _locked(folder: SweepFolder, name: str, patience: float = -1) -> Iterator[bool]:
     """Hold a lock, if it is free within so many seconds; below 0, wait for as long as it takes."""
-    import filelock
-
     lock = filelock.FileLock(os.path.join(folder.path, name))
-    try:
+    with contextlib.suppress(filelock.Timeout):
         lock.acquire(timeout=patience)
-    except filelock.Timeout:
-        yield False
-        return
     try:
-        yield True
+        yield lock.is_locked
     finally:
         lock.release()
 
@@ -177,8 +166,7 @@ def read_record(folder: SweepFolder) -> dict[str, Any]:
             f"{folder.record}: expected the record of a sweep, found a damaged one: {misfit(error, content)}; correct "
             "that, or name another folder"
         ) from None
-    found = difference(content["identity"], folder.identity) if folder.identity else None
-    if found is not None:
+    if folder.identity and (found := difference(content["identity"], folder.identity)):
         where, old, new = found
         raise FimError(
             f"{folder.path}: this folder is of another sweep, whose {where} is {brief(old)}, here {brief(new)}; name "
@@ -204,31 +192,20 @@ def _write_record(folder: SweepFolder, content: Mapping[str, Any]) -> None:
 
 
 def note_run(folder: SweepFolder, entry: Mapping[str, Any], order: Sequence[str]) -> None:
-    """Add a run to `sweep.json`, or replace it there.
-
-    `order` names the runs of this command. A new run goes before those that follow it there.
-
-    Raises:
-        FimError: `sweep.json` can't be read or written.
-    """
+    """Add a run to `sweep.json`, or replace it there. A new run goes before those that follow it in `order`."""
     with _locked(folder, _RECORD_LOCK):
         runs = read_record(folder)["runs"]
         names = [run["run"] for run in runs]
         if entry["run"] in names:
-            runs[names.index(entry["run"])] = dict(entry)
+            runs[names.index(entry["run"])] = entry
         else:
             later = order[order.index(entry["run"]) :]
-            place = next((i for i, name in enumerate(names) if name in later), len(names))
-            runs.insert(place, dict(entry))
+            runs.insert(next((i for i, name in enumerate(names) if name in later), len(names)), entry)
         _write_record(folder, {"runs": runs})
 
 
 def note_findings(folder: SweepFolder, versions: Mapping[str, str], findings: Mapping[str, Any]) -> None:
-    """Write to `sweep.json` what came out.
-
-    Raises:
-        FimError: it can't be read or written.
-    """
+    """Write to `sweep.json` what came out."""
     with _locked(folder, _RECORD_LOCK):
         _write_record(folder, {"versions": versions, "runs": read_record(folder)["runs"], "findings": findings})
 
@@ -252,17 +229,15 @@ _ANSWER = TypeAdapter(Answer)
 
 
 def read_answers(path: str, keys: Sequence[Key] | None = None) -> dict[Key, Answer]:
-    """Read the answers in a run's file, without what a killed process left of a last line.
-
-    By default they may have any keys.
+    """Read a run's answers, by default with any keys, without what a killed process left of a last line.
 
     Raises:
         FimError: a line isn't an answer with one of these keys.
     """
     if not os.path.exists(path):
         return {}
-    expected = None if keys is None else set(keys)
     answers: dict[Key, Answer] = {}
+    expected = None if keys is None else set(keys)
     with writing(path), open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
@@ -300,22 +275,14 @@ def appended(path: str) -> Iterator[BinaryIO]:
 
 
 def append_answer(file: BinaryIO, answer: Answer) -> None:
-    """Add an answer to a file opened for bytes. It stays there if the process is killed right after.
-
-    Raises:
-        FimError: it can't be written.
-    """
+    """Add an answer to a file opened for bytes. It stays there if the process is killed right after."""
     with writing(file.name):
         file.write(_line(answer))
         file.flush()
 
 
 def write_answers(path: str, answers: Sequence[Answer]) -> None:
-    """Write all of a run's answers, and replace what is there.
-
-    Raises:
-        FimError: they can't be written.
-    """
+    """Write all of a run's answers, and replace what is there."""
     with written_whole(path) as part, open(part, "wb") as file:
         file.writelines(map(_line, answers))
 

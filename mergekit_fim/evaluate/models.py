@@ -24,31 +24,22 @@ from mergekit_fim.tools.whole import merge_whole
 
 @dataclass(frozen=True, eq=False)
 class Models:
-    """The models of runs.
+    """The models of runs."""
 
-    Attributes:
-        folder: the sweep's, where merges are that are kept, or have no room in memory.
-        options: mergekit's.
-        template: in place of the models' chat templates.
-        fingerprints: of the models as they are, by run.
-        engine: what runs them.
-        memory: where merges are that aren't kept, if there is room.
-    """
-
-    folder: SweepFolder
+    folder: SweepFolder  # where merges are that are kept, or have no room in memory
     options: MergeOptions
-    template: Template | None
-    fingerprints: Mapping[str, str]
+    template: Template | None  # in place of the models' chat templates
+    fingerprints: Mapping[str, str]  # of the models as they are, by run
     engine: Engine
-    memory: FolderInMemory | None = None
+    memory: FolderInMemory | None = None  # where merges are that aren't kept, if there is room
     _tokenizers: dict[str, Any] = field(default_factory=dict)  # those that were read, by run
 
     def tokenizer(self, run: Run) -> Any:
         """A run's tokenizer. Its merge has to be there for that; an adapter's is its base's."""
         if run.name not in self._tokenizers:
             its = run.model.model if run.model is not None else ModelPath(path=self.merged(run))
-            trust = self.options.trust_remote_code
-            self._tokenizers[run.name] = load_tokenizer(run.name, its.path, its.revision, trust)
+            read = load_tokenizer(run.name, its.path, its.revision, self.options.trust_remote_code)
+            self._tokenizers[run.name] = read
         return self._tokenizers[run.name]
 
     def template_of(self, run: Run) -> Template:
@@ -57,29 +48,20 @@ class Models:
 
     def files(self, run: Run) -> ModelFiles:
         """Where a run's model is. Its merge has to be there for that."""
-        options, tokenizer = self.options, self.tokenizer(run)
-        if run.model is None:
-            path, revision = self.merged(run), None
-        else:
-            its = run.model.merged(options.lora_merge_cache, options.trust_remote_code, options.lora_merge_dtype).model
-            path, revision = its.path, its.revision
-        return ModelFiles(run.name, path, revision, tokenizer)
+        own = self.options
+        adapted = (own.lora_merge_cache, own.trust_remote_code, own.lora_merge_dtype)
+        its = ModelPath(path=self.merged(run)) if run.model is None else run.model.merged(*adapted).model
+        return ModelFiles(run.name, its.path, its.revision, self.tokenizer(run))
 
-    def merged(self, run: Run, *, card: bool = False) -> str:
-        """The folder of a merge, which is made unless it is there.
-
-        Args:
-            run: the merge; this process has to have it.
-            card: write a model card, for which mergekit asks the Hub about names.
-        """
+    def merged(self, run: Run) -> str:
+        """The folder of a merge, which is made unless it is there; this process has to have the run."""
         places = self._places(run.name)
         path = next((place for place in places if os.path.isfile(os.path.join(place, "config.json"))), None)
         if path is None:
             assert run.config is not None
             path = places[-1 if self.memory is not None and self.memory.has_room() else 0]
-            card = card and self.options.write_model_card
             with contextlib.redirect_stdout(io.StringIO()):  # the table of coefficients is in the merge's report
-                merge_whole(run.config, None, path, self.options.model_copy(update={"write_model_card": card}))
+                merge_whole(run.config, None, path, self.options)
         return path
 
     def drop(self, run: str) -> None:
@@ -96,11 +78,7 @@ class Models:
 
 
 def dtype_named(folder: SweepFolder, name: str) -> torch.dtype:
-    """The dtype that a sweep's record names.
-
-    Raises:
-        FimError: there is none of that name.
-    """
+    """The dtype that a sweep's record names."""
     found = getattr(torch, name.removeprefix("torch."), None)
     if not isinstance(found, torch.dtype):
         raise FimError(f"{folder.record}: expected the name of a torch dtype, found {name}; correct it")

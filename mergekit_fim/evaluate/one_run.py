@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import tqdm
@@ -20,6 +21,7 @@ from mergekit_fim.evaluate.folder import (
     note_run,
     read_answers,
     read_record,
+    taken,
     write_answers,
 )
 from mergekit_fim.evaluate.models import Models
@@ -41,7 +43,6 @@ class Asked:
     decoding: Decoding
     models: Models
     servers: Mapping[str, Server]
-    keeps_merges: bool
     mixes_engines: bool
 
 
@@ -61,12 +62,15 @@ def answers_so_far(asked: Asked, run: str) -> Answers:
     return answers
 
 
-def answer(asked: Asked, run: Run, order: Sequence[str]) -> Answers:
-    """Let a run answer what it hasn't answered yet, and return all its answers; `order` names the command's runs.
+def whole_answers(asked: Asked, run: str, patience: float = 0) -> Answers:
+    """Read a run's answers; none where another process keeps it for so many seconds, or where one is missing."""
+    with taken(asked.folder, run, patience) as free:
+        answers = answers_so_far(asked, run) if free else {}
+    return answers if len(answers) == len(asked.questions.keys) else {}
 
-    Raises:
-        FimError: the model can't be made or loaded or can't answer, or has answers of something else.
-    """
+
+def answer(asked: Asked, run: Run, order: Sequence[str]) -> Answers:
+    """Let a run answer what it hasn't answered yet, and return all its answers; `order` names the command's runs."""
     folder, keys = asked.folder, asked.questions.keys
     if run.config is not None:
         os.makedirs(os.path.dirname(folder.config(run.name)), exist_ok=True)
@@ -90,32 +94,31 @@ def _opened(asked: Asked, run: Run) -> tuple[Engine, Template | None, dict[str, 
     """Open a run's model. Tell by which engine, how it is asked, and what the record is to have of it."""
     models, server = asked.models, asked.servers.get(run.name)
     if server is not None:
-        return server, models.template, _of({"server": server.url, "model": server.model}, models.template)
+        of = {"server": server.url, "model": server.model}
+        return server, models.template, {"of": of, "template": models.template and models.template.record}
     if run.config is not None:
-        models.merged(run, card=asked.keeps_merges)
-    of = {"model": str(run.model)} if run.config is None else {"config": run.config.to_yaml()}
-    if run.name in models.fingerprints:
-        of["fingerprint"] = models.fingerprints[run.name]
+        of = {"config": run.config.to_yaml()}
+    else:
+        of = {"model": str(run.model), "fingerprint": models.fingerprints[run.name]}
     template = models.template_of(run)
-    return models.engine, template, _of(of, template) | models.engine.open(models.files(run))
-
-
-def _of(of: dict[str, str], template: Template | None) -> dict[str, Any]:
-    return {"of": of, "template": None if template is None else template.record}
+    opened = models.engine.open(models.files(run))
+    return models.engine, template, {"of": of, "template": template.record, **opened}
 
 
 def _note(asked: Asked, run: Run, entry: Mapping[str, Any], order: Sequence[str], *, begun: bool) -> None:
-    """Write down what a run is of, before its first answer.
-
-    Raises:
-        FimError: it has answers of something else, or other runs have those of another engine.
-    """
-    earlier = read_record(asked.folder)["runs"]
-    _check_engine(asked, entry, earlier)
-    folder = asked.folder
+    """Write down what a run is of, before its first answer; its answers so far must be of the same."""
+    folder, engine = asked.folder, entry.get("engine")
+    earlier = read_record(folder)["runs"]
+    # Servers have no engine here, and some runs have none written down.
+    others = [its for its in earlier if its.get("engine", engine) != engine]
+    if engine is not None and others and not asked.mixes_engines:
+        raise FimError(
+            f"{folder.record}: expected runs of one engine, found {others[0]['run']} by {others[0]['engine']}, "
+            f"now {engine}; answer in another folder, or pass --mix-engines"
+        )
     old: dict[str, Any] = next((its for its in earlier if its["run"] == run.name), {})
-    for name, what in (("of", "model"), ("template", "template")) if begun else ():
-        if old.get(name) != entry[name]:
+    for name, what in (("of", "model"), ("template", "template")):
+        if begun and old.get(name) != entry[name]:
             raise FimError(
                 f"{folder.answers(run.name)}: expected answers of the same model by the same template, found some "
                 f"whose {what} was {old.get(name)}, now {entry[name]}; remove the file, and the run is answered anew"
@@ -125,21 +128,6 @@ def _note(asked: Asked, run: Run, entry: Mapping[str, Any], order: Sequence[str]
     note_run(folder, {**old, **own, **entry}, order)
 
 
-def _check_engine(asked: Asked, entry: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> None:
-    """Check that one engine answers all runs. Leave out servers, and runs whose engine wasn't written down.
-
-    Raises:
-        FimError: another engine answers, and --mix-engines wasn't given.
-    """
-    engine = entry.get("engine")
-    others = [its for its in earlier if its.get("engine", engine) != engine]
-    if engine is not None and others and not asked.mixes_engines:
-        raise FimError(
-            f"{asked.folder.record}: expected runs of one engine, found {others[0]['run']} by {others[0]['engine']}, "
-            f"now {engine}; answer in another folder, or pass --mix-engines"
-        )
-
-
 def _grade(asked: Asked, run: str, completions: Iterable[tuple[Prompt, Completion]], answers: Answers) -> None:
     """Grade what is written, add it to the run's file and to its answers, and show how far the run is."""
     total, quiet = len(asked.questions.keys), asked.models.options.quiet
@@ -147,17 +135,12 @@ def _grade(asked: Asked, run: str, completions: Iterable[tuple[Prompt, Completio
     with bar, appended(asked.folder.answers(run)) as file:
         started = time.perf_counter()
         for prompt, completion in completions:
-            written = (prompt.key, completion, prompt.text)
-            answer = asked.questions.graded(written, time.perf_counter() - started)
+            answer = asked.questions.graded((prompt.key, completion, prompt.text), time.perf_counter() - started)
             append_answer(file, answer)
             answers[answer.source, answer.index, answer.sample] = answer
-            bar.set_postfix_str(_so_far(answers), refresh=False)
+            graded = [its.correct for its in answers.values() if its.correct is not None]
+            accuracy = f"accuracy {fmean(graded):.2f}, " if graded else ""
+            length = fmean(its.tokens for its in answers.values())
+            bar.set_postfix_str(f"{accuracy}{length:.0f} tokens", refresh=False)
             bar.update()
             started = time.perf_counter()
-
-
-def _so_far(answers: Answers) -> str:
-    """Say how accurate and how long the answers so far are."""
-    graded = [answer.correct for answer in answers.values() if answer.correct is not None]
-    accuracy = f"accuracy {sum(graded) / len(graded):.2f}, " if graded else ""
-    return f"{accuracy}{sum(answer.tokens for answer in answers.values()) / len(answers):.0f} tokens"

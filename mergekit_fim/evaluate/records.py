@@ -14,25 +14,21 @@ Message = dict[str, str]  # with `role` and `content`
 _STRENGTHS = ("alpha_mean", "alpha", "weight", "t", "lambda")
 
 
-def ordered_by(settings: Mapping[str, Any]) -> str | None:
-    """Name the setting that orders the merges of a family: the strength, else the first one."""
-    return next((name for name in _STRENGTHS if name in settings), next(iter(settings), None))
+def ordered_by(settings: Mapping[str, Any]) -> str:
+    """Name the setting that orders the merges of a family: the strength, else the first one; empty without any."""
+    return next((name for name in _STRENGTHS if name in settings), next(iter(settings), ""))
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question of a source, its number there from 0, the expected answer, and what the model is told before.
-
-    Attributes:
-        shots: turns between the system message and the question, such as answered examples.
-    """
+    """A question of a source, its number there from 0, the expected answer, and what the model is told before."""
 
     source: str
     index: int
     question: str
     answer: str
     system: str | None = None
-    shots: tuple[Message, ...] = field(default=(), hash=False)
+    shots: tuple[Message, ...] = field(default=(), hash=False)  # turns before the question, such as answered examples
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -52,36 +48,23 @@ class Grade:
 
 @dataclass(frozen=True, eq=False)
 class ProblemSet:
-    """The problems of one source, in its order, and who grades their answers.
-
-    Attributes:
-        grade: (problem, final answer) -> grade. The final answer is the text without its thinking.
-        description: what a record of the source needs beside its name to repeat it, such as versions and checksums.
-        ungradable: the problems whose expected answer can't be graded against, by index, and why.
-    """
+    """The problems of one source, in its order, and who grades their answers."""
 
     source: str
     problems: tuple[Problem, ...]
-    grade: Callable[[Problem, str], Grade]
-    description: dict[str, str | int]
-    ungradable: dict[int, str]
+    grade: Callable[[Problem, str], Grade]  # of a problem and its final answer: the text without its thinking
+    description: dict[str, str | int]  # what it takes beside the name to repeat them, such as versions and checksums
+    ungradable: dict[int, str]  # why an expected answer can't be graded against, by its problem's index
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt.
+    """What a model wrote after a prompt."""
 
-    Attributes:
-        text: without the tokens that ended it, with special tokens such as <think>.
-        tokens: how many the model wrote, by its own tokenizer, with one that ended it.
-        ended: `STOP` or `LENGTH`.
-        prompt_tokens: how many the prompt has; None where that isn't known. It is no part of what was written.
-    """
-
-    text: str
-    tokens: int
-    ended: str
-    prompt_tokens: int | None = field(default=None, compare=False)
+    text: str  # without the tokens that ended it, with special tokens such as <think>
+    tokens: int  # how many the model wrote, by its own tokenizer, with one that ended it
+    ended: str  # `STOP` or `LENGTH`
+    prompt_tokens: int | None = field(default=None, compare=False)  # of the prompt; None where that isn't known
 
 
 # Of which answer, what was written, and what the model was given.
@@ -90,65 +73,39 @@ Written = tuple[Key, Completion, str]
 
 @dataclass(frozen=True)
 class Answer:
-    """A graded completion: a row of `answers/RUN.jsonl`, with these fields in this order.
-
-    Attributes:
-        sample: which of several answers to the same problem, from 0.
-        prompt: what the model was given: the text after its chat template; for a server, the messages as JSON.
-        unclosed: whether it began to think and didn't end it.
-        correct: whether it is right; None where the problem can't be graded.
-        found: what was taken for the answer; None where nothing could be.
-        note: why it couldn't be graded, if so.
-        seconds: its share of the time that generating took.
-        prompt_tokens: how many the prompt has; None where that isn't known.
-        expected: the expected answer; None in rows of earlier versions.
-    """
+    """A graded completion: a row of `answers/RUN.jsonl`, with these fields in this order."""
 
     source: str
     index: int
-    sample: int
-    prompt: str
+    sample: int  # which of several answers to the same problem, from 0
+    prompt: str  # what the model was given: the text after its chat template; for a server, the messages as JSON
     text: str
     tokens: int
     ended: str
-    unclosed: bool
-    correct: bool | None
-    found: str | None
-    note: str | None
-    seconds: float
+    unclosed: bool  # whether it began to think and didn't end it
+    correct: bool | None  # None where the problem can't be graded
+    found: str | None  # what was taken for the answer; None where nothing could be
+    note: str | None  # why it couldn't be graded, if so
+    seconds: float  # its share of the time that generating took
     prompt_tokens: int | None = None
-    expected: str | None = None
+    expected: str | None = None  # the expected answer; None in rows of earlier versions
 
 
 class Row(NamedTuple):
-    """A graded answer as a front takes it, whoever asked. Where something isn't known it is None.
-
-    Attributes:
-        run: what answered.
-        method: its family; None for a model as it is.
-        settings: what tells it from the others of its family.
-        problem: tells the problem from the others of its source.
-        sample: which of several answers to the same problem.
-        correct: from 0 to 1.
-        tokens: how long it is.
-        truncated: whether it ended at the limit of tokens.
-        unclosed: whether it began to think and didn't end it.
-        empty: whether it had no text.
-        seconds: its share of the time that the run took.
-    """
+    """A graded answer as a front takes it, whoever asked. Where something isn't known it is None."""
 
     run: str
-    method: str | None
-    settings: Mapping[str, Any]
+    method: str | None  # the family of the run; None for a model as it is
+    settings: Mapping[str, Any]  # what tells the run from the others of its family
     source: str
-    problem: str
+    problem: str  # what tells the problem from the others of its source
     sample: int
-    correct: float
+    correct: float  # from 0 to 1
     tokens: float
-    truncated: bool | None = None
-    unclosed: bool | None = None
-    empty: bool | None = None
-    seconds: float | None = None
+    truncated: bool | None = None  # whether it ended at the limit of tokens
+    unclosed: bool | None = None  # whether it began to think and didn't end it
+    empty: bool | None = None  # whether it had no text
+    seconds: float | None = None  # its share of the time that the run took
 
 
 def row_of(entry: Mapping[str, Any], answer: Answer) -> Row:

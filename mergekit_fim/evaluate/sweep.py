@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import filelock
 import numpy as np
 import torch
 from mergekit.config import MergeConfiguration
@@ -18,7 +19,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_fim.config.parameters import METHODS
-from mergekit_fim.errors import FimError, require
+from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate.answers.by_vllm import Vllm, check_known, parse_arguments
 from mergekit_fim.evaluate.answers.engine import Decoding, Engine
 from mergekit_fim.evaluate.answers.generation import Transformers
@@ -30,7 +31,7 @@ from mergekit_fim.evaluate.front.findings import Findings
 from mergekit_fim.evaluate.front.fronts import pareto_set
 from mergekit_fim.evaluate.front.table import markdown_rows
 from mergekit_fim.evaluate.models import Models, dtype_named
-from mergekit_fim.evaluate.one_run import Answers, Asked, answer, answers_so_far
+from mergekit_fim.evaluate.one_run import Answers, Asked, answer, whole_answers
 from mergekit_fim.evaluate.problems.grading import CLOSE, OPEN
 from mergekit_fim.evaluate.problems.questions import Questions
 from mergekit_fim.evaluate.runs.families import Run, series
@@ -69,47 +70,43 @@ def sweep(
     Raises:
         FimError: an option, a config, a model, a problem or a server is bad. The answers so far are kept.
     """
-    with launched.apart(options) as own:
-        return _sweep(configs, out, wanted, own)
-
-
-def _sweep(
-    configs: Mapping[str, MergeConfiguration], out: str, wanted: Wanted, options: MergeOptions
-) -> Findings | None:
-    check_options(wanted)
-    parse_arguments(wanted.engine_args)
-    config = next(iter(configs.values()))
-    as_they_are = models_as_they_are(config, wanted.also)
-    merges = families(configs, wanted.varied, wanted.compare, lambda: default_density(inputs[BASE]))
-    template = file_template(wanted.template) if wanted.template is not None else None
-    inputs = _opened(as_they_are, options)
-    runs = [*as_they_are, *(run for family in merges for run in family.runs())]
-    servers = connected(wanted, [run.name for run in runs])
-    runs += [Run(name) for name in servers if name not in {run.name for run in runs}]
-    questions = read_questions(wanted)
-    fingerprints = {name: fingerprint(model) for name, model in inputs.items()}
-    tuned = [run for run in as_they_are if run.model in fine_tuned(config)]
-    own = {str(run.model): fingerprints[run.name] for run in as_they_are if run.model in config.referenced_models()}
-    folder = SweepFolder(out, identity_of(configs, wanted, questions, template, own))
-    with writing(out), measured_once(), _memory(wanted, inputs.values()) as memory:
-        open_folder(folder)
-        since = _last_written(folder)
-        reading = config.out_dtype or config.dtype
-        dtype = agreed_dtype(folder, lambda: str(dtypes(inputs[BASE], reading, options)[1]))
-        engine = _engine(wanted, inputs, options, dtype_named(folder, dtype))
-        models = Models(folder, options, template, fingerprints, engine, memory)
-        decoding = Decoding(wanted.max_tokens, wanted.temperature, wanted.seed, wanted.batch)
-        asked = Asked(folder, questions, decoding, models, servers, wanted.keep != "none", wanted.mix_engines)
-        _check_before(asked, runs, tuned)
-        answers: dict[str, Answers] = {}
-        _answer_all(asked, runs, answers, wanted.keep)
-        for _ in range(wanted.refine):
-            runs = list({run.name: run for run in [*runs, *_further(runs, questions, answers, tuned)]}.values())
+    with launched.apart(options) as options:
+        check_options(wanted)
+        if wanted.keep == "none":
+            options = options.model_copy(update={"write_model_card": False})  # it asks the Hub about names
+        parse_arguments(wanted.engine_args)
+        config = next(iter(configs.values()))
+        as_they_are = models_as_they_are(config, wanted.also)
+        merges = families(configs, wanted.varied, wanted.compare, lambda: default_density(inputs[BASE]))
+        template = file_template(wanted.template) if wanted.template is not None else None
+        inputs = _opened(as_they_are, options)
+        runs = [*as_they_are, *(run for family in merges for run in family.runs())]
+        servers = connected(wanted, [run.name for run in runs])
+        runs += [Run(name) for name in servers if name not in {run.name for run in runs}]
+        questions = read_questions(wanted)
+        fingerprints = {name: fingerprint(model) for name, model in inputs.items()}
+        tuned = [run for run in as_they_are if run.model in fine_tuned(config)]
+        own = {str(run.model): fingerprints[run.name] for run in as_they_are if run.model in config.referenced_models()}
+        folder = SweepFolder(out, identity_of(configs, wanted, questions, template, own))
+        with writing(out), measured_once(), _memory(wanted, inputs.values()) as memory:
+            open_folder(folder)
+            since = os.stat(folder.record).st_mtime_ns
+            reading = config.out_dtype or config.dtype
+            dtype = agreed_dtype(folder, lambda: str(dtypes(inputs[BASE], reading, options)[1]))
+            engine = _engine(wanted, inputs, options, dtype_named(folder, dtype))
+            models = Models(folder, options, template, fingerprints, engine, memory)
+            decoding = Decoding(wanted.max_tokens, wanted.temperature, wanted.seed, wanted.batch)
+            asked = Asked(folder, questions, decoding, models, servers, wanted.mix_engines)
+            _check_before(asked, runs, tuned)
+            answers: dict[str, Answers] = {}
             _answer_all(asked, runs, answers, wanted.keep)
-        with concluding(folder):
-            if _last_written(folder) != since and is_concluded(folder, runs, wanted.margin):
-                return None
-            return _conclude(asked, runs, answers, [run.name for run in tuned], wanted)
+            for _ in range(wanted.refine):
+                runs = list({run.name: run for run in [*runs, *_further(runs, questions, answers, tuned)]}.values())
+                _answer_all(asked, runs, answers, wanted.keep)
+            with concluding(folder):
+                if os.stat(folder.record).st_mtime_ns != since and is_concluded(folder, runs, wanted.margin):
+                    return None
+                return _conclude(asked, runs, answers, [run.name for run in tuned], wanted)
 
 
 def _opened(runs: Sequence[Run], options: MergeOptions) -> dict[str, InputModel]:
@@ -117,9 +114,6 @@ def _opened(runs: Sequence[Run], options: MergeOptions) -> dict[str, InputModel]
     LoaderCache().setup(options)
     with contextlib.ExitStack() as stack:
         if options.lora_merge_cache and any(run.model is not None and run.model.lora for run in runs):
-            require("filelock", "sweep")
-            import filelock
-
             with writing(options.lora_merge_cache):
                 os.makedirs(options.lora_merge_cache, exist_ok=True)
                 stack.enter_context(filelock.FileLock(os.path.join(options.lora_merge_cache, ".lock")))
@@ -151,14 +145,10 @@ def _engine(wanted: Wanted, models: Mapping[str, InputModel], options: MergeOpti
     return Transformers(options, dtype)
 
 
-def _last_written(folder: SweepFolder) -> int:
-    return os.stat(folder.record).st_mtime_ns
-
-
 def _check_before(asked: Asked, runs: Sequence[Run], tuned: Sequence[Run]) -> None:
     """Find what would fail later: templates, questions, and the merge itself."""
     models, questions = asked.models, asked.questions
-    missing = [run for run in runs if run.name not in asked.servers and not _is_done(asked, run.name)]
+    missing = [run for run in runs if run.name not in asked.servers and not whole_answers(asked, run.name)]
     for run in missing:
         if run.model is not None:
             prompts(questions, questions.keys, models.template_of(run))
@@ -168,12 +158,6 @@ def _check_before(asked: Asked, runs: Sequence[Run], tuned: Sequence[Run]) -> No
             plan_merge(merge, models.options)
     if any(merge.tokenizer is None and merge.tokenizer_source is None for merge in merges.values()):
         _warn_of_tags(models, runs[0], tuned)
-
-
-def _is_done(asked: Asked, run: str) -> bool:
-    """Whether a run is known to have all its answers."""
-    with taken(asked.folder, run) as free:
-        return free and len(answers_so_far(asked, run)) == len(asked.questions.keys)
 
 
 def _warn_of_tags(models: Models, base: Run, tuned: Sequence[Run]) -> None:
@@ -220,20 +204,18 @@ def _answer_all(asked: Asked, runs: Sequence[Run], answers: dict[str, Answers], 
         left = others
 
 
-def _drop(asked: Asked, answers: Mapping[str, Answers], keep: str) -> None:
-    """Remove the merges that have answered and aren't to be kept."""
-    lasting = {"none": set[str](), "front": _pareto(asked.questions, answers), "all": set(answers)}[keep]
+def _drop(asked: Asked, answers: Mapping[str, Answers], keep: str) -> set[str]:
+    """Remove the merges that have answered and aren't to be kept. Return the runs that are, of the front by now."""
+    lasting = set(answers) if keep == "all" else set()
+    if keep == "front":
+        points = [_point(asked.questions, its, 0.0) for its in answers.values()]
+        are_on = pareto_set(np.array([its.accuracy for its in points]), np.array([its.tokens for its in points]))
+        lasting = {run for run, is_on in zip(answers, are_on, strict=True) if is_on}
     for name in answers.keys() - lasting:
         asked.models.drop(name)
     with contextlib.suppress(OSError):  # there is none, or it isn't empty
         os.rmdir(os.path.dirname(asked.folder.model("")))
-
-
-def _pareto(questions: Questions, answers: Mapping[str, Answers]) -> set[str]:
-    """Find the Pareto set of these runs."""
-    points = [_point(questions, its, 0.0) for its in answers.values()]
-    are_on = pareto_set(np.array([point.accuracy for point in points]), np.array([point.tokens for point in points]))
-    return {run for run, is_on in zip(answers, are_on, strict=True) if is_on}
+    return lasting
 
 
 def _point(questions: Questions, answers: Answers, strength: float) -> Point:
@@ -251,11 +233,10 @@ def _further(
         points = [_point(questions, answers[run.name], run.strength or 0.0) for run in alike]
         family = alike[0].family
         assert family is not None  # of a series
-        assert family.strength is not None
         near = between_ends(family.strength, points, base, long if len(tuned) == 1 else None)
         strength = next_strength(near, base, long)
         if strength is not None:
-            yield alike[0].at(round(strength, 4))
+            yield family.run({**alike[0].settings, family.strength: round(strength, 4)})
 
 
 def _conclude(
@@ -263,15 +244,14 @@ def _conclude(
 ) -> Findings:
     """Write down what the runs show, those of earlier commands too, and keep what is to be kept."""
     findings = conclude(asked, answers, (BASE, tuned), wanted.seed, wanted.margin)
-    on_front = {run.run for run in findings.summary.runs if run.pareto}
+    lasting = _drop(asked, answers, wanted.keep)
     for run in runs:
-        if run.config is not None and (wanted.keep == "all" or (wanted.keep == "front" and run.name in on_front)):
+        if run.config is not None and run.name in lasting:
             with taken(asked.folder, run.name, -1):
-                path = asked.models.merged(run, card=True)
+                path = asked.models.merged(run)
                 shown = [findings.summary.base, findings.summary.long, run.name]
                 results = eval_results(findings, run.name, asked.folder.identity["problems"])
                 write_section(path, measured=markdown_rows(findings.summary, shown), results=results)
-    _drop(asked, answers, wanted.keep)
     write_findings(asked.folder, findings)
     if wanted.log is not None:
         write_logs(asked.folder, findings)

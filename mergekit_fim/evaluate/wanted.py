@@ -15,7 +15,6 @@ from mergekit_fim.evaluate.answers.server import Server, connect
 from mergekit_fim.evaluate.front.recommended import check_margin
 from mergekit_fim.evaluate.problems.questions import Questions
 from mergekit_fim.evaluate.problems.sources import open_problems, warnings_of
-from mergekit_fim.evaluate.records import ProblemSet
 
 LOG = logging.getLogger("mergekit_fim")
 
@@ -55,8 +54,6 @@ def check_options(wanted: Wanted) -> None:
     Raises:
         FimError: an option can't be what it is.
     """
-    if not wanted.problems:
-        raise FimError("--problems: expected a source of problems, found none; name one")
     for name, least in (("max_tokens", 1), ("samples", 1), ("seed", 0), ("batch", 1), ("refine", 0)):
         value = getattr(wanted, name)
         if value is not None and value < least:
@@ -79,24 +76,17 @@ def read_questions(wanted: Wanted) -> Questions:
     Raises:
         FimError: they can't be read, or none of a source can be graded.
     """
-    return Questions([_problems(source, wanted) for source in dict.fromkeys(wanted.problems)], wanted.samples)
-
-
-def _problems(source: str, wanted: Wanted) -> ProblemSet:
-    read = open_problems(
-        source,
-        n=wanted.n,
-        seed=wanted.seed,
-        system=wanted.system,
-        question_field=wanted.question_field,
-        answer_field=wanted.answer_field,
-    )
-    for warning in warnings_of(read):
-        LOG.warning("%s", warning)
-    if len(read.ungradable) == len(read.problems):
-        why = next(iter(read.ungradable.values()))
-        raise FimError(f"{source}: expected problems that can be graded, found none ({why}); change their answers")
-    return read
+    options = {name: getattr(wanted, name) for name in ("n", "seed", "system", "question_field", "answer_field")}
+    problem_sets = [open_problems(source, **options) for source in dict.fromkeys(wanted.problems)]
+    for its in problem_sets:
+        for warning in warnings_of(its):
+            LOG.warning("%s", warning)
+        if len(its.ungradable) == len(its.problems):
+            raise FimError(
+                f"{its.source}: expected problems that can be graded, found none "
+                f"({next(iter(its.ungradable.values()))}); change their answers"
+            )
+    return Questions(problem_sets, wanted.samples)
 
 
 def connected(wanted: Wanted, runs: Sequence[str]) -> dict[str, Server]:

@@ -23,14 +23,7 @@ _BLOCK = 1 << 22
 class Outcomes:
     """What a run answered. The runs of a front share the problems, their order, and the number of samples.
 
-    Attributes:
-        method: None for a model as it is.
-        correct: whether the answer is right, or how right it is, from 0 to 1 [problem, sample].
-        tokens: its length [problem, sample].
-        truncated: whether it ended at the limit of tokens [problem, sample]; None where that isn't known, as below.
-        unclosed: whether it began to think and didn't end it [problem, sample].
-        empty: whether it had no text [problem, sample].
-        seconds: its share of the time that the run took [problem, sample].
+    The arrays are [problem, sample], and None where something isn't known. `Row` says what each has.
 
     Raises:
         ValueError: there are no problems or no samples, or the shapes differ.
@@ -77,21 +70,13 @@ class Estimate:
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """Every run's accuracy and mean tokens.
-
-    Attributes:
-        problems: how many there are.
-        accuracy: [1 + resample, run], what was observed first.
-        tokens: likewise.
-        halves: of what was observed, halved in many ways: accuracy, tokens [halving, half, run].
-        halves_of_draws: of every resample: accuracy, tokens [resample, halving, half, run].
-    """
+    """Every run's accuracy and mean tokens."""
 
     problems: int
-    accuracy: FloatArray
-    tokens: FloatArray
-    halves: tuple[FloatArray, FloatArray]
-    halves_of_draws: tuple[FloatArray, FloatArray]
+    accuracy: FloatArray  # [1 + resample, run], what was observed first
+    tokens: FloatArray  # likewise
+    halves: tuple[FloatArray, FloatArray]  # of what was observed: accuracy, tokens [halving, half, run]
+    halves_of_draws: tuple[FloatArray, FloatArray]  # of every resample: both [resample, halving, half, run]
 
     def estimate(self, values: FloatArray) -> Estimate:
         """Give values[0], which was observed, the percentile interval of values[1:], which are of the resamples."""

@@ -11,19 +11,12 @@ if TYPE_CHECKING:
 
 
 def eval_results(findings: Findings, run: str, problems: Sequence[Mapping[str, Any]]) -> "Iterator[EvalResult]":
-    """Give a run's accuracy and mean tokens on each source of problems, as `sweep.json` has them.
-
-    Args:
-        findings: of the sweep.
-        run: one of its runs.
-        problems: what `sweep.json` says of each source.
-    """
+    """Give a run's accuracy and mean tokens on each source of problems, of which `sweep.json` says `problems`."""
     from huggingface_hub import EvalResult
 
     for its in problems:
         shown = findings.by_source.get(its["source"], findings.summary)[run]
-        values = (("accuracy", shown.accuracy.value), ("mean answer tokens", shown.tokens_mean))
-        for metric, value in values:
+        for metric, value in (("accuracy", shown.accuracy.value), ("mean answer tokens", shown.tokens_mean)):
             yield EvalResult(
                 task_type="text-generation",
                 metric_type=metric.replace(" ", "_"),
@@ -41,8 +34,8 @@ def _dataset(problems: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "hf":
         name, config, split = (rest.pop(part) for part in ("dataset", "config", "split"))
         name = os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name
-        told = {"type": name, "name": " ".join(filter(None, (name, config, split))), "config": config or None}
-        told |= {"split": split}
+        named = " ".join(filter(None, (name, config, split)))
+        told = {"type": name, "name": named, "config": config or None, "split": split}
     elif kind == "reasoning-gym":
         told = {"type": kind, "name": f"{kind} {rest.pop('task')}", "config": source.removeprefix(f"{kind}:")}
     elif kind == "file":

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
+from mergekit_fim.evaluate.front.table import problems
 from mergekit_fim.evaluate.records import ordered_by
 from mergekit_fim.report.figure import INK, STYLES, check_figure, save_figure
 
@@ -22,11 +23,7 @@ _PLACES = [
 
 
 def write_figure(summary: Mapping[str, Any], path: str) -> None:
-    """Draw a summary, as JSON has it, into a PNG or SVG file, by its ending: atomically, the same bytes every time.
-
-    Raises:
-        FimError: the ending is another one, matplotlib isn't installed, or the file can't be written.
-    """
+    """Draw a summary, as JSON has it, into a PNG or SVG file, by its ending: atomically, the same bytes every time."""
     check_figure(path)
     save_figure(draw(summary), path)
 
@@ -36,11 +33,9 @@ def draw(summary: Mapping[str, Any]) -> "Figure":
 
     The axis of tokens is linear, so that the chord is the straight line that it is.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
     panel: Axes = figure.subplots()
     runs: list[Run] = list(summary["runs"])
     _draw_front(panel, summary)
@@ -56,9 +51,14 @@ def draw(summary: Mapping[str, Any]) -> "Figure":
         _draw_points(panel, [run], color=INK, marker=marker, linestyle="", markersize=size)
         labels.append((run, run["run"], INK))
     panel.set_xlim(0, 1.06 * max(run["tokens_mean"] for run in runs) or 1.0)
-    count = "1 problem" if summary["problems"] == 1 else f"{summary['problems']:,} problems"
-    panel.set_title(f"accuracy against length on {count}", color=INK, fontsize=11)
-    _dress(panel)
+    panel.set_title(f"accuracy against length on {problems(summary['problems'])}", color=INK, fontsize=11)
+    panel.set_xlabel("mean tokens of an answer", color=INK)
+    panel.set_ylabel("accuracy, with its 95 % interval", color=INK)
+    panel.grid(True, color="#E5E5E5", linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.tick_params(colors=INK, labelsize=9)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(fontsize=8.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=4)
     figure.draw_without_rendering()  # the axes get their places
     _label(figure, panel, labels)
     return figure
@@ -67,14 +67,12 @@ def draw(summary: Mapping[str, Any]) -> "Figure":
 def _draw_front(panel: "Axes", summary: Mapping[str, Any]) -> None:
     base, long = (next(run for run in summary["runs"] if run["run"] == summary[end]) for end in ("base", "long"))
     last, height = summary["front"][-1]
-    front = [*summary["front"], (max(long["tokens_mean"], last), height)]
-    panel.plot(
-        *zip(*front, strict=True), color="#BBBBBB", linewidth=4, solid_capstyle="butt", label="front of all runs"
-    )
+    front = zip(*summary["front"], (max(long["tokens_mean"], last), height), strict=True)
+    panel.plot(*front, color="#BBBBBB", linewidth=4, solid_capstyle="butt", label="front of all runs")
     if summary["no_chord"] is None:
-        points = [(run["tokens_mean"], run["accuracy"]["value"]) for run in (base, long)]
-        label, dash = "chord: base and long mixed at random", (0, (5, 4))
-        panel.plot(*zip(*points, strict=True), color=INK, linestyle=dash, linewidth=1, label=label)
+        chord = zip(*((run["tokens_mean"], run["accuracy"]["value"]) for run in (base, long)), strict=True)
+        label = "chord: base and long mixed at random"
+        panel.plot(*chord, color=INK, linestyle=(0, (5, 4)), linewidth=1, label=label)
 
 
 def _draw_points(panel: "Axes", runs: Sequence[Run], **style: Any) -> None:
@@ -85,29 +83,13 @@ def _draw_points(panel: "Axes", runs: Sequence[Run], **style: Any) -> None:
     panel.plot(tokens, [a["value"] for a in accuracy], **{"markersize": 5, "linewidth": 1.2, "zorder": 3} | style)
 
 
-def _dress(panel: "Axes") -> None:
-    panel.set_xlabel("mean tokens of an answer", color=INK)
-    panel.set_ylabel("accuracy, with its 95 % interval", color=INK)
-    panel.grid(True, color="#E5E5E5", linewidth=0.6)
-    panel.set_axisbelow(True)
-    panel.tick_params(colors=INK, labelsize=9)
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(fontsize=8.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.11), ncols=4)
-
-
 def _lines(runs: Sequence[Run]) -> list[list[Run]]:
-    """Put a method's runs in lines by strength, a line for each choice of the other settings."""
+    """Put a method's runs, which are in order of strength, in lines: one for each choice of the other settings."""
 
     def others(run: Run) -> str:
-        by = ordered_by(run["settings"])
-        return str([setting for setting in run["settings"].items() if setting[0] != by])
+        return str({**run["settings"], ordered_by(run["settings"]): None})
 
-    def strength(run: Run) -> tuple[bool, float, str]:
-        value = run["settings"].get(ordered_by(run["settings"]))
-        number = isinstance(value, (int, float))
-        return not number, float(value) if number else 0.0, str(value)
-
-    return [sorted(line, key=strength) for _, line in groupby(sorted(runs, key=others), key=others)]
+    return [list(line) for _, line in groupby(sorted(runs, key=others), key=others)]
 
 
 def _values(runs: Sequence[Run]) -> list[str]:

@@ -4,33 +4,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from mergekit_fim.evaluate.front.bootstrap import Outcomes
 from mergekit_fim.evaluate.front.gathered import Gathered
 from mergekit_fim.evaluate.front.recommended import Recommendation, recommendation
 from mergekit_fim.evaluate.front.statistics import Summary, summarize
-from mergekit_fim.evaluate.front.table import render_table
+from mergekit_fim.evaluate.front.table import problems, render_table
 from mergekit_fim.evaluate.records import ordered_by
 from mergekit_fim.measurements.record import versions
 from mergekit_fim.text import escaped, markdown_table, wrapped
 
-Entry = Mapping[str, Any]  # what `sweep.json` says of a run
-
 
 @dataclass(frozen=True)
 class Findings:
-    """What a sweep shows.
+    """What a sweep shows."""
 
-    Attributes:
-        summary: over all problems that can be graded.
-        by_source: the same of each source, where there are several.
-        recommended: the run to keep.
-        ungradable: the problems whose answers can't be graded, as (source, index, why).
-    """
-
-    summary: Summary
-    by_source: Mapping[str, Summary]
-    recommended: Recommendation
-    ungradable: tuple[tuple[str, int, str], ...]
+    summary: Summary  # over all problems that can be graded
+    by_source: Mapping[str, Summary]  # the same of each source, where there are several
+    recommended: Recommendation  # the run to keep
+    ungradable: tuple[tuple[str, int, str], ...]  # problems whose answers can't be graded: source, index, why
 
     def as_json(self) -> dict[str, Any]:
         """What `sweep.json` has of it; nothing in it is NaN or infinite."""
@@ -46,24 +39,20 @@ def find(
     margin: float,
     ungradable: Iterable[tuple[str, int, str]] = (),
 ) -> Findings:
-    """Find out what runs show that have answered the same problems.
+    """Find out what runs show that have answered the same problems, all but those that are `ungradable`.
 
-    Args:
-        gathered: of these runs.
-        ends: the base's run, and those of the fine-tuned models. The long model is the one that writes most.
-        seed: of the bootstrap.
-        margin: how much less accurate than the long model the run to keep may be.
-        ungradable: see `Findings`; these problems aren't in what was gathered.
+    The `ends` are the base's run, and those of the fine-tuned models; the long model is the one that writes most. The
+    `margin` says how much less accurate than that the run to keep may be.
     """
     base, tuned = ends
     runs = _sorted(gathered.outcomes)
     length = {run.run: float(run.tokens.sum()) for run in runs}
     long = max(tuned, key=length.__getitem__)
     overall = summarize(runs, base, long, seed=seed)
-    parts = gathered.by_source()
+    names, sources = dict.fromkeys(gathered.sources), np.array(gathered.sources, dtype=object)
     by_source = {
-        source: summarize([run.of(problems) for run in runs], base, long, seed=seed)
-        for source, problems in (parts.items() if len(parts) > 1 else ())
+        name: summarize([run.of(sources == name) for run in runs], base, long, seed=seed)
+        for name in (names if len(names) > 1 else ())
     }
     return Findings(overall, by_source, recommendation(overall, margin), tuple(ungradable))
 
@@ -74,8 +63,7 @@ def _sorted(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
     varied = list(dict.fromkeys(tuple(run.settings) for run in outcomes))
 
     def place(run: Outcomes) -> tuple[int, int, float]:
-        name = ordered_by(run.settings)
-        strength = None if name is None else run.settings[name]
+        strength = run.settings.get(ordered_by(run.settings))
         number = float(strength) if isinstance(strength, (int, float)) else 0.0
         return methods.index(run.method), varied.index(tuple(run.settings)), number
 
@@ -87,15 +75,14 @@ def render(findings: Findings, remedy: str) -> str:
     parts = [render_table(findings.summary)]
     parts += [f"{source}\n{render_table(summary)}" for source, summary in findings.by_source.items()]
     if findings.ungradable:
-        count = len(findings.ungradable)
-        problems = "1 problem" if count == 1 else f"{count} problems"
-        parts.append("\n".join(wrapped(f"Not graded, and in none of these figures: {problems} (sweep.md lists them).")))
+        count = problems(len(findings.ungradable))
+        parts.append("\n".join(wrapped(f"Not graded, and in none of these figures: {count} (sweep.md lists them).")))
     parts.append("\n".join([*wrapped(findings.recommended.sentence), *wrapped(remedy)]))
     return "\n\n".join(parts)
 
 
-def page(identity: Mapping[str, Any], entries: Sequence[Entry], findings: Findings, remedy: str) -> str:
-    """Write sweep.md, with what the sweep is of and how to get the run to keep."""
+def page(identity: Mapping[str, Any], entries: Sequence[Mapping[str, Any]], findings: Findings, remedy: str) -> str:
+    """Write sweep.md, of `sweep.json`'s identity and runs, with how to get the run to keep."""
     blocks = [
         "# Accuracy against length",
         f"{escaped(findings.recommended.sentence)} {escaped(remedy)}".strip(),
@@ -106,9 +93,10 @@ def page(identity: Mapping[str, Any], entries: Sequence[Entry], findings: Findin
         blocks += [f"## {escaped(source)}", render_table(summary, markdown=True)]
     if findings.ungradable:
         blocks += ["## Not graded", _table(("source", "problem", "why"), findings.ungradable)]
-    sources = []
-    for source, problems, *rest in (its.items() for its in identity["problems"]):
-        sources.append((source[1], problems[1], ", ".join(f"{name} {value}" for name, value in rest)))
+    sources = [
+        (source, count, ", ".join(f"{name} {value}" for name, value in rest))
+        for (_, source), (_, count), *rest in (its.items() for its in identity["problems"])
+    ]
     options = {name: identity[name] for name in ("seed", "max_tokens", "temperature", "samples", "system")}
     options["margin"] = findings.recommended.margin
     runs = [

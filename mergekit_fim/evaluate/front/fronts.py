@@ -24,11 +24,7 @@ def pareto_set(accuracy: FloatArray, tokens: FloatArray) -> BoolArray:
 
 
 def pieces(accuracy: FloatArray, tokens: FloatArray) -> Iterator[tuple[IntArray, IntArray, BoolArray]]:
-    """Go along the fronts of many sets of points at once, from left to right: gift wrapping, a step for each piece.
-
-    Args:
-        accuracy: [set, run].
-        tokens: [set, run].
+    """Go along the fronts of many sets of points [set, run], from left to right: gift wrapping, a step for each piece.
 
     Yields:
         Of every set [set]: the run where the piece begins, and the run where it ends, which are the same for the last
@@ -53,11 +49,9 @@ def area(
     """Average a front between the base's and the long model's tokens [set].
 
     Args:
-        accuracy: [set, run].
-        tokens: [set, run].
+        accuracy: [set, run]; likewise `tokens`.
         heights: what is averaged of the mixes on the front [set, run]; `accuracy` for the front's own area.
-        base: the short end.
-        long: the long end.
+        base: the short end; likewise `long`.
         part: the runs that the front is of, beside these two.
     """
     # In a resample the base may be the longer one: the ends, and the chord between them, are the same.
@@ -84,10 +78,7 @@ def held_out_gain(accuracy: FloatArray, tokens: FloatArray, base: int, long: int
     accuracy isn't counted. A mix keeps its length of the half that chose it. On the other half, noise would change the
     runs' order by length; and where a front has reached its height, the mix's own length would hide what it costs.
 
-    Args:
-        accuracy: [..., half, run].
-        tokens: [..., half, run].
-        base: see `area`; likewise `long` and `part`.
+    Accuracy and tokens are [..., half, run]; `area` says what the others are.
     """
     others = accuracy[..., ::-1, :]  # each half's of the other one
     chosen, lengths, heights = (x.reshape(-1, x.shape[-1]) for x in (accuracy, tokens, others))

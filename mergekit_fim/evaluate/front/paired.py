@@ -12,18 +12,13 @@ _HALVINGS = 60  # of the interval [-1, 1]: beyond what a float64 tells apart
 def score_interval(gained: float, lost: float, problems: float) -> tuple[float, float]:
     """Find Tango's score interval of the difference of two accuracies, of one answer each to every problem.
 
-    It holds the differences that the score test doesn't reject (Tango, Statistics in Medicine 17, 1998, 891-908). Where
-    no answers differ it has width, unlike a bootstrap's: of 12 problems, 0.24 to either side.
-
-    Args:
-        gained: how many problems the one run alone solves.
-        lost: how many the other alone solves.
-        problems: how many there are.
+    `gained` problems are solved by the one run alone, `lost` by the other alone. The interval holds the differences
+    that the score test doesn't reject (Tango, Statistics in Medicine 17, 1998, 891-908). Where no answers differ it has
+    width, unlike a bootstrap's: of 12 problems, 0.24 to either side.
     """
-    difference = (gained - lost) / problems
 
-    def end(outermost: float) -> float:
-        inside, outside = difference, outermost
+    def end(outside: float) -> float:
+        inside = (gained - lost) / problems
         for _ in range(_HALVINGS):
             middle = (inside + outside) / 2
             if abs(_score(gained, lost, problems, middle)) <= _Z:
@@ -38,10 +33,7 @@ def score_interval(gained: float, lost: float, problems: float) -> tuple[float, 
 def enough_problems(gained: float, lost: float, problems: float, margin: float) -> int | None:
     """Find how many problems take the lower end of Tango's interval to -margin, if the same shares of them differ.
 
-    The score grows with the root of their number.
-
-    Returns:
-        None where the difference itself is not above -margin, so that no number does.
+    The score grows with the root of their number. Where the difference itself is not above -margin, none does.
     """
     if (gained - lost) / problems <= -margin:
         return None
@@ -65,11 +57,9 @@ def _score(gained: float, lost: float, problems: float, difference: float) -> fl
 def adjusted_interval(differences: Sequence[float]) -> tuple[float, float]:
     """Find the normal interval of the mean of differences in [-1, 1], with one of 1 and one of -1 added.
 
-    With one answer to every problem that is Bonett and Price's (Journal of Educational and Behavioral Statistics 37,
-    2012, 479-488). With several it is on the safe side: it has width where no answers differ.
-
-    Args:
-        differences: of the two runs' shares of right answers [problem].
+    The differences are of two runs' shares of right answers [problem]. With one answer to every problem that is Bonett
+    and Price's interval (Journal of Educational and Behavioral Statistics 37, 2012, 479-488). With several it is on the
+    safe side: it has width where no answers differ.
     """
     count = len(differences) + 2
     mean = sum(differences) / count

@@ -1,6 +1,6 @@
 """Outcomes of a sweep's runs -> the sweep in figures."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -12,42 +12,28 @@ from mergekit_fim.evaluate.front.bootstrap import BoolArray, Draws, Estimate, Ou
 from mergekit_fim.evaluate.front.fronts import area, chord, held_out_gain, pareto_set, pieces
 from mergekit_fim.evaluate.front.paired import LEVEL, adjusted_interval, score_interval
 
-RESAMPLES = 2000
-
 
 @dataclass(frozen=True)
 class Paired:
     """A run's accuracy minus another's, on the same problems.
 
-    Attributes:
-        difference: with Tango's interval for one sample a problem. For several, or for answers that may be partly
-            right, with the bootstrap's, widened to Bonett and Price's, as the bootstrap's has no width where no answers
-            differ.
-        gained: how many problems this run alone solves; None with the bootstrap's interval.
-        lost: how many the other alone solves; likewise.
-        mcnemar: the exact p of McNemar's test; likewise.
+    The difference has Tango's interval for one sample a problem. For several, or for answers that may be partly right,
+    it has the bootstrap's, widened to Bonett and Price's, as the bootstrap's has no width where no answers differ. Then
+    the other figures are None.
     """
 
     difference: Estimate
-    gained: int | None
-    lost: int | None
-    mcnemar: float | None
+    gained: int | None  # how many problems this run alone solves
+    lost: int | None  # how many the other alone solves
+    mcnemar: float | None  # the exact p of McNemar's test
 
 
 @dataclass(frozen=True)
 class RunSummary:
     """A run in figures. Rates are shares of all answers; None where they aren't known.
 
-    Attributes:
-        accuracy: with Wilson's interval for one sample a problem, and the bootstrap's over problems for several, or
-            for answers that may be partly right.
-        correct_tokens_mean: of the right answers; None where there are none.
-        tokens_per_second: None where the time isn't known.
-        against_base: None for the base itself.
-        against_long: None for the long model itself.
-        length_ratio: mean tokens over the long model's; None where that writes none.
-        above_chord: accuracy above the chord at the run's mean tokens; None for its two ends, and where there is none.
-        pareto: whether no other run is at least as accurate with at most as many tokens, and better in one.
+    Accuracy has Wilson's interval for one sample a problem, and the bootstrap's over problems for several, or for
+    answers that may be partly right.
     """
 
     run: str
@@ -56,41 +42,33 @@ class RunSummary:
     accuracy: Estimate
     tokens_mean: float
     tokens_median: float
-    correct_tokens_mean: float | None
+    correct_tokens_mean: float | None  # of the right answers; None where there are none
     correct_tokens_median: float | None
     truncated: float | None
     unclosed: float | None
     empty: float | None
     tokens_per_second: float | None
-    against_base: Paired | None
+    against_base: Paired | None  # None for the base itself
     against_long: Paired | None
-    length_ratio: float | None
-    above_chord: Estimate | None
-    pareto: bool
+    length_ratio: float | None  # mean tokens over the long model's; None where that writes none
+    above_chord: Estimate | None  # accuracy above the chord at the run's mean tokens; None for its ends, or without one
+    pareto: bool  # whether no other run is at least as accurate with at most as many tokens, and better in one
 
 
 @dataclass(frozen=True)
 class Area:
     """The mean height of a front between the base's and the long model's mean tokens, in units of accuracy.
 
-    docs/statistics.md says how far luck moves these figures, and how often their intervals hold the truth
-    (`benchmarks/fronts.py`).
-
-    Attributes:
-        method: whose runs the front is of, beside the base and the long model; None for all runs.
-        runs: how many these are, without the base and the long model.
-        area: the mean height. It is too high, as a front takes the luckiest of its runs: compare methods of equally
-            many runs. Its interval is turned round the value, which corrects a part of this.
-        gain: `area` above the chord's mean; too high likewise.
-        held_out: the gain without that luck: one half of the problems chooses the mixes on the front, the other half
-            says how accurate they are. The mean of many halvings. None of a single problem.
+    The area is too high, as a front takes the luckiest of its runs: compare methods of equally many runs. Its interval
+    is turned round the value, which corrects a part of this. docs/statistics.md says how far luck moves these figures,
+    and how often their intervals hold the truth (`benchmarks/fronts.py`).
     """
 
-    method: str | None
-    runs: int
+    method: str | None  # whose runs the front is of, beside the base and the long model; None for all runs
+    runs: int  # how many these are
     area: Estimate
-    gain: float
-    held_out: Estimate | None
+    gain: float  # the area above the chord's mean; too high likewise
+    held_out: Estimate | None  # the gain without that luck, of many halvings; None of a single problem
 
 
 @dataclass(frozen=True)
@@ -104,14 +82,7 @@ class AreaDifference:
 
 @dataclass(frozen=True)
 class Summary:
-    """A sweep in figures.
-
-    Attributes:
-        no_chord: why there is neither a chord nor an area; None where there are.
-        front: the corners (mean tokens, accuracy) of the front of all runs, from its shortest to its most accurate.
-        areas: of every method in order of appearance, then of all runs; empty without a chord.
-        differences: of the areas of every two methods.
-    """
+    """A sweep in figures."""
 
     base: str
     long: str
@@ -120,18 +91,16 @@ class Summary:
     seed: int
     resamples: int
     runs: tuple[RunSummary, ...]
-    no_chord: str | None
-    front: tuple[tuple[float, float], ...]
-    areas: tuple[Area, ...]
-    differences: tuple[AreaDifference, ...]
+    no_chord: str | None  # why there is neither a chord nor an area; None where there are
+    front: tuple[tuple[float, float], ...]  # the corners (mean tokens, accuracy) of the front of all runs, by tokens
+    areas: tuple[Area, ...]  # of every method in order of appearance, then of all runs; empty without a chord
+    differences: tuple[AreaDifference, ...]  # of the areas of every two methods
 
     def __getitem__(self, name: str) -> RunSummary:
         return next(run for run in self.runs if run.run == name)
 
 
-def summarize(
-    outcomes: Sequence[Outcomes], base: str, long: str, *, seed: int = 0, resamples: int = RESAMPLES
-) -> Summary:
+def summarize(outcomes: Sequence[Outcomes], base: str, long: str, *, seed: int = 0, resamples: int = 2000) -> Summary:
     """Summarise a sweep.
 
     The *chord* is the straight line between the base's and the long model's mean tokens and accuracy: what one gets by
@@ -145,15 +114,8 @@ def summarize(
     Every interval but Wilson's and Tango's is of one bootstrap over problems, in which all runs are resampled together:
     the percentile interval, but for an area that turned round its value (the basic interval). A resample is biased as
     the sweep is, so an area's percentile interval is biased twice.
-
-    Raises:
-        ValueError: the runs don't share problems and samples, two have one name, or `base` or `long` isn't among them.
     """
     names = [o.run for o in outcomes]
-    if len(set(names)) < len(names) or len({o.correct.shape for o in outcomes}) > 1:
-        raise ValueError(f"expected runs of different names and the same problems and samples, found {names}")
-    if base == long or not {base, long} <= set(names):
-        raise ValueError(f"expected {base} and {long} to be two of the runs {names}")
     draws = draw(outcomes, seed, resamples)
     accuracy, tokens = draws.accuracy, draws.tokens
     b, e = names.index(base), names.index(long)
@@ -184,23 +146,17 @@ def _runs(outcomes: Sequence[Outcomes], draws: Draws, b: int, e: int, *, has_cho
     gains = accuracy - chord(accuracy, tokens, b, e)
     pareto = pareto_set(accuracy[0], tokens[0])
 
-    def against(i: int, other: int) -> Paired | None:
-        if i == other:
-            return None
-        return _paired(outcomes[i], outcomes[other], draws.estimate(accuracy[:, i] - accuracy[:, other]))
-
     def rate(flags: BoolArray | None) -> float | None:
         return None if flags is None else float(flags.mean())
 
     def run(i: int, o: Outcomes) -> RunSummary:
         right = o.tokens[o.correct == 1]
         took = 0.0 if o.seconds is None else float(o.seconds.sum())
-        by_draws = draws.estimate(accuracy[:, i])
         return RunSummary(
             run=o.run,
             method=o.method,
             settings=o.settings,
-            accuracy=wilson(len(right), draws.problems) if o.is_binary else by_draws,
+            accuracy=wilson(len(right), draws.problems) if o.is_binary else draws.estimate(accuracy[:, i]),
             tokens_mean=float(tokens[0, i]),
             tokens_median=float(np.median(o.tokens)),
             correct_tokens_mean=float(right.mean()) if len(right) else None,
@@ -209,8 +165,8 @@ def _runs(outcomes: Sequence[Outcomes], draws: Draws, b: int, e: int, *, has_cho
             unclosed=rate(o.unclosed),
             empty=rate(o.empty),
             tokens_per_second=float(o.tokens.sum()) / took if took else None,
-            against_base=against(i, b),
-            against_long=against(i, e),
+            against_base=_paired(outcomes, draws, i, b),
+            against_long=_paired(outcomes, draws, i, e),
             length_ratio=float(tokens[0, i] / tokens[0, e]) if tokens[0, e] > 0 else None,
             above_chord=draws.estimate(gains[:, i]) if has_chord and i not in (b, e) else None,
             pareto=bool(pareto[i]),
@@ -255,24 +211,28 @@ def _held_out(draws: Draws, base: int, long: int, part: Sequence[int]) -> Estima
 
 def wilson(count: int, trials: int) -> Estimate:
     """Give a share Wilson's interval."""
-    interval = _binomtest()(count, trials).proportion_ci(LEVEL, method="wilson")
+    interval = _binomtest(count, trials).proportion_ci(LEVEL, method="wilson")
     return Estimate(count / trials, float(interval.low), float(interval.high))
 
 
 def mcnemar(gained: int, lost: int) -> float:
     """Find the exact p of McNemar's test: two-sided, of the problems that exactly one of two runs solves."""
-    return float(_binomtest()(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return float(_binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-def _binomtest() -> Callable[..., Any]:
+def _binomtest(count: int, trials: int) -> Any:
     require("scipy.stats", "sweep")
     from scipy.stats import binomtest
 
-    return binomtest
+    return binomtest(count, trials)
 
 
-def _paired(one: Outcomes, other: Outcomes, bootstrap: Estimate) -> Paired:
-    """Hold one run against another, where the bootstrap says this of the difference of their accuracies."""
+def _paired(outcomes: Sequence[Outcomes], draws: Draws, i: int, k: int) -> Paired | None:
+    """Hold run i against run k; None for the same run."""
+    if i == k:
+        return None
+    one, other = outcomes[i], outcomes[k]
+    bootstrap = draws.estimate(draws.accuracy[:, i] - draws.accuracy[:, k])
     if one.is_binary and other.is_binary:
         gained, lost = int((one.correct > other.correct).sum()), int((other.correct > one.correct).sum())
         low, high = score_interval(gained, lost, len(one.correct))

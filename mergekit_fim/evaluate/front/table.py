@@ -1,6 +1,8 @@
 """A sweep's summary -> its tables, for a terminal or in Markdown."""
 
 from collections.abc import Collection, Sequence
+from dataclasses import astuple
+from functools import partial
 
 from mergekit_fim.evaluate.front.bootstrap import Estimate
 from mergekit_fim.evaluate.front.statistics import Paired, RunSummary, Summary
@@ -40,8 +42,8 @@ def _runs_in_full(summary: Summary) -> list[list[str]]:
             "unclosed": _percent(run.unclosed, ".1f", " %"),
             "empty": _percent(run.empty, ".1f", " %"),
             "above the chord": interval(summary, run.above_chord, "+"),
-            f"against {summary.base}": interval(summary, _difference(run.against_base), "+"),
-            f"against {summary.long}": interval(summary, _difference(run.against_long), "+"),
+            f"against {summary.base}": interval(summary, run.against_base, "+"),
+            f"against {summary.long}": interval(summary, run.against_long, "+"),
             "McNemar's p": "" if p is None else f"{p:.2g}",
             "tokens/s": tokens(run.tokens_per_second),
         }
@@ -55,7 +57,7 @@ def _runs_in_short(summary: Summary) -> list[list[str]]:
     method = None
     for run in summary.runs:
         if run.method not in (None, method):
-            grid.append([f"  {run.method}"])
+            grid.append([f"  {run.method}", *[""] * 5])
         method = run.method
         name = run.run if method is None else "  " + (run.run.removeprefix(method).strip() or run.run)
         grid.append(
@@ -65,7 +67,7 @@ def _runs_in_short(summary: Summary) -> list[list[str]]:
                 tokens(run.tokens_mean),
                 _percent(run.truncated, ".0f", "%"),
                 interval(summary, run.above_chord, "+"),
-                interval(summary, _difference(run.against_long), "+"),
+                interval(summary, run.against_long, "+"),
             ]
         )
     return grid
@@ -73,15 +75,12 @@ def _runs_in_short(summary: Summary) -> list[list[str]]:
 
 def _areas(summary: Summary) -> list[list[str]]:
     grid = [["area under the front", "runs", "area", "gain", "held out"]]
-
-    def shown(estimate: Estimate | None, sign: str = "") -> str:
-        return interval(summary, estimate, sign, more=1)  # a digit more: they are means over many points
-
+    shown = partial(interval, summary, more=1)  # a digit more: they are means over many points
     for area in summary.areas:
         values = [shown(area.area), shown(Estimate(area.gain, None, None), "+"), shown(area.held_out, "+")]
         grid.append([area.method or "all runs", str(area.runs), *values])
     for its in summary.differences:
-        grid.append([f"{its.first} minus {its.second}", "", shown(its.difference, "+")])
+        grid.append([f"{its.first} minus {its.second}", "", shown(its.difference, "+"), "", ""])
     return grid
 
 
@@ -114,42 +113,35 @@ def _notes(summary: Summary) -> list[str]:
 
 
 def _markdown(grid: Sequence[Sequence[str]]) -> str:
-    rows = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in row] for row in grid]
-    return markdown_table(rows[0], (row + [""] * (len(rows[0]) - len(row)) for row in rows[1:]))
+    head, *rows = [[cell.replace("|", "\\|").replace("*", "\\*") for cell in row] for row in grid]
+    return markdown_table(head, rows)
 
 
 def _plain(grid: Sequence[Sequence[str]]) -> str:
     """Align the first column to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in grid if i < len(row)) for i in range(len(grid[0]))]
-    lines = []
-    for first, *others in grid:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=False)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines)
+    left, *widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    lines = ("  ".join([first.ljust(left), *map(str.rjust, others, widths)]) for first, *others in grid)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _percent(share: float | None, digits: str, unit: str) -> str:
     return "" if share is None else f"{100 * share:{digits}}{unit}"
 
 
-def _difference(paired: Paired | None) -> Estimate | None:
-    return None if paired is None else paired.difference
-
-
-def interval(summary: Summary, estimate: Estimate | None, sign: str = "", *, more: int = 0) -> str:
-    """Write an accuracy with its interval, in no more decimals than its steps have, or so many more."""
+def interval(summary: Summary, shown: Estimate | Paired | None, sign: str = "", *, more: int = 0) -> str:
+    """Write an accuracy or a difference with its interval, in no more decimals than its steps have, or `more`."""
+    estimate = shown.difference if isinstance(shown, Paired) else shown
     if estimate is None:
         return ""
     digits = (2 if summary.problems < 1000 else 3) + more
-    value = f"{_rounded(estimate.value, digits):{sign}.{digits}f}"
-    if estimate.low is None or estimate.high is None:
-        return value
-    low, high = (f"{_rounded(end, digits):.{digits}f}" for end in (estimate.low, estimate.high))
-    return f"{value} [{low}, {high}]"
+    value, *ends = (round(x, digits) + 0.0 for x in astuple(estimate) if x is not None)  # never -0.00
+    brackets = f" [{', '.join(f'{end:.{digits}f}' for end in ends)}]" if ends else ""
+    return f"{value:{sign}.{digits}f}{brackets}"
 
 
-def _rounded(value: float, digits: int) -> float:
-    return round(value, digits) + 0.0  # never -0.00
+def problems(count: int) -> str:
+    """Write a number of problems."""
+    return "1 problem" if count == 1 else f"{count:,} problems"
 
 
 def tokens(count: float | None) -> str:

@@ -15,19 +15,12 @@ STRENGTHS = (0.2, 0.35, 0.5, 0.65, 0.8)
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """Merges that differ in their settings.
+    """Merges that differ in their settings."""
 
-    Attributes:
-        name: what the table, the figure and the names of its runs call it.
-        strength: the parameter that says how far a merge goes; None where that doesn't vary.
-        values: of every parameter that varies, the strength first.
-        config_of: settings -> the whole config of that merge.
-    """
-
-    name: str
-    strength: str | None
-    values: Mapping[str, Sequence[Any]]
-    config_of: Callable[[Mapping[str, Any]], MergeConfiguration]
+    name: str  # what the table, the figure and the names of its runs call it
+    strength: str  # the parameter that says how far a merge goes; empty where that doesn't vary
+    values: Mapping[str, Sequence[Any]]  # of every parameter that varies, the strength first
+    config_of: Callable[[Mapping[str, Any]], MergeConfiguration]  # settings -> the whole config of that merge
 
     def runs(self) -> list["Run"]:
         """Make a run of every combination of values."""
@@ -35,25 +28,20 @@ class Family:
 
     def run(self, settings: Mapping[str, Any]) -> "Run":
         """Make one run."""
-        said = [f"{name}={_written(value)}" for name, value in settings.items()]
-        return Run(" ".join([self.name, *said]), None, self, settings, self.config_of(settings))
+        as_yaml = {name: str(its).lower() if isinstance(its, bool) else its for name, its in settings.items()}
+        name = " ".join([self.name, *(f"{name}={its}" for name, its in as_yaml.items())])
+        return Run(name, None, self, settings, self.config_of(settings))
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What answers the problems: a model as it is, or a merge such as "fim_ties alpha_mean=0.35".
-
-    Attributes:
-        model: the model as it is; None for a merge, and for a model that only a server has.
-        family: None for a model as it is; likewise `config`, a merge's whole config.
-        settings: what is set in the config for this merge, the strength first.
-    """
+    """What answers the problems: a model as it is, or a merge such as "fim_ties alpha_mean=0.35"."""
 
     name: str
-    model: ModelReference | None = None
-    family: Family | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    config: MergeConfiguration | None = None
+    model: ModelReference | None = None  # None for a merge, and for a model that only a server has
+    family: Family | None = None  # None for a model as it is
+    settings: Mapping[str, Any] = field(default_factory=dict)  # what is set for this merge, the strength first
+    config: MergeConfiguration | None = None  # a merge's whole config; None for a model as it is
 
     @property
     def method(self) -> str | None:
@@ -63,14 +51,8 @@ class Run:
     @property
     def strength(self) -> float | None:
         """How far a merge goes, where that is one number."""
-        value = self.settings.get(self.family.strength) if self.family and self.family.strength else None
+        value = self.settings.get(self.family.strength) if self.family is not None else None
         return None if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
-
-    def at(self, strength: float) -> "Run":
-        """Make a run like this one but for its strength."""
-        assert self.family is not None
-        assert self.family.strength is not None
-        return self.family.run({**self.settings, self.family.strength: strength})
 
 
 def family_of(
@@ -80,15 +62,10 @@ def family_of(
     own = strength_of(config.merge_method, varied)
     values = dict(varied) or ({own: STRENGTHS} if own else {})
     if own not in values:
-        own = "lambda" if "lambda" in values else None
-    if own is not None:
+        own = "lambda" if "lambda" in values else ""
+    if own:
         values = {own: values[own], **values}
     return Family(name, own, values, lambda settings: with_settings(config, settings, base))
-
-
-def _written(value: Any) -> str:
-    """Write a value as in YAML."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def series(runs: Sequence[Run]) -> list[list[Run]]:

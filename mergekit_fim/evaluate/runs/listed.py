@@ -48,8 +48,8 @@ def _named(models: Iterable[ModelReference], taken: Iterable[str]) -> Iterator[t
     names = set(taken)
     for model in models:
         name = os.path.basename(os.path.normpath((model.lora or model.model).path)) or "model"
-        candidates = itertools.chain([name], (f"{name} ({number})" for number in itertools.count(2)))
-        unique = next(candidate for candidate in candidates if candidate not in names)
+        numbered = (f"{name} ({number})" for number in itertools.count(2))
+        unique = next(its for its in itertools.chain([name], numbered) if its not in names)
         names.add(unique)
         yield unique, model
 
@@ -60,10 +60,10 @@ def families(
     compare: Sequence[str],
     default_density: Callable[[], float],
 ) -> list[Family]:
-    """List the family of every config, and the first one's twins.
+    """List the family of every config, which are by their files, and the first one's twins.
 
-    A single config's family is called by its method, of several each by its file's name.
-    The configs are by their files, and `given` is every `NAME=V1,V2,...`. The density is asked for when runs are made.
+    A single config's family is called by its method, of several each by its file's name. `given` is every
+    `NAME=V1,V2,...`. The density is asked for when runs are made.
 
     Raises:
         FimError: a setting or a twin can't be, two families have one name, or two configs have other models.

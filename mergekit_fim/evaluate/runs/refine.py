@@ -33,45 +33,30 @@ class Point:
 
 
 def between_ends(strength: str, points: Sequence[Point], base: Point, long: Point | None) -> list[Point]:
-    """Put a family's runs between the models that it leads from and to, unless it goes beyond them.
+    """Put a family's runs between the base at strength 0 and the long model at 1, unless it goes beyond them.
 
-    Args:
-        strength: the parameter that says how far a merge goes. `lambda` scales trimmed task vectors, of which it often
-            takes more than 1.
-        points: the family's runs.
-        base: the base.
-        long: the fine-tuned model; None where there are several, which no merge becomes.
-
-    Returns:
-        The base at strength 0, the runs, and the long model at strength 1.
+    Where the strength is `lambda`, it scales trimmed task vectors, of which it often takes more than 1. Where there are
+    several fine-tuned models, no merge becomes one: `long` is None.
     """
-    start = [replace(base, strength=0.0)] if all(point.strength > 0 for point in points) else []
-    leads_there = long is not None and strength != "lambda" and all(point.strength < 1 for point in points)
-    return [*start, *points, *([replace(long, strength=1.0)] if long is not None and leads_there else [])]
+    strengths = [point.strength for point in points]
+    start = [replace(base, strength=0.0)] if min(strengths) > 0 else []
+    end = [replace(long, strength=1.0)] if long is not None and strength != "lambda" and max(strengths) < 1 else []
+    return [*start, *points, *end]
 
 
 def next_strength(points: Sequence[Point], base: Point, long: Point) -> float | None:
     """Find the middle of the widest gap between neighbours among `points`, of different strengths.
 
     A gap is the part of the way from base to long model that it takes in tokens, and half of the part in accuracy.
-
-    Returns:
-        A strength between two of the points'; None where no gap is left.
+    Return None where no gap is left.
     """
     points = sorted(points, key=lambda point: point.strength)
     tokens = abs(long.tokens - base.tokens) or 1.0
     accuracy = max(_NOISE, abs(long.accuracy - base.accuracy))
-
-    def gap(x: Point, y: Point) -> float:
-        return abs(y.tokens - x.tokens) / tokens + _WEIGHT * abs(y.accuracy - x.accuracy) / accuracy
-
-    narrowest = _NARROWEST * abs(points[-1].strength)
-    gaps = [
-        (gap(x, y), y.strength - x.strength, x.strength)
-        for x, y in itertools.pairwise(points)
-        if y.strength - x.strength > narrowest
-    ]
-    if not gaps:
-        return None
-    _, width, start = max(gaps)
-    return start + width / 2
+    gaps = []
+    for x, y in itertools.pairwise(points):
+        gap = abs(y.tokens - x.tokens) / tokens + _WEIGHT * abs(y.accuracy - x.accuracy) / accuracy
+        width = y.strength - x.strength
+        if width > _NARROWEST * abs(points[-1].strength):
+            gaps.append((gap, width, x.strength + width / 2))
+    return max(gaps)[2] if gaps else None

@@ -16,20 +16,19 @@ from mergekit_fim.errors import FimError, brief, shown
 
 
 def parse_settings(methods: Sequence[str], given: Sequence[str]) -> list[dict[str, tuple[Any, ...]]]:
-    """Read every `NAME=V1,V2,...`, and check it by what the methods take.
+    """Read every `NAME=V1,V2,...`: for each method, the values of its parameters by name.
 
-    Returns:
-        For each method, the values of its parameters by name. The strength of one method isn't set in the others.
+    The strength of one method isn't set in the others.
 
     Raises:
         FimError: a setting has another form, no method knows its name, or a method refuses its value.
     """
     texts: dict[str, str] = {}
+    known = set[str]().union(*map(parameter_names, methods))
     for text in given:
         name, equals, values = (part.strip() for part in text.partition("="))
         if not equals or not name:
             raise FimError(f"--set: expected NAME=VALUE,VALUE,..., found {shown(text)}")
-        known = {known for method in methods for known in parameter_names(method)}
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(sorted(known)) or 'none'}"
@@ -68,11 +67,7 @@ def _value(method: str, name: str, text: str) -> Any:
 
 
 def parameter_names(method: str) -> set[str]:
-    """Name the parameters of a method, those of its pre-pass included.
-
-    Raises:
-        FimError: there is no such method.
-    """
+    """Name the parameters of a method, those of its pre-pass included."""
     if method in METHODS:
         return {name for name, parameter in PARAMETERS.items() if method in parameter.methods}
     return set(_parameters(method))
@@ -86,14 +81,14 @@ def _parameters(method: str) -> dict[str, Any]:
         raise FimError(f"expected a merge method, found {shown(method)}; name one of {known}") from None
 
 
-def strength_of(method: str, varied: Collection[str] = ()) -> str | None:
-    """Name the parameter by which a method moves from the base to the fine-tuned models; None where it has none.
+def strength_of(method: str, varied: Collection[str] = ()) -> str:
+    """Name the parameter by which a method moves from the base to the fine-tuned models; empty where it has none.
 
     Where `alpha`, set by hand, is among the names of what varies, it takes the place of `alpha_mean`.
     """
     if method in METHODS:
         return "alpha" if "alpha" in varied and "alpha_mean" not in varied else "alpha_mean"
-    return next((name for name in ("weight", "t") if name in parameter_names(method)), None)
+    return next((name for name in ("weight", "t") if name in parameter_names(method)), "")
 
 
 def with_settings(
@@ -102,28 +97,23 @@ def with_settings(
     """Copy a config with these values, which replace all that it says of these parameters.
 
     A parameter of single models gets its value for every fine-tuned model: for all but `base`, and the config's own.
-
-    Raises:
-        FimError: a method of this package can't have them together.
     """
-    config = config.model_copy(deep=True)
+    config, method = config.model_copy(deep=True), config.merge_method
     tuned = fine_tuned(config, base)
     for block in blocks(config):
         if getattr(block, "model", None) in (None, *tuned):
             leave_only(block, (block.parameters or {}).keys() - settings.keys())
+    entries = [entry for entry, *_ in placed(config) if entry.model in tuned]
     for name, value in settings.items():
-        entries = [entry for entry, *_ in placed(config) if entry.model in tuned]
-        for block in entries if entries and _is_per_model(config.merge_method, name) else [config]:
+        if method in METHODS:
+            is_per_model = PARAMETERS[name].scope is Scope.MODEL
+        else:
+            is_per_model = _parameters(method)[name].scope is not ParameterScope.SHARED
+        for block in entries if entries and is_per_model else [config]:
             block.parameters = {**(block.parameters or {}), name: value}
-    if config.merge_method in METHODS:
+    if method in METHODS:
         read_settings(config)
     return config
-
-
-def _is_per_model(method: str, name: str) -> bool:
-    if method in METHODS:
-        return PARAMETERS[name].scope is Scope.MODEL
-    return bool(_parameters(method)[name].scope is not ParameterScope.SHARED)
 
 
 def leave_only(block: Any, names: Collection[str]) -> None:
@@ -133,19 +123,13 @@ def leave_only(block: Any, names: Collection[str]) -> None:
 
 def blocks(config: MergeConfiguration) -> Iterator[Any]:
     """Go through everything in a config that has `parameters:`."""
-    yield config
-    yield from (config.modules or {}).values()
     for part in (config, *(config.modules or {}).values()):
-        yield from part.slices or []
+        yield from (part, *(part.slices or []))
     yield from (entry for entry, *_ in placed(config))
 
 
 def placed(config: MergeConfiguration) -> Iterator[tuple[Any, ...]]:
-    """Go through the places where models stand.
-
-    Yields:
-        The place, then what else has parameters for it, in mergekit's order of precedence.
-    """
+    """Go through the places where models stand, each with what else has parameters for it, by mergekit's precedence."""
     for part in (config, *(config.modules or {}).values()):
         above = (config,) if part is config else (part, config)
         yield from ((entry, *above) for entry in part.models or [])

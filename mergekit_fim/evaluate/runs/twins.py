@@ -36,15 +36,17 @@ def twin(config: MergeConfiguration, family: Family, method: str, default_densit
     if method not in TWINS:
         raise FimError(f"--compare: expected one of {', '.join(TWINS)}, found {shown(method)}; name one of these")
     names = parameter_names(method) - (set() if method == "ties" else {"density"})  # the others have no use for it
-    own = strength_of(config.merge_method, family.values)
-    values = family.values.get(own or "", [(config.parameters or {}).get(own or "")])
+    own, parameters = strength_of(config.merge_method, family.values), config.parameters or {}
+    values = family.values.get(own, [parameters.get(own)])
     for value in values:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise FimError(
                 f"--compare: {method} gets its `weight` from the value of `{own}`, found "
                 f"{'none' if value is None else shown(value)}; add --set {own}=..."
             )
-    normalizes = len(fine_tuned(config)) > 1 and method != "linear" and _normalizes(config)
+    ours = config.merge_method in METHODS
+    default = ours and PARAMETERS["normalize"].default_for(config.merge_method)
+    normalizes = len(fine_tuned(config)) > 1 and method != "linear" and bool(parameters.get("normalize", default))
     strength = "lambda" if normalizes else "weight"
     shared = {name: its for name, its in family.values.items() if name in names - {own, strength}}
 
@@ -58,8 +60,7 @@ def twin(config: MergeConfiguration, family: Family, method: str, default_densit
         if normalizes:
             made.parameters = {"lambda": 1.0, **(made.parameters or {})}
             for block in (block for block in blocks(made) if "lambda" in (block.parameters or {})):
-                factor = _number(made, "lambda", [block]) * settings[strength]
-                block.parameters = {**block.parameters, "lambda": factor}
+                block.parameters["lambda"] = _number(made, "lambda", [block]) * settings[strength]
         if method == "linear":
             _add_base(made)
         if method == "ties":
@@ -67,12 +68,6 @@ def twin(config: MergeConfiguration, family: Family, method: str, default_densit
         return made
 
     return Family(method, strength, {strength: values, **shared}, config_of)
-
-
-def _normalizes(config: MergeConfiguration) -> bool:
-    """Whether a merge divides by the sum of the models' weights."""
-    default = PARAMETERS["normalize"].default_for(config.merge_method) if config.merge_method in METHODS else False
-    return bool((config.parameters or {}).get("normalize", default))
 
 
 def _number(config: MergeConfiguration, name: str, scopes: list[Any]) -> float:

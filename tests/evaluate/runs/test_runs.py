@@ -159,7 +159,7 @@ def test_every_config_is_a_family_of_its_files_name():
         *(f"d weight={s}" for s in STRENGTHS),
     ]
     assert [run.method for run in runs] == ["a"] * 5 + ["b"] * 5 + ["c"] + ["d"] * 5
-    assert runs[0].at(0.3).name == "a alpha_mean=0.3"
+    assert runs[0].family.run({"alpha_mean": 0.3}).name == "a alpha_mean=0.3"
     assert [its["parameters"]["weight"] for its in written(runs[-1])["models"]] == [0.9, 0.8]
 
 
@@ -291,7 +291,7 @@ def test_a_twin_of_the_strength_in_the_config():
     assert twin_of(config, "ties", "sharpness=0,1").name == "ties weight=0.7"
     assert twin_of(configured(PAIR), "ties", "alpha=0.25").name == "ties weight=0.25"
     twin = twin_of(configured(PAIR, merge_method="ties"), "linear", "weight=0.25")
-    assert (twin.name, twin.at(0.5).name) == ("linear weight=0.25", "linear weight=0.5")
+    assert (twin.name, twin.family.run({"weight": 0.5}).name) == ("linear weight=0.25", "linear weight=0.5")
 
 
 @pytest.mark.parametrize(
