@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 import yaml
+from huggingface_hub import snapshot_download
 from mergekit.options import MergeOptions
 
 from mergekit_fim.errors import FimError, reason, require
@@ -52,8 +53,14 @@ class Vllm:
 
     def open(self, files: ModelFiles) -> dict[str, Any]:
         """See `Engine`: swap the weights in where the model's shape is that of the one before."""
-        path = _folder(files, self._options)
-        config = _config(files.name, path, self._options)
+        path, trust = files.path, self._options.trust_remote_code
+        with explained(f"{files.name}: expected a model that can be loaded, found none", "download or save it again"):
+            if not os.path.isdir(path):
+                path = snapshot_download(path, revision=files.revision, cache_dir=self._options.transformers_cache)
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        check_known(files.name, config)
+        from vllm.platforms import current_platform
+
         shape = {name: value for name, value in config.to_dict().items() if name not in _NO_SHAPE}
         what = f"{files.name}: expected a model that vLLM can load with these options, found none"
         try:
@@ -75,13 +82,12 @@ class Vllm:
         context = self._llm.llm_engine.model_config.max_model_len
         stop = stop_tokens(configs, files.tokenizer)
         self._reader = Reader(files.name, files.tokenizer, stop, context, text.vocab_size)
-        return self._record() | {"stop": list(stop)}
-
-    def _record(self) -> dict[str, Any]:
-        from vllm.platforms import current_platform
-
-        engine = {"name": "vllm", "version": _vllm().__version__, "options": self._arguments}
-        return {"engine": engine, "device": current_platform.device_type, "dtype": f"torch.{self._dtype}"}
+        return {
+            "engine": {"name": "vllm", "version": _vllm().__version__, "options": self._arguments},
+            "device": current_platform.device_type,
+            "dtype": f"torch.{self._dtype}",
+            "stop": list(stop),
+        }
 
     def answers(self, prompts: Sequence[Prompt], decoding: Decoding) -> Generator[tuple[Prompt, Completion]]:
         """See `Engine`."""
@@ -228,19 +234,3 @@ def _alone() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
-
-
-def _folder(files: ModelFiles, options: MergeOptions) -> str:
-    """Where a model's files are; those of the Hub are fetched."""
-    if os.path.isdir(files.path):
-        return files.path
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(files.path, revision=files.revision, cache_dir=options.transformers_cache)
-
-
-def _config(name: str, path: str, options: MergeOptions) -> Any:
-    with explained(f"{name}: expected a model that can be loaded, found none", "download or save it again"):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
-    check_known(name, config)
-    return config

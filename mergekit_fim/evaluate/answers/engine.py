@@ -29,14 +29,7 @@ class Decoding:
 
 @dataclass(frozen=True, eq=False)
 class ModelFiles:
-    """A model that can be opened.
-
-    Attributes:
-        name: as messages call it.
-        path: its folder, or its name on the Hub.
-        revision: of the Hub's.
-        tokenizer: its tokenizer.
-    """
+    """A model that can be opened: its name in messages, its folder or name and revision on the Hub, its tokenizer."""
 
     name: str
     path: str

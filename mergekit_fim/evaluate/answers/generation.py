@@ -1,6 +1,5 @@
 """A model and prompts -> completions by transformers, in batches that rows leave as they end and others join."""
 
-import gc
 import math
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate.utils import get_max_memory, release_memory
+from accelerate.utils.memory import clear_device_cache
 from mergekit.options import MergeOptions
 from torch.nn.functional import pad
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
@@ -107,8 +107,7 @@ def _completions(model: LanguageModel, waiting: list[Row], decoding: Decoding) -
             out_of_memory, batch = True, None
         if out_of_memory:  # the error, whose traceback held what there is, is gone
             budget = _needed(model, rows) / 2
-            gc.collect()
-            _free(model.model.device)
+            release_memory()
         for row in rows:
             if row.ended:
                 yield row.prompt, model.completion(row.ids, row.written)
@@ -121,11 +120,9 @@ def _seated(
     model: LanguageModel, live: list[Row], waiting: list[Row], most: int, budget: float
 ) -> tuple[list[Row], list[Row]]:
     """Choose who is in the next batch, one row at least: who stays, those that wrote most first, and who joins."""
-    stay: list[Row] = []
-    for row in sorted(live, key=lambda row: -len(row.written)):
-        if stay and _needed(model, [*stay, row]) > budget:
-            break
-        stay.append(row)
+    stay = sorted(live, key=lambda row: -len(row.written))
+    while len(stay) > 1 and _needed(model, stay) > budget:
+        stay.pop()
     new: list[Row] = []
     for row in sorted(waiting, key=lambda row: -row.length):
         rows = [*stay, *new, row]
@@ -138,15 +135,15 @@ def _seated(
 
 
 def _needed(model: LanguageModel, rows: list[Row]) -> float:
-    """Bytes of the cache of some rows, before they are looked at again."""
+    """Count the bytes of the cache of some rows, before they are looked at again."""
     steps = _PIECE if model.joins else math.inf
     width = max(row.length + min(steps, row.limit - len(row.written)) for row in rows)
     return len(rows) * (model.row_bytes + width * model.token_bytes)
 
 
 def _free_memory(model: PreTrainedModel) -> float:
-    """Bytes that are free for the cache, on all the devices that the model is on."""
-    _free(model.device)
+    """Count the bytes that are free for the cache, on all the devices that the model is on."""
+    clear_device_cache()
     free = {str(device): size for device, size in get_max_memory().items()}
     if model.device.type in ("cpu", "mps"):
         return free[model.device.type]
@@ -155,20 +152,8 @@ def _free_memory(model: PreTrainedModel) -> float:
     return min(free[place] for place in places) * len(places)
 
 
-def _free(device: torch.device) -> None:
-    """Give back what torch holds and doesn't use."""
-    if device.type != "cpu":
-        torch.get_device_module(device).empty_cache()
-
-
 def _written_on(
-    model: LanguageModel,
-    batch: Batch | None,
-    stay: list[Row],
-    new: list[Row],
-    decoding: Decoding,
-    *,
-    is_last: bool,
+    model: LanguageModel, batch: Batch | None, stay: list[Row], new: list[Row], decoding: Decoding, *, is_last: bool
 ) -> Batch | None:
     """Write on in the rows of a batch that stay, or begin with those that are new; None if none can join them."""
     if not model.joins:  # at half of the rows, what the others wrote is worth being read again
@@ -187,15 +172,10 @@ def _advanced(model: LanguageModel, batch: Batch, most: int, enough: int, decodi
     steps = min(most, min(row.limit - len(row.written) for row in batch.rows))
     written = [(row.prompt.key, len(row.written)) for row in batch.rows]
     chooser, ending = Chooser(written, decoding.temperature, decoding.seed), _Enough(model.stop, enough)
+    hooks = {"logits_processor": LogitsProcessorList([chooser]), "stopping_criteria": StoppingCriteriaList([ending])}
+    seen = {} if batch.cache is None else {"past_key_values": batch.cache}
     generate: Any = model.model.generate
-    out = generate(
-        batch.ids,
-        attention_mask=batch.mask,
-        generation_config=greedy(steps),
-        logits_processor=LogitsProcessorList([chooser]),
-        stopping_criteria=StoppingCriteriaList([ending]),
-        **({} if batch.cache is None else {"past_key_values": batch.cache}),
-    )
+    out = generate(batch.ids, attention_mask=batch.mask, generation_config=greedy(steps), **hooks, **seen)
     if bool(chooser.unusable):
         raise FimError(f"{model.name}: some logits aren't numbers; try another dtype, and check the model's weights")
     for row, tokens in zip(batch.rows, out.sequences[:, batch.ids.shape[1] :].tolist(), strict=True):

@@ -7,13 +7,13 @@ import re
 import zlib
 from collections.abc import Awaitable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mergekit_fim.errors import FimError, reason, require
+from mergekit_fim.errors import FimError, brief, reason, require
 from mergekit_fim.evaluate.answers.address import KEY, address, is_here, key
 from mergekit_fim.evaluate.answers.engine import Decoding, ModelFiles
-from mergekit_fim.evaluate.answers.openai_format import completion, listed, only
+from mergekit_fim.evaluate.answers.openai_format import completion, listed
 from mergekit_fim.evaluate.answers.prompts import Prompt
 from mergekit_fim.evaluate.records import Completion
 
@@ -99,35 +99,28 @@ def connect(url: str, model: str | None, *, timeout: float = 600.0) -> Server:
         FimError: it isn't such a URL, no server answers there, or it doesn't say which model is meant.
     """
     base, credentials = address(url)
-    bases = [base] if re.search(r"/v\d+[a-z0-9]*$", base) else [f"{base}/v1", base]
+    places = [base] if re.search(r"/v\d+[a-z0-9]*$", base) else [f"{base}/v1", base]
+    servers = [Server(place, model or "", timeout, credentials) for place in places]
     statuses = []
-    for place in bases:
-        server = Server(place, model or "", timeout, credentials)
-        status, names = _models(server)
+    for server in servers:
+        with _client(server, retries=0) as (portal, client):
+            call, seconds = client.models.with_raw_response.list(), min(_LISTED, timeout)
+            status, said = portal.call(_sent, server, call, seconds, "start the server, or check the URL")
+        names = listed(said)
+        if names is not None and model is None and len(names) != 1:
+            found = ", ".join(brief(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
+            raise FimError(
+                f"{server.url}: expected a server of one model, found {found or 'none listed'}; pass --server-model"
+            )
         if names is not None:
-            return Server(place, model or only(names, place), timeout, credentials)
+            return replace(server, model=model or names[0])
         statuses.append(status)
     if model is None:
         raise FimError(
-            f"{bases[0]}: expected a list of the server's models, found none (status {statuses[0]}); pass "
+            f"{servers[0].url}: expected a list of the server's models, found none (status {statuses[0]}); pass "
             "--server-model, or check the URL"
         )
-    return Server(bases[0], model, timeout, credentials)
-
-
-def _models(server: Server) -> tuple[int, list[str] | None]:
-    """Ask for the list of models: the status, and the names if it is such a list."""
-    with _client(server, retries=0) as (portal, client):
-        import openai
-
-        try:
-            call = client.models.with_raw_response.list
-            text = portal.call(
-                _sent, server, call(), min(_LISTED, server.timeout), "start the server, or check the URL"
-            )
-        except openai.APIStatusError as error:
-            return error.status_code, None
-    return 200, listed(text)
+    return servers[0]
 
 
 async def _check(client: "openai.AsyncOpenAI", server: Server) -> None:
@@ -151,8 +144,6 @@ async def _check(client: "openai.AsyncOpenAI", server: Server) -> None:
 async def _answer(
     client: "openai.AsyncOpenAI", server: Server, prompt: Prompt, decoding: Decoding
 ) -> tuple[Prompt, Completion]:
-    import openai
-
     options: dict[str, Any] = {"model": server.model, "max_tokens": decoding.max_tokens, "stream": False}
     options["temperature"] = decoding.temperature
     if decoding.temperature > 0:
@@ -163,17 +154,14 @@ async def _answer(
     else:
         call = client.completions.with_raw_response.create(prompt=prompt.text, **options)
     try:
-        text = await _sent(server, call, server.timeout, f"start the server again: {_KEPT}")
-    except openai.APIStatusError as error:
-        is_busy = error.status_code >= 500 or error.status_code in (408, 429)
-        raise FimError(
-            f"{server.url}: expected an answer, found status {error.status_code} ({_said(error.body)}); "
-            f"{'start the server again' if is_busy else 'change what it complains of'}: {_KEPT}"
-        ) from None
+        status, said = await _sent(server, call, server.timeout, f"start the server again: {_KEPT}")
     except UnicodeEncodeError as error:
         raise FimError(f"{server.url}: a prompt isn't Unicode ({reason(error)}); correct it: {_KEPT}") from None
+    if status != 200:
+        remedy = "start the server again" if status >= 500 or status in (408, 429) else "change what it complains of"
+        raise FimError(f"{server.url}: expected an answer, found status {status} ({said}); {remedy}: {_KEPT}")
     try:
-        return prompt, completion(text, decoding.max_tokens, is_chat=messages is not None)
+        return prompt, completion(said, decoding.max_tokens, is_chat=messages is not None)
     except FimError as error:
         raise FimError(
             f"{server.url}: {error}; serve the model by another server, or another version: {_KEPT}"
@@ -188,19 +176,18 @@ def _said(body: Any) -> str:
     return " ".join(str(found or "").split())[:300] or "without a word"
 
 
-async def _sent(server: Server, call: Awaitable[Any], timeout: float, advice: str) -> str:
-    """Wait for what a server answers.
+async def _sent(server: Server, call: Awaitable[Any], timeout: float, advice: str) -> tuple[int, str]:
+    """Wait for what a server answers, and tell its status. Where that isn't 200, tell what the server says of it.
 
     Raises:
         FimError: there is no answer in time or none at all, or it wants another key.
-        openai.APIStatusError: it has another status than 200; where the server is busy or failed, at every try.
     """
     import anyio
     import openai
 
     try:
         with anyio.fail_after(timeout):
-            return str((await call).text)
+            return 200, str((await call).text)
     except TimeoutError:
         raise FimError(
             f"{server.url}: expected an answer within {timeout:g} s, found none; give it more time, or fewer requests "
@@ -209,6 +196,8 @@ async def _sent(server: Server, call: Awaitable[Any], timeout: float, advice: st
     except openai.AuthenticationError:
         found = "another" if os.environ.get(KEY) else "none"
         raise FimError(f"{server.url}: expected a key that it knows in {KEY}, found {found}; set it") from None
+    except openai.APIStatusError as error:  # where the server is busy or failed, of the last try
+        return error.status_code, _said(error.body)
     except openai.APIConnectionError as error:
         why = reason(error.__cause__ or error)
         raise FimError(f"{server.url}: expected an answer, found none ({why}); {advice}") from None
