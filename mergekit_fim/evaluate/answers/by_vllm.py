@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import os
 import re
@@ -131,14 +130,13 @@ def _answers(
 ) -> Generator[tuple[Prompt, Completion]]:
     """Let the engine answer what was read, by numbers."""
     engine, left = llm.llm_engine, set(read)
-    explained_here = functools.partial(
-        explained,
-        f"{reader.name}: expected answers by vLLM, found that it failed",
+    what = f"{reader.name}: expected answers by vLLM, found that it failed"
+    remedy = (
         "check the model's weights, --engine-args and memory, or pass --engine transformers: the answers so far are "
-        "kept, and the same command goes on",
+        "kept, and the same command goes on"
     )
     try:
-        with explained_here():
+        with explained(what, remedy):
             for number, (prompt, ids) in read.items():
                 parameters = _vllm().SamplingParams(
                     max_tokens=reader.room(ids, decoding.max_tokens),
@@ -148,14 +146,12 @@ def _answers(
                     detokenize=False,
                 )
                 engine.add_request(number, {"prompt_token_ids": ids}, parameters)
-        while left:
-            with explained_here():
-                outputs = engine.step()
-            for output in outputs:
-                if output.finished:
-                    left.discard(output.request_id)
-                    prompt, ids = read[output.request_id]
-                    yield prompt, reader.completion(ids, output.outputs[0].token_ids)
+            while left:
+                for output in engine.step():
+                    if output.finished:
+                        left.discard(output.request_id)
+                        prompt, ids = read[output.request_id]
+                        yield prompt, reader.completion(ids, output.outputs[0].token_ids)
     finally:
         with contextlib.suppress(Exception):  # it may have died
             engine.abort_request(list(left))

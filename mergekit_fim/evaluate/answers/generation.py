@@ -9,11 +9,10 @@ import transformers
 from accelerate.utils import get_max_memory, release_memory
 from accelerate.utils.memory import clear_device_cache
 from mergekit.options import MergeOptions
-from torch.nn.functional import pad
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from mergekit_fim.errors import FimError, is_out_of_memory
-from mergekit_fim.evaluate.answers.batches import Batch, Row, joined, kept, started
+from mergekit_fim.evaluate.answers.batches import Batch, Row, joined, kept, padded
 from mergekit_fim.evaluate.answers.draws import Chooser
 from mergekit_fim.evaluate.answers.engine import Decoding, ModelFiles
 from mergekit_fim.evaluate.answers.loading import LanguageModel, greedy, load_model
@@ -158,42 +157,40 @@ def _written_on(
     """Write on in the rows of a batch that stay, or begin with those that are new; None if none can join them."""
     if not model.joins:  # at half of the rows, what the others wrote is worth being read again
         enough = len(new) if is_last else (len(new) + 1) // 2
-        _advanced(model, started(new, model.model.device), max(row.limit for row in new), enough, decoding)
+        _advanced(model, Batch(new), max(row.limit for row in new), enough, decoding)
         return None
     if batch and len(stay) < len(batch.rows):
         batch = kept(batch, stay) if stay else None
     if batch and not new:
         return _advanced(model, batch, _PIECE, max(1, len(stay) // _QUORUM), decoding)
-    return joined(batch, _advanced(model, started(new, model.model.device), 1, len(new), decoding))
+    return joined(batch, _advanced(model, Batch(new), 1, len(new), decoding))
 
 
 def _advanced(model: LanguageModel, batch: Batch, most: int, enough: int, decoding: Decoding) -> Batch:
     """Write on, until `enough` rows have ended, one is at its limit, or `most` tokens were written."""
     steps = min(most, min(row.limit - len(row.written) for row in batch.rows))
+    ids, mask = padded(batch.rows, model.model.device)
+    cache = {} if batch.cache is None else {"past_key_values": batch.cache}
     written = [(row.prompt.key, len(row.written)) for row in batch.rows]
-    chooser, ending = Chooser(written, decoding.temperature, decoding.seed), _Enough(model.stop, enough)
+    chooser = Chooser(written, decoding.temperature, decoding.seed)
+    ending = _Enough(torch.tensor(model.stop, dtype=ids.dtype, device=ids.device), enough)
     hooks = {"logits_processor": LogitsProcessorList([chooser]), "stopping_criteria": StoppingCriteriaList([ending])}
-    seen = {} if batch.cache is None else {"past_key_values": batch.cache}
     generate: Any = model.model.generate
-    out = generate(batch.ids, attention_mask=batch.mask, generation_config=greedy(steps), **hooks, **seen)
+    out = generate(ids, attention_mask=mask, generation_config=greedy(steps), **hooks, **cache)
     if bool(chooser.unusable):
         raise FimError(f"{model.name}: some logits aren't numbers; try another dtype, and check the model's weights")
-    for row, tokens in zip(batch.rows, out.sequences[:, batch.ids.shape[1] :].tolist(), strict=True):
+    for row, tokens in zip(batch.rows, out.sequences[:, ids.shape[1] :].tolist(), strict=True):
         row.take(tokens, model.stop)
-    mask = pad(batch.mask, (0, out.sequences.shape[1] - batch.ids.shape[1]), value=1)
-    return Batch(batch.rows, out.sequences, mask, out.past_key_values if model.joins else None)
+    return Batch(batch.rows, out.past_key_values if model.joins else None)
 
 
 class _Enough(StoppingCriteria):
     """Ends a batch, all its rows at once, when some number of them have ended."""
 
-    def __init__(self, stop: tuple[int, ...], enough: int) -> None:
+    def __init__(self, stop: torch.Tensor, enough: int) -> None:
         self._stop, self._enough = stop, enough
-        self._ended: torch.Tensor | None = None
+        self._ended: torch.Tensor | bool = False
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if self._ended is None:
-            self._ids = torch.tensor(self._stop, dtype=input_ids.dtype, device=input_ids.device)
-            self._ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        self._ended |= torch.isin(input_ids[:, -1], self._ids)
+        self._ended = torch.isin(input_ids[:, -1], self._stop) | self._ended
         return (self._ended.sum() >= self._enough).expand(len(input_ids))

@@ -43,14 +43,10 @@ def load_model(
     dtype: torch.dtype | None,
     revision: str | None = None,
 ) -> LanguageModel:
-    """Load a model for generation, onto the devices that the merge's options name.
+    """Load a model for generation, from its folder or the Hub, onto the devices that the merge's options name.
 
-    Args:
-        name: the model, as messages call it.
-        path: its folder, or its name on the Hub, where it may have a `revision`.
-        tokenizer: its tokenizer.
-        options: the merge's options.
-        dtype: what to run it in; None for the checkpoint's own, or float32 on a CPU that isn't slower in that.
+    It runs in `dtype`; where that is None, in the checkpoint's own, or in float32 on a CPU that isn't slower in that.
+    Messages call it by `name`.
 
     Raises:
         FimError: it can't be loaded, lacks weights, or there is no such device.

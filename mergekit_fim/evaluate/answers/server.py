@@ -40,7 +40,6 @@ class Server:
 
     Attributes:
         url: where its endpoints are, without a user's name or password: for requests, messages and records.
-        model: by the name that the server knows it by.
         timeout: seconds in which an answer must be there whole.
         credentials: the name and password in the URL as it was given, if any.
     """
@@ -90,10 +89,8 @@ class Server:
 def connect(url: str, model: str | None, *, timeout: float = 600.0) -> Server:
     """Find the endpoints of a server, and which model it has.
 
-    Args:
-        url: the server's, with or without the `/v1` that most servers have their endpoints under.
-        model: the model's name there; None for the only one that the server lists.
-        timeout: seconds that any answer may take.
+    The URL may lack the `/v1` that most servers have their endpoints under; the model is the only one that the server
+    lists, where none is named. The timeout is of any answer, in seconds.
 
     Raises:
         FimError: it isn't such a URL, no server answers there, or it doesn't say which model is meant.
@@ -106,21 +103,19 @@ def connect(url: str, model: str | None, *, timeout: float = 600.0) -> Server:
         with _client(server, retries=0) as (portal, client):
             call, seconds = client.models.with_raw_response.list(), min(_LISTED, timeout)
             status, said = portal.call(_sent, server, call, seconds, "start the server, or check the URL")
-        names = listed(said)
-        if names is not None and model is None and len(names) != 1:
-            found = ", ".join(brief(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
-            raise FimError(
-                f"{server.url}: expected a server of one model, found {found or 'none listed'}; pass --server-model"
-            )
-        if names is not None:
-            return replace(server, model=model or names[0])
         statuses.append(status)
-    if model is None:
+        names = listed(said)
+        if names is not None:
+            break
+    else:
+        server, names = servers[0], []
+    if model is None and len(names) != 1:
+        found = ", ".join(brief(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
         raise FimError(
-            f"{servers[0].url}: expected a list of the server's models, found none (status {statuses[0]}); pass "
-            "--server-model, or check the URL"
+            f"{server.url}: expected a server that lists one model, found {found or 'none listed'} (status "
+            f"{statuses[0]}); pass --server-model, or check the URL"
         )
-    return servers[0]
+    return replace(server, model=model or names[0])
 
 
 async def _check(client: "openai.AsyncOpenAI", server: Server) -> None:

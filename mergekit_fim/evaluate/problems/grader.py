@@ -17,7 +17,6 @@ from typing import Any
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate.problems import served
-from mergekit_fim.evaluate.problems.served import LOADING_SECONDS, MAKING_SECONDS, MEMORY
 from mergekit_fim.evaluate.records import Grade
 
 GRADING_SECONDS = 10  # for one answer, or one expected answer
@@ -35,14 +34,7 @@ class Grader:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, do: str, **request: Any) -> Any:
-        """Have something done.
-
-        Args:
-            do: the name of a function of `served`.
-            request: what it is given; values that JSON has.
-
-        Returns:
-            What it returns.
+        """Have something done by the function of `served` that is called `do`; JSON carries request and result.
 
         Raises:
             EndedError: it took too long, or the process died of it.
@@ -116,23 +108,8 @@ def why_ungradable(expected: str) -> str | None:
         return f"the expected answer couldn't be read within {_limits()}"
 
 
-def problem(index: int, **source: Any) -> dict[str, Any]:
-    """Make a problem of reasoning-gym: its question, its answer, and why answers to it can't be graded, if so.
-
-    Raises:
-        FimError: there is no such problem, or making it takes too long.
-    """
-    try:
-        return dict(GRADER.ask("problem", index=index, **source))
-    except EndedError as error:
-        raise FimError(
-            f"reasoning-gym:{source['task']}: problem {index} couldn't be made within {MAKING_SECONDS} seconds; take "
-            "another configuration"
-        ) from error
-
-
-def inspected(do: str, where: str, **request: Any) -> Any:
-    """Have something done with inspect_ai; `where` names what, for messages.
+def carried_out(do: str, where: str, **request: Any) -> Any:
+    """Have a problem made, or something done with inspect_ai; messages call it `where`.
 
     Raises:
         FimError: it was refused, takes too long, or needs too much memory.
@@ -141,8 +118,8 @@ def inspected(do: str, where: str, **request: Any) -> Any:
         return GRADER.ask(do, **request)
     except EndedError as error:
         raise FimError(
-            f"{where}: inspect_ai ended, or took more than {LOADING_SECONDS} seconds or {MEMORY >> 30} GB; free some "
-            "memory, or take another task"
+            f"{where}: expected to take at most {served.seconds_for(do)} seconds and {served.MEMORY >> 30} GB, found "
+            "that it took more, or ended its process; free some memory, or take another task or configuration"
         ) from error
 
 
@@ -155,4 +132,4 @@ def grade(do: str, **request: Any) -> Grade:
 
 
 def _limits() -> str:
-    return f"{GRADING_SECONDS} seconds and {MEMORY >> 30} GB"
+    return f"{GRADING_SECONDS} seconds and {served.MEMORY >> 30} GB"

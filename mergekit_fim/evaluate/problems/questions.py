@@ -38,12 +38,12 @@ class Questions:
         """Grade a completion that took so long."""
         key, completion, prompt = written
         problem_set, problem = self._problems[key[:2]]
-        final, unclosed = final_answer(prompt, completion.text)
+        final = final_answer(prompt, completion.text)
         if problem.index in problem_set.ungradable:
             grade = Grade(None, note=problem_set.ungradable[problem.index])
         elif final is None:
             grade = Grade(False, note="it didn't end its thinking")
         else:
             grade = problem_set.grade(problem, final)
-        made = {"prompt": prompt, **asdict(completion), "unclosed": unclosed, **asdict(grade)}
+        made = {"prompt": prompt, **asdict(completion), "unclosed": final is None, **asdict(grade)}
         return Answer(*key, **made, seconds=round(seconds, 3), expected=problem.answer)

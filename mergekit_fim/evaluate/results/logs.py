@@ -8,7 +8,7 @@ from mergekit_fim.evaluate.records import Row
 
 
 def read_log(path: str) -> Iterator[Row]:
-    """Read the rows of an `.eval` log: of each sample its id, epoch, first score and output tokens.
+    """Read the rows of an `.eval` log: of each sample its id, epoch, first score, and output tokens in all its turns.
 
     The task is the source. The run is called by the log's metadata `run`, else by its model; metadata `family` and
     `strength` say what it is of.
@@ -25,6 +25,9 @@ def read_log(path: str) -> Iterator[Row]:
         run, family, settings = _run(path, head)
         for sample in samples:
             where = f"{path}, sample {brief(sample.id)}, epoch {sample.epoch}"
+            usage = sample.model_usage.get(head.model) or sample.output.usage
+            if usage is None:
+                raise FimError(f"{where}: expected a count of output tokens, found none; use a model that counts them")
             yield Row(
                 run=run,
                 method=family,
@@ -33,7 +36,7 @@ def read_log(path: str) -> Iterator[Row]:
                 problem=str(sample.id),
                 sample=sample.epoch - 1,
                 correct=_score(where, sample),
-                tokens=_tokens(where, sample, head.model),
+                tokens=usage.output_tokens,
                 truncated=sample.output.stop_reason == "max_tokens",
                 empty=not sample.output.completion.strip(),
             )
@@ -64,11 +67,3 @@ def _score(where: str, sample: Any) -> float:
     if not 0 <= score <= 1:
         raise FimError(f"{where}: expected a score from 0 to 1, or C, P or I, found {shown(value)}; score it anew")
     return score
-
-
-def _tokens(where: str, sample: Any, model: str) -> int:
-    """Count what the model wrote for a sample, in all its turns."""
-    usage = sample.model_usage.get(model) or sample.output.usage
-    if usage is None:
-        raise FimError(f"{where}: expected a count of output tokens, found none; use a model that counts them")
-    return int(usage.output_tokens)

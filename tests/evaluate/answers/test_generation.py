@@ -406,7 +406,8 @@ def test_rows_that_outgrow_the_memory_wait(llama, monkeypatch):
 
     def watched(*arguments):
         batch = advanced(*arguments)
-        held.append((len(batch.rows), batch.ids.numel() * model.token_bytes))
+        rows, _, seen, _ = batch.cache.layers[0].keys.shape
+        held.append((rows, rows * (seen + 1) * model.token_bytes))
         return batch
 
     monkeypatch.setattr(generation, "_advanced", watched)

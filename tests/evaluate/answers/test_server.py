@@ -228,7 +228,7 @@ def test_connecting(stub):
 
 def test_which_model(stub):
     two = stub(models=["first", "second"])
-    with refused(two.url, "found first, second;", "pass --server-model"):
+    with refused(two.url, "found first, second (", "pass --server-model"):
         connect(two.url, None)
     assert connect(two.url, "second").model == "second"
     none = stub(models=[])
@@ -566,7 +566,7 @@ def test_transformers_serve(served, tmp_path):
             assert completion.ended == (STOP if ended and len(ids) < limit else LENGTH)
             endings.add(completion.ended)
     assert endings == {STOP, LENGTH}
-    with refused(f"{served}/v1: expected a list", "status 500", "pass --server-model"):
+    with refused(f"{served}/v1: expected a server that lists one model", "status 500", "pass --server-model"):
         connect(served, None)  # what it would list is the Hub's cache, which there isn't
     with refused("status 500 (Internal Server Error)", *KEPT):
         ask(connect(served, str(tmp_path / "nothing")), asked())
