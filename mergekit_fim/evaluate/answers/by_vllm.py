@@ -6,7 +6,7 @@ import gc
 import os
 import re
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import snapshot_download
 from mergekit.options import MergeOptions
 
-from mergekit_fim.errors import FimError, reason, require
+from mergekit_fim.errors import FimError, require
 from mergekit_fim.evaluate.answers.engine import Decoding, ModelFiles
 from mergekit_fim.evaluate.answers.prompts import Prompt
 from mergekit_fim.evaluate.answers.tokens import Reader, stop_tokens
@@ -43,9 +43,8 @@ class Vllm:
         self, options: MergeOptions, dtype: torch.dtype, batch: int | None, arguments: Mapping[str, Any]
     ) -> None:
         """Take the merge's options, what models run in, answers at a time, and further options of vLLM's."""
-        self._options, self._dtype = options, str(dtype).removeprefix("torch.")
+        self._options, self._dtype, self._arguments = options, str(dtype).removeprefix("torch."), dict(arguments)
         self._batch = {"max_num_seqs": batch} if batch else {}
-        self._arguments = dict(arguments)
         self._shape: dict[str, Any] | None = None
         self._llm: vllm.LLM | None = None
         self._reader: Reader | None = None
@@ -62,8 +61,9 @@ class Vllm:
 
         shape = {name: value for name, value in config.to_dict().items() if name not in _NO_SHAPE}
         what = f"{files.name}: expected a model that vLLM can load with these options, found none"
+        hidden = {name: os.environ.pop(name) for name in _LAUNCHED if name in os.environ}
         try:
-            with explained(what, "change --engine-args, or pass --engine transformers"), _alone():
+            with explained(what, "change --engine-args, or pass --engine transformers"):
                 if self._llm is None or shape != self._shape:
                     if self._llm is not None:
                         self._end()
@@ -74,6 +74,8 @@ class Vllm:
         except FimError:
             self._end()
             raise
+        finally:
+            os.environ.update(hidden)
         text = config.get_text_config()
         configs = [config, text]
         with contextlib.suppress(OSError):  # there is no such file
@@ -207,26 +209,12 @@ def _vllm() -> Any:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_RAISE_ON_LOGIT_NANS", "1")
-    try:
+    what = "vllm: expected one that fits what is installed beside it, found none"
+    with explained(what, "install it anew in an environment of its own, or pass --engine transformers"):
         import vllm
-    except Exception as error:  # of whichever library doesn't fit
-        raise FimError(
-            f"vllm: expected one that fits what is installed beside it, found none ({reason(error)}); install it anew "
-            "in an environment of its own, or pass --engine transformers"
-        ) from error
     version = tuple(int(part) for part in re.findall(r"\d+", vllm.__version__)[:2])
     if version and version < _OLDEST:
         raise FimError(
             f"vllm: expected version 0.32 or newer, found {vllm.__version__}; upgrade it, or pass --engine transformers"
         )
     return vllm
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Hide from vLLM what a launcher has said."""
-    hidden = {name: os.environ.pop(name) for name in _LAUNCHED if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)

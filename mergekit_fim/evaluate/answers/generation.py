@@ -90,7 +90,6 @@ def _completions(model: LanguageModel, waiting: list[Row], decoding: Decoding) -
         stay, new = _seated(model, live, waiting, most, budget)
         rows = [*stay, *new]
         waiting = [row for row in (*live, *waiting) if row not in rows]
-        out_of_memory = False
         try:
             batch = _written_on(model, batch, stay, new, decoding, is_last=not waiting)
         except Exception as error:
@@ -103,16 +102,14 @@ def _completions(model: LanguageModel, waiting: list[Row], decoding: Decoding) -
                     f"{prompt.index}, alone; lower --max-tokens, or use a device with more memory; the answers so far "
                     "are kept, and the same command goes on"
                 ) from error
-            out_of_memory, batch = True, None
-        if out_of_memory:  # the error, whose traceback held what there is, is gone
-            budget = _needed(model, rows) / 2
-            release_memory()
+            batch, budget = None, _needed(model, rows) / 2
         for row in rows:
             if row.ended:
                 yield row.prompt, model.completion(row.ids, row.written)
         live = [row for row in rows if not row.ended]
         if batch is None:  # they go on later from what they wrote
             waiting, live = [*waiting, *live], []
+            release_memory()  # which the traceback of an error may have held
 
 
 def _seated(

@@ -46,7 +46,7 @@ class Server:
 
     url: str
     model: str
-    timeout: float
+    timeout: float = 600.0
     credentials: tuple[str, str] | None = field(default=None, repr=False)
 
     def open(self, files: ModelFiles) -> dict[str, Any]:
@@ -86,23 +86,23 @@ class Server:
         """Do nothing: the server stays."""
 
 
-def connect(url: str, model: str | None, *, timeout: float = 600.0) -> Server:
+def connect(url: str, model: str | None) -> Server:
     """Find the endpoints of a server, and which model it has.
 
     The URL may lack the `/v1` that most servers have their endpoints under; the model is the only one that the server
-    lists, where none is named. The timeout is of any answer, in seconds.
+    lists, where none is named.
 
     Raises:
         FimError: it isn't such a URL, no server answers there, or it doesn't say which model is meant.
     """
     base, credentials = address(url)
     places = [base] if re.search(r"/v\d+[a-z0-9]*$", base) else [f"{base}/v1", base]
-    servers = [Server(place, model or "", timeout, credentials) for place in places]
+    servers = [Server(place, model or "", credentials=credentials) for place in places]
     statuses = []
     for server in servers:
         with _client(server, retries=0) as (portal, client):
-            call, seconds = client.models.with_raw_response.list(), min(_LISTED, timeout)
-            status, said = portal.call(_sent, server, call, seconds, "start the server, or check the URL")
+            call = client.models.with_raw_response.list()
+            status, said = portal.call(_sent, server, call, _LISTED, "start the server, or check the URL")
         statuses.append(status)
         names = listed(said)
         if names is not None:

@@ -58,6 +58,8 @@ def open_problems(
         every, checksum = _of_file(source, (question_field or "question", answer_field or "answer"), system)
         problems = [every[i] for i in _sample(len(every), n, seed)]
         description = {"kind": "file", "path": source, "sha256": checksum, "rows": len(every)}
+    if not problems:
+        raise FimError(f"{source}: expected a problem in each line or row, found none; add problems, or name others")
     ungradable = {problem.index: why for problem in problems if (why := grader.why_ungradable(problem.answer))}
 
     def grade(problem: Problem, answer: str) -> Grade:
@@ -136,8 +138,6 @@ def _of_file(path: str, names: tuple[str, str], system: str | None) -> tuple[lis
                     problems.append(_problem(path, len(problems), row, names, system, where))
     except OSError as error:
         raise FimError(f"{path}: can't be read ({error.strerror or error}); check the file") from error
-    if not problems:
-        raise FimError(f"{path}: expected a problem a line, found an empty file; add problems")
     return problems, checksum.hexdigest()
 
 
@@ -230,8 +230,6 @@ def _dataset(
                 f"{source}: expected the column `{column}`, found {', '.join(map(brief, columns))}; name "
                 "the question's field and the answer's"
             )
-    if not len(rows):
-        raise FimError(f"{source}: expected problems, found a split without rows; name another")
     wanted = [column for column in dict.fromkeys((*names, "system")) if column in columns]
     description: dict[str, str | int] = {"kind": "hf", "dataset": name, "config": config or "", "split": split}
     description |= {"version": importlib.metadata.version("datasets"), "rows": len(rows)}
@@ -269,15 +267,13 @@ def _loaded(source: str, name: str, parts: list[str]) -> tuple[str | None, str, 
 def _split(source: str, splits: list[str], parts: list[str]) -> str:
     """Take the split that was named; else `test`, else the only one."""
     named = parts[-1] if parts else ""
-    if named and named not in splits:
+    split = named or (splits[0] if len(splits) == 1 else "test")
+    if split not in splits:
         raise FimError(
-            f"{source}: expected a configuration or one of the splits {', '.join(splits)}, found {shown(named)}"
+            f"{source}: expected a configuration or one of the splits {', '.join(splits)}, found "
+            f"{shown(named) if named else 'no split `test`'}; name one of them"
         )
-    if not named and "test" not in splits and len(splits) > 1:
-        raise FimError(
-            f"{source}: it has no split `test`, but {', '.join(splits)}; name one, as in {source}:{splits[0]}"
-        )
-    return named or ("test" if "test" in splits else splits[0])
+    return split
 
 
 def _fingerprint(problems: Iterable[Problem]) -> str:

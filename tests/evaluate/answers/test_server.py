@@ -219,11 +219,11 @@ def test_a_proxy_for_other_machines(monkeypatch, stub):
 
 def test_connecting(stub):
     served = stub()
-    expected = Server(served.url, "m", 600.0)
+    expected = Server(served.url, "m")
     assert connect(served.url, None) == expected
     assert connect(served.url + "/", None) == expected
     assert connect(served.url.removesuffix("/v1"), None) == expected
-    assert connect(served.url, "other", timeout=5) == Server(served.url, "other", 5)
+    assert connect(served.url, "other") == Server(served.url, "other")
 
 
 def test_which_model(stub):
@@ -238,7 +238,7 @@ def test_which_model(stub):
     with refused(silent.url, "status 404", "pass --server-model"):
         connect(silent.url.removesuffix("/v1"), None)
     # Where nothing is listed, the endpoints are where most servers have them.
-    assert connect(silent.url, "m") == connect(silent.url.removesuffix("/v1"), "m") == Server(silent.url, "m", 600.0)
+    assert connect(silent.url, "m") == connect(silent.url.removesuffix("/v1"), "m") == Server(silent.url, "m")
 
 
 def test_a_password_is_used_and_not_shown(stub):
