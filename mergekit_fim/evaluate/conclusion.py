@@ -8,7 +8,7 @@ from mergekit_fim.evaluate.front.figure import write_figure
 from mergekit_fim.evaluate.front.findings import Findings, find, page
 from mergekit_fim.evaluate.front.gathered import gather
 from mergekit_fim.evaluate.one_run import Answers, Asked, answers_so_far
-from mergekit_fim.evaluate.problems.grader import carried_out
+from mergekit_fim.evaluate.problems.grader import carried_out as inspected
 from mergekit_fim.evaluate.records import row_of
 from mergekit_fim.evaluate.runs.families import Run
 from mergekit_fim.files import write_text, written_whole
@@ -74,4 +74,4 @@ def write_logs(folder: SweepFolder, findings: Findings) -> None:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             with written_whole(path) as part:
                 about = {"entry": entry, "identity": folder.identity}
-                carried_out("inspect_log", path, path=part, answers=folder.answers(entry["run"]), **about)
+                inspected("inspect_log", path, path=part, answers=folder.answers(entry["run"]), **about)

@@ -199,11 +199,7 @@ def parse_arguments(text: str | None) -> dict[str, Any]:
 
 
 def _vllm() -> Any:
-    """Import vLLM: in this process, where a stop ends it too, without its log, and with an error for logits of NaN.
-
-    Raises:
-        FimError: it isn't there, is too old, or doesn't fit what is installed beside it.
-    """
+    """Import vLLM: in this process, where a stop ends it too, without its log, and with an error for logits of NaN."""
     require("vllm", "vllm")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

@@ -32,7 +32,7 @@ _PREFILL = 8192
 class Transformers:
     """The engine that is always there: it loads each model anew."""
 
-    def __init__(self, options: MergeOptions, dtype: torch.dtype | None) -> None:
+    def __init__(self, options: MergeOptions, dtype: torch.dtype) -> None:
         self._options, self._dtype = options, dtype
         self._model: LanguageModel | None = None
 
@@ -61,15 +61,15 @@ class Transformers:
 def complete(
     model: LanguageModel, prompts: Sequence[Prompt], decoding: Decoding
 ) -> Generator[tuple[Prompt, Completion]]:
-    """Let a model answer prompts, many at once.
+    """Let a model answer prompts, many at once, those with the longest prompts first.
 
-    Those with the longest prompts come first. Once some rows of a batch have ended they leave it, and others join it;
-    where the model's cache doesn't allow that, batches are made anew, of what was written so far. The budget of memory
-    for the cache, half of what is free, halves where memory runs out, and what was under way is put back.
+    Rows that have ended leave their batch, and others join it; where the model's cache doesn't allow that, batches are
+    made anew, of what was written so far. The budget of memory for the cache, half of what is free, halves where memory
+    runs out, and what was under way is put back.
 
     In float32, an answer doesn't depend on what is beside it in a batch, but where two tokens are as likely as each
-    other up to rounding. In 16 bits rounding is coarser, so that it does. Accelerators are handled as the merge handles
-    them, but this was tested on CPUs only.
+    other up to rounding, which is coarser in 16 bits. Accelerators are handled as the merge handles them, but this was
+    tested on CPUs only.
 
     Raises:
         FimError: a prompt can't be answered (see `Reader.ids`), not even one row fits in memory, or the logits aren't

@@ -6,33 +6,25 @@ from typing import Any
 import torch
 import transformers
 from mergekit.options import MergeOptions
-from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from mergekit_fim.errors import FimError, check_own_code, is_out_of_memory, reason
 from mergekit_fim.evaluate.answers.tokens import Reader, stop_tokens
-from mergekit_fim.fisher.loading import placement, running_dtype
+from mergekit_fim.fisher.loading import placement
 from mergekit_fim.models.checkpoint import explained
 from mergekit_fim.models.language import auto_class
 
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel(Reader):
-    """A loaded model.
+    """A loaded model."""
 
-    Attributes:
-        model: it, in evaluation mode, with a generation config that sets nothing.
-        joins: whether its cache is keys and values by token alone, so that rows can leave and join a batch.
-        pads: whether it passes over padding; else only rows of one length can be in a batch.
-        row_bytes: what its cache takes for a row of any length; and for each token of it, `token_bytes`.
-    """
-
-    model: PreTrainedModel
-    joins: bool
-    pads: bool
-    row_bytes: float
-    token_bytes: float
+    model: PreTrainedModel  # in evaluation mode, with a generation config that sets nothing
+    joins: bool  # whether its cache is keys and values by token alone, so that rows can leave and join a batch
+    pads: bool  # whether it passes over padding; else only rows of one length can be in a batch
+    row_bytes: float  # what its cache takes for a row of any length
+    token_bytes: float  # and for each token of it
 
 
 def load_model(
@@ -45,8 +37,7 @@ def load_model(
 ) -> LanguageModel:
     """Load a model for generation, from its folder or the Hub, onto the devices that the merge's options name.
 
-    It runs in `dtype`; where that is None, in the checkpoint's own, or in float32 on a CPU that isn't slower in that.
-    Messages call it by `name`.
+    It runs in `dtype`, or in the checkpoint's own. Messages call it by `name`.
 
     Raises:
         FimError: it can't be loaded, lacks weights, or there is no such device.
@@ -74,8 +65,6 @@ def load_model(
             f"{name}: the checkpoint lacks {len(missing)} of the model's tensors, such as {min(missing)}, which would "
             "be random; download or save the model again"
         )
-    if dtype is None and model.dtype in (torch.bfloat16, torch.float16):
-        nn.Module.to(model, running_dtype(model.dtype, where.device))
     model.eval()
     text_config = model.config.get_text_config()
     stop = stop_tokens((model.generation_config, model.config, text_config), tokenizer)

@@ -13,20 +13,14 @@ from mergekit_fim.evaluate.records import Key, Message, Problem
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a model is to go on from, for one sample of a source's problem.
-
-    Attributes:
-        text: the prompt, or the messages as JSON.
-        special: whether the tokenizer adds its special tokens, such as BOS. The text of a chat template has its own.
-        messages: for a server's own chat template; None for the text.
-    """
+    """What a model is to go on from, for one sample of a source's problem."""
 
     source: str
     index: int
     sample: int
-    text: str
-    special: bool
-    messages: tuple[Message, ...] | None = field(default=None, hash=False)
+    text: str  # the prompt, or the messages as JSON
+    special: bool  # whether the tokenizer adds special tokens, such as BOS; the text of a chat template has its own
+    messages: tuple[Message, ...] | None = field(default=None, hash=False)  # for a server's own chat template
 
     @property
     def key(self) -> Key:
@@ -36,19 +30,12 @@ class Prompt:
 
 @dataclass(frozen=True, eq=False)
 class Template:
-    """How questions become prompts.
+    """How questions become prompts."""
 
-    Attributes:
-        kind: "chat" for a model's own, "file" for the user's.
-        text: in Jinja.
-        where: it is from, for messages.
-        render: a problem -> a prompt; it may fail as templates do.
-    """
-
-    kind: str
-    text: str
-    where: str
-    render: Callable[[Problem], str]
+    kind: str  # "chat" for a model's own, "file" for the user's
+    text: str  # in Jinja
+    where: str  # messages say that it is from there
+    render: Callable[[Problem], str]  # may fail as templates do
 
     @property
     def record(self) -> dict[str, str]:
@@ -71,11 +58,7 @@ class Template:
 
 
 def prompts(questions: Questions, keys: Iterable[Key], template: Template | None) -> list[Prompt]:
-    """Make what is to be answered, by a template, or where there is none as messages.
-
-    Raises:
-        FimError: the template fails on one of the problems.
-    """
+    """Make what is to be answered, by a template, or where there is none as messages."""
     if template is None:
         turns = [(key, questions.problem(key).messages) for key in keys]
         return [Prompt(*key, json.dumps(its, ensure_ascii=False), special=False, messages=its) for key, its in turns]

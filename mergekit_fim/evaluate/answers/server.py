@@ -36,30 +36,19 @@ _KEPT = "the answers so far are kept, and the same command goes on"
 
 @dataclass(frozen=True)
 class Server:
-    """The engine that is somebody else's: a server, and the model on it.
+    """The engine that is somebody else's: a server, and the model on it."""
 
-    Attributes:
-        url: where its endpoints are, without a user's name or password: for requests, messages and records.
-        timeout: seconds in which an answer must be there whole.
-        credentials: the name and password in the URL as it was given, if any.
-    """
-
-    url: str
+    url: str  # of its endpoints, without a user's name or password: for requests, messages and records
     model: str
-    timeout: float = 600.0
-    credentials: tuple[str, str] | None = field(default=None, repr=False)
+    timeout: float = 600.0  # seconds in which an answer must be there whole
+    credentials: tuple[str, str] | None = field(default=None, repr=False)  # name and password in the URL as given
 
     def open(self, files: ModelFiles) -> dict[str, Any]:
         """Do nothing: the server has its model."""
         return {}
 
     def answers(self, prompts: Sequence[Prompt], decoding: Decoding) -> Generator[tuple[Prompt, Completion]]:
-        """See `Engine`; what was asked before an error is waited for, and yielded first.
-
-        Raises:
-            FimError: the server can't be reached, refuses a request, is too slow, answers something else, or gives what
-                a model was asked for what it wrote.
-        """
+        """See `Engine`; what was asked before an error is waited for, and yielded first."""
         parallel = decoding.batch or _PARALLEL
         waiting, failure = iter(prompts), None
         pending: set[Future[tuple[Prompt, Completion]]] = set()
@@ -123,9 +112,6 @@ async def _check(client: "openai.AsyncOpenAI", server: Server) -> None:
 
     `transformers serve` 5.23 doesn't, where a model's type is Qwen's and its chat template isn't, as of DeepSeek-R1's
     distillations: the prompt is in the content of all that it doesn't take for thoughts, whose end it so hides.
-
-    Raises:
-        FimError: it doesn't, or the request fails.
     """
     probe = Prompt("", 0, 0, "", special=False, messages=({"role": "user", "content": _PROBE},))
     _, found = await _answer(client, server, probe, Decoding(max_tokens=1))
@@ -172,11 +158,7 @@ def _said(body: Any) -> str:
 
 
 async def _sent(server: Server, call: Awaitable[Any], timeout: float, advice: str) -> tuple[int, str]:
-    """Wait for what a server answers, and tell its status. Where that isn't 200, tell what the server says of it.
-
-    Raises:
-        FimError: there is no answer in time or none at all, or it wants another key.
-    """
+    """Wait for what a server answers, and tell its status. Where that isn't 200, tell what the server says of it."""
     import anyio
     import openai
 

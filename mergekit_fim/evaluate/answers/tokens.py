@@ -15,19 +15,13 @@ from mergekit_fim.models.checkpoint import explained
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """What reads a model's prompts and its answers; messages call the model by `name`.
-
-    Attributes:
-        stop: the tokens that end an answer, sorted.
-        context: how many tokens of prompt and answer together it takes; None where that isn't known.
-        vocabulary: how many tokens it knows.
-    """
+    """What reads a model's prompts and its answers; messages call the model by `name`."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase
-    stop: tuple[int, ...]
-    context: int | None
-    vocabulary: int
+    stop: tuple[int, ...]  # the tokens that end an answer, sorted
+    context: int | None  # how many tokens of prompt and answer together it takes; None where that isn't known
+    vocabulary: int  # how many tokens it knows
 
     def ids(self, prompt: Prompt) -> list[int]:
         """Read a prompt's tokens.

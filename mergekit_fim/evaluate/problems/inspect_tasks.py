@@ -11,7 +11,7 @@ from mergekit_fim.evaluate.records import Grade, Message
 
 # Stands for the model that answers. It is Inspect's own, and never asked: `_Played` answers in its place.
 _MODEL = "mockllm/model"
-_STUB = "(no answer)"
+NO_ANSWER = "(no answer)"
 # What a task may ask of a generation and a sweep doesn't do.
 _REFUSED = ("system_message", "stop_seqs", "num_choices", "logprobs", "prompt_logprobs", "response_schema")
 
@@ -79,7 +79,7 @@ def problem(task: str, config: str, index: int) -> dict[str, Any]:
 
 
 def _problem(task: Any, index: int, where: str) -> dict[str, Any]:
-    sample, played = task.dataset[index], _Played(task, _STUB)
+    sample, played = task.dataset[index], _Played(task, NO_ANSWER)
     value: Any = None
     try:
         value = _loop().run_until_complete(played.score(sample)).value
@@ -122,18 +122,13 @@ def ready(task: str, config: str) -> None:
 
 
 class _Played:
-    """A task that gets the same answer to whatever it asks, of whichever model.
-
-    Attributes:
-        asked: the messages of its one generation; empty before that.
-        needs: what it asked for that a sweep doesn't have; empty if nothing.
-        step: who is at work, the solver or the scorer.
-    """
+    """A task that gets the same answer to whatever it asks, of whichever model."""
 
     def __init__(self, task: Any, answer: str) -> None:
         self._task, self._answer = task, answer
-        self.asked: list[Message] = []
-        self.needs, self.step = "", "solver"
+        self.asked: list[Message] = []  # the messages of its one generation
+        self.needs = ""  # what it asked for that a sweep doesn't have
+        self.step = "solver"  # or "scorer": who is at work
 
     async def score(self, sample: Any) -> Any:
         """Let the task ask about a sample, and score the answer, as Inspect's `eval` does; raise what it raises."""

@@ -22,9 +22,7 @@ class Questions:
 
     @cached_property
     def _problems(self) -> dict[tuple[str, int], tuple[ProblemSet, Problem]]:
-        return {
-            (p.source, p.index): (problem_set, p) for problem_set in self.problem_sets for p in problem_set.problems
-        }
+        return {(p.source, p.index): (its, p) for its in self.problem_sets for p in its.problems}
 
     def problem(self, key: Key) -> Problem:
         """Find the problem that an answer is to."""

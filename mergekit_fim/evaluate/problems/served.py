@@ -18,7 +18,6 @@ from mergekit_fim.evaluate.records import Grade
 MAKING_SECONDS = 60  # for one problem
 LOADING_SECONDS = 3600  # for a task of inspect_ai's, which may fetch its data, or for a log
 MEMORY = 4 << 30  # bytes of address space, where the system knows such a limit
-_NO_ANSWER = "(no answer)"
 
 # What no scorer needs and code in an answer might, as Python's audit events have them.
 _REFUSED = ("os.", "shutil.", "subprocess.", "socket.", "ctypes.", "pty.", "signal.", "urllib.", "http.", "sqlite3.")
@@ -74,15 +73,12 @@ def _limit(seconds: float) -> None:
 
 
 class _Guard:
-    """Limits an answer in time, and in what code in it may do. No sandbox: what is meant to get out may get out.
-
-    Attributes:
-        seconds: what grading may take.
-        refused: what code in the last answer was kept from; empty if from nothing.
-    """
+    """Limits an answer in time, and in what code in it may do. No sandbox: what is meant to get out may get out."""
 
     def __init__(self) -> None:
-        self.seconds, self.refused, self._is_on = 0.0, "", False
+        self.seconds = 0.0  # what grading may take
+        self.refused = ""  # what code in the last answer was kept from
+        self._is_on = False
 
     def graded(self, grade: Callable[..., Grade], **request: Any) -> dict[str, Any]:
         """Grade an answer under guard. One with code that was kept from something is wrong."""
@@ -139,7 +135,7 @@ def _problem(guard: _Guard, **asked: Any) -> dict[str, Any]:
     why = None
     if expected is not None and not _score(guard, expected, **asked)["correct"]:
         why = "the expected answer isn't right for the task's own scorer"
-    elif _score(guard, _NO_ANSWER, **asked)["correct"]:
+    elif _score(guard, inspect_tasks.NO_ANSWER, **asked)["correct"]:
         why = "the task's own scorer takes anything for right"
     return {"question": str(entry["question"]), "answer": expected, "why": why}
 

@@ -11,18 +11,14 @@ from mergekit_fim.evaluate.records import Row, row_of
 
 @dataclass(frozen=True)
 class Swept:
-    """A sweep that came to an end: its `sweep.json`, the base's run, the long model's, all that it has findings of.
-
-    Attributes:
-        ungradable: the problems that can't be graded, as (source, index, why).
-    """
+    """A sweep that came to an end."""
 
     folder: SweepFolder
-    record: dict[str, Any]
-    base: str
-    long: str
-    runs: list[str]
-    ungradable: list[tuple[str, int, str]]
+    record: dict[str, Any]  # its `sweep.json`
+    base: str  # the base's run
+    long: str  # the long model's
+    runs: list[str]  # those that it has findings of
+    ungradable: list[tuple[str, int, str]]  # the problems that can't be graded: source, index, why
 
     def rows(self) -> Iterator[Row]:
         """Read the answers that it has findings of."""
