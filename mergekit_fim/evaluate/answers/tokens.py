@@ -68,10 +68,7 @@ def load_tokenizer(name: str, path: str, revision: str | None, trust_remote_code
     """
     what = f"{name}: expected a model with a tokenizer, found none that can be loaded"
     with explained(what, "put the tokenizer's files into its folder"):
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
-        )
-        return tokenizer
+        return transformers.AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def stop_tokens(configs: Iterable[Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

@@ -21,9 +21,8 @@ def read_log(path: str) -> Iterator[Row]:
 
     try:
         head = read_eval_log(path, header_only=True).eval
-        samples = read_eval_log_samples(path)
         run, family, settings = _run(path, head)
-        for sample in samples:
+        for sample in read_eval_log_samples(path):
             where = f"{path}, sample {brief(sample.id)}, epoch {sample.epoch}"
             usage = sample.model_usage.get(head.model) or sample.output.usage
             if usage is None:
@@ -40,7 +39,7 @@ def read_log(path: str) -> Iterator[Row]:
                 truncated=sample.output.stop_reason == "max_tokens",
                 empty=not sample.output.completion.strip(),
             )
-    except (FimError, GeneratorExit):
+    except FimError:
         raise
     except Exception as error:  # of zip files, JSON, pydantic, and Inspect's own of logs that lack samples
         raise FimError(
