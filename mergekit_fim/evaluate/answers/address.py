@@ -1,14 +1,11 @@
-"""Where a server is, and what it knows its users by."""
+"""Where a server is."""
 
 import contextlib
 import ipaddress
-import os
 import re
 from urllib.parse import unquote, urlsplit
 
 from mergekit_fim.errors import FimError, brief
-
-KEY = "OPENAI_API_KEY"  # the environment variable that every client of this protocol reads
 
 
 def address(url: str) -> tuple[str, tuple[str, str] | None]:
@@ -38,15 +35,3 @@ def is_here(url: str) -> bool:
         ip = ipaddress.ip_address(host)
         return ip.is_loopback or ip.is_unspecified
     return host == "localhost" or host.endswith(".localhost")
-
-
-def key() -> str:
-    """Read the user's key, or nothing.
-
-    Raises:
-        FimError: no request can have it.
-    """
-    found = os.environ.get(KEY, "").strip()
-    if not (found.isascii() and found.isprintable()):
-        raise FimError(f"{KEY}: expected printable ASCII, found other characters; set that variable anew")
-    return found

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mergekit_fim.errors import FimError, brief, reason, require
-from mergekit_fim.evaluate.answers.address import KEY, address, is_here, key
+from mergekit_fim.evaluate.answers.address import address, is_here
 from mergekit_fim.evaluate.answers.engine import Decoding, ModelFiles
 from mergekit_fim.evaluate.answers.openai_format import completion, listed
 from mergekit_fim.evaluate.answers.prompts import Prompt
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import openai
     from anyio.from_thread import BlockingPortal
 
+_KEY = "OPENAI_API_KEY"  # the environment variable that every client of this protocol reads
 # Further tries, 16 seconds in all, which a busy server, or one that is being started again, may need.
 _RETRIES = 5
 # Seconds in which a connection must come about, and a list of models be there, however long an answer may take.
@@ -171,8 +172,8 @@ async def _sent(server: Server, call: Awaitable[Any], timeout: float, advice: st
             f"at once, or {advice}"
         ) from None
     except openai.AuthenticationError:
-        found = "another" if os.environ.get(KEY) else "none"
-        raise FimError(f"{server.url}: expected a key that it knows in {KEY}, found {found}; set it") from None
+        found = "another" if os.environ.get(_KEY) else "none"
+        raise FimError(f"{server.url}: expected a key that it knows in {_KEY}, found {found}; set it") from None
     except openai.APIStatusError as error:  # where the server is busy or failed, of the last try
         return error.status_code, _said(error.body)
     except openai.APIConnectionError as error:
@@ -191,10 +192,13 @@ def _client(server: Server, *, retries: int) -> Iterator[tuple["BlockingPortal",
     import openai
     from anyio.from_thread import start_blocking_portal
 
+    key = os.environ.get(_KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise FimError(f"{_KEY}: expected printable ASCII, found other characters; set that variable anew")
     try:
         client = openai.AsyncOpenAI(
             base_url=server.url,
-            api_key=key() or "none",  # the client insists on one, and servers without keys don't look at it
+            api_key=key or "none",  # the client insists on one, and servers without keys don't look at it
             max_retries=retries,
             http_client=openai.DefaultAsyncHttpxClient(
                 auth=server.credentials,  # in place of a key
