@@ -8,7 +8,7 @@ from mergekit_fim.evaluate.front.figure import write_figure
 from mergekit_fim.evaluate.front.findings import Findings, find, page
 from mergekit_fim.evaluate.front.gathered import gather
 from mergekit_fim.evaluate.one_run import Answers, Asked, whole_answers
-from mergekit_fim.evaluate.problems.grader import inspected
+from mergekit_fim.evaluate.problems.grader import carried_out
 from mergekit_fim.evaluate.records import row_of
 from mergekit_fim.evaluate.runs.families import Run
 from mergekit_fim.files import write_text, written_whole
@@ -60,4 +60,4 @@ def write_logs(folder: SweepFolder, findings: Findings) -> None:
         if entry["run"] in shown:
             path, answers = os.path.join(logs, f"{file_name(entry['run'])}.eval"), folder.answers(entry["run"])
             with written_whole(path) as part:
-                inspected("inspect_log", path, path=part, answers=answers, entry=entry, identity=folder.identity)
+                carried_out("inspect_log", path, path=part, answers=answers, entry=entry, identity=folder.identity)

@@ -582,7 +582,7 @@ def test_a_task_of_inspects(short, sweep, monkeypatch):
     rows = [row for rows in answers.values() for row in rows if row["source"] == short]
     assert len(rows) == 3 * 5 * 2
     assert all(row["prompt"] == f"Sum: {row['index']} + {row['index']}!" for row in rows)
-    finals = [final_answer(row["prompt"], row["text"])[0] or "" for row in rows]
+    finals = [final_answer(row["prompt"], row["text"]) or "" for row in rows]
     assert [row["correct"] for row in rows] == [
         row["expected"] in final for row, final in zip(rows, finals, strict=True)
     ]

@@ -1,29 +1,26 @@
-"""Where a server is, and what it knows its users by."""
+"""Where a server is."""
 
 import contextlib
 import ipaddress
-import os
 import re
 from urllib.parse import unquote, urlsplit
 
 from mergekit_fim.errors import FimError, brief
 
-KEY = "OPENAI_API_KEY"  # the environment variable that every client of this protocol reads
-
 
 def address(url: str) -> tuple[str, tuple[str, str] | None]:
-    """A URL without what is secret in it, nor a slash at its end; and the secret.
+    """Split a URL into one without a slash at its end, and the name and password that were in it, if any.
 
     Raises:
         FimError: it isn't a server's.
     """
     try:
         parts = urlsplit(url.strip())
-        good = parts.scheme in ("http", "https") and (parts.port or 1) > 0
-        good = good and bool((parts.hostname or "").encode("idna"))
+        host = (parts.hostname or "").encode("idna")
+        good = parts.scheme in ("http", "https") and host and parts.port != 0 and not (parts.query or parts.fragment)
     except ValueError:
         good = False
-    if not good or parts.query or parts.fragment:
+    if not good:
         # Whatever is wrong, a password stands before the one, and a key behind the other.
         shown = re.sub(r"\?.*", "?...", url.rsplit("@", 1)[-1], flags=re.DOTALL)
         raise FimError(f"--server: expected a URL such as http://localhost:8000/v1, found {brief(shown)!r}; correct it")
@@ -38,15 +35,3 @@ def is_here(url: str) -> bool:
         ip = ipaddress.ip_address(host)
         return ip.is_loopback or ip.is_unspecified
     return host == "localhost" or host.endswith(".localhost")
-
-
-def key() -> str:
-    """The user's key, or nothing.
-
-    Raises:
-        FimError: no request can have it.
-    """
-    found = os.environ.get(KEY, "").strip()
-    if not (found.isascii() and found.isprintable()):
-        raise FimError(f"{KEY}: expected printable ASCII, found other characters; set that variable anew")
-    return found

@@ -1,4 +1,4 @@
-"""Rows that are written on together, and what becomes of them as some leave and others join."""
+"""Rows that are written on together, and what becomes of the model's cache as some leave and others join."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,51 +36,40 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Rows that are generated together, padded on the left.
-
-    Attributes:
-        rows: what they are.
-        ids: all their tokens, [row, position].
-        mask: 0 where they are padding, likewise.
-        cache: the model's, of all positions but the last; None where it has seen none.
-    """
+    """Rows, and the model's cache of all their tokens but the last, padded on the left; None where it has seen none."""
 
     rows: list[Row]
-    ids: torch.Tensor
-    mask: torch.Tensor
     cache: Any = None
 
 
-def started(rows: list[Row], device: torch.device) -> Batch:
-    """A batch of rows that the model hasn't seen."""
+def padded(rows: Sequence[Row], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Put rows side by side, padded on the left: their tokens, and 0 where they are padding; both [row, position]."""
     width = max(row.length for row in rows)
     ids = [[0] * (width - row.length) + row.ids + row.written for row in rows]
     mask = [[0] * (width - row.length) + [1] * row.length for row in rows]
-    return Batch(rows, torch.tensor(ids, device=device), torch.tensor(mask, device=device))
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def kept(batch: Batch, rows: list[Row]) -> Batch:
-    """A batch of some rows of another, without the padding that all of them have."""
-    index = torch.tensor([batch.rows.index(row) for row in rows], device=batch.ids.device)
-    begin = batch.ids.shape[1] - max(row.length for row in rows)
+    """Leave some rows of a batch, without the padding that all of them have."""
+    index = torch.tensor([batch.rows.index(row) for row in rows])
+    seen = max(row.length for row in rows) - 1
     for layer in batch.cache.layers:
         at = index.to(layer.keys.device)
-        layer.keys = layer.keys[at][:, :, begin:]
-        layer.values = layer.values[at][:, :, begin:]
-    return Batch(rows, batch.ids[index, begin:], batch.mask[index, begin:], batch.cache)
+        layer.keys, layer.values = layer.keys[at][:, :, -seen:], layer.values[at][:, :, -seen:]
+    return Batch(rows, batch.cache)
 
 
 def joined(first: Batch | None, second: Batch) -> Batch:
-    """Two batches as one, padded to the longer one's length."""
+    """Make one batch of two, padded to the longer one's length."""
     if first is None:
         return second
-    width = max(first.ids.shape[1], second.ids.shape[1])
-    short = [width - batch.ids.shape[1] for batch in (first, second)]
+    rows = [*first.rows, *second.rows]
+    seen = max(row.length for row in rows) - 1
 
-    def join(a: torch.Tensor, b: torch.Tensor, *after: int) -> torch.Tensor:
-        return torch.cat([pad(a, (*after, short[0], 0)), pad(b, (*after, short[1], 0))])
+    def join(*parts: torch.Tensor) -> torch.Tensor:
+        return torch.cat([pad(part, (0, 0, seen - part.shape[2], 0)) for part in parts])
 
     for layer, other in zip(first.cache.layers, second.cache.layers, strict=True):
-        layer.keys, layer.values = join(layer.keys, other.keys, 0, 0), join(layer.values, other.values, 0, 0)
-    rows = [*first.rows, *second.rows]
-    return Batch(rows, join(first.ids, second.ids), join(first.mask, second.mask), first.cache)
+        layer.keys, layer.values = join(layer.keys, other.keys), join(layer.values, other.values)
+    return Batch(rows, first.cache)

@@ -2,20 +2,20 @@
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import os
 import re
 import zlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 import yaml
+from huggingface_hub import snapshot_download
 from mergekit.options import MergeOptions
 
-from mergekit_fim.errors import FimError, reason, require
+from mergekit_fim.errors import FimError, require
 from mergekit_fim.evaluate.answers.engine import Decoding, ModelFiles
 from mergekit_fim.evaluate.answers.prompts import Prompt
 from mergekit_fim.evaluate.answers.tokens import Reader, stop_tokens
@@ -43,21 +43,27 @@ class Vllm:
         self, options: MergeOptions, dtype: torch.dtype, batch: int | None, arguments: Mapping[str, Any]
     ) -> None:
         """Take the merge's options, what models run in, answers at a time, and further options of vLLM's."""
-        self._options, self._dtype = options, str(dtype).removeprefix("torch.")
+        self._options, self._dtype, self._arguments = options, str(dtype).removeprefix("torch."), dict(arguments)
         self._batch = {"max_num_seqs": batch} if batch else {}
-        self._arguments = dict(arguments)
         self._shape: dict[str, Any] | None = None
         self._llm: vllm.LLM | None = None
         self._reader: Reader | None = None
 
     def open(self, files: ModelFiles) -> dict[str, Any]:
         """See `Engine`: swap the weights in where the model's shape is that of the one before."""
-        path = _folder(files, self._options)
-        config = _config(files.name, path, self._options)
+        path, trust = files.path, self._options.trust_remote_code
+        with explained(f"{files.name}: expected a model that can be loaded, found none", "download or save it again"):
+            if not os.path.isdir(path):
+                path = snapshot_download(path, revision=files.revision, cache_dir=self._options.transformers_cache)
+            config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust)
+        check_known(files.name, config)
+        from vllm.platforms import current_platform
+
         shape = {name: value for name, value in config.to_dict().items() if name not in _NO_SHAPE}
         what = f"{files.name}: expected a model that vLLM can load with these options, found none"
+        hidden = {name: os.environ.pop(name) for name in _LAUNCHED if name in os.environ}
         try:
-            with explained(what, "change --engine-args, or pass --engine transformers"), _alone():
+            with explained(what, "change --engine-args, or pass --engine transformers"):
                 if self._llm is None or shape != self._shape:
                     if self._llm is not None:
                         self._end()
@@ -68,6 +74,8 @@ class Vllm:
         except FimError:
             self._end()
             raise
+        finally:
+            os.environ.update(hidden)
         text = config.get_text_config()
         configs = [config, text]
         with contextlib.suppress(OSError):  # there is no such file
@@ -75,13 +83,12 @@ class Vllm:
         context = self._llm.llm_engine.model_config.max_model_len
         stop = stop_tokens(configs, files.tokenizer)
         self._reader = Reader(files.name, files.tokenizer, stop, context, text.vocab_size)
-        return self._record() | {"stop": list(stop)}
-
-    def _record(self) -> dict[str, Any]:
-        from vllm.platforms import current_platform
-
-        engine = {"name": "vllm", "version": _vllm().__version__, "options": self._arguments}
-        return {"engine": engine, "device": current_platform.device_type, "dtype": f"torch.{self._dtype}"}
+        return {
+            "engine": {"name": "vllm", "version": _vllm().__version__, "options": self._arguments},
+            "device": current_platform.device_type,
+            "dtype": f"torch.{self._dtype}",
+            "stop": list(stop),
+        }
 
     def answers(self, prompts: Sequence[Prompt], decoding: Decoding) -> Generator[tuple[Prompt, Completion]]:
         """See `Engine`."""
@@ -125,14 +132,13 @@ def _answers(
 ) -> Generator[tuple[Prompt, Completion]]:
     """Let the engine answer what was read, by numbers."""
     engine, left = llm.llm_engine, set(read)
-    explained_here = functools.partial(
-        explained,
-        f"{reader.name}: expected answers by vLLM, found that it failed",
+    what = f"{reader.name}: expected answers by vLLM, found that it failed"
+    remedy = (
         "check the model's weights, --engine-args and memory, or pass --engine transformers: the answers so far are "
-        "kept, and the same command goes on",
+        "kept, and the same command goes on"
     )
     try:
-        with explained_here():
+        with explained(what, remedy):
             for number, (prompt, ids) in read.items():
                 parameters = _vllm().SamplingParams(
                     max_tokens=reader.room(ids, decoding.max_tokens),
@@ -142,14 +148,12 @@ def _answers(
                     detokenize=False,
                 )
                 engine.add_request(number, {"prompt_token_ids": ids}, parameters)
-        while left:
-            with explained_here():
-                outputs = engine.step()
-            for output in outputs:
-                if output.finished:
-                    left.discard(output.request_id)
-                    prompt, ids = read[output.request_id]
-                    yield prompt, reader.completion(ids, output.outputs[0].token_ids)
+            while left:
+                for output in engine.step():
+                    if output.finished:
+                        left.discard(output.request_id)
+                        prompt, ids = read[output.request_id]
+                        yield prompt, reader.completion(ids, output.outputs[0].token_ids)
     finally:
         with contextlib.suppress(Exception):  # it may have died
             engine.abort_request(list(left))
@@ -195,52 +199,18 @@ def parse_arguments(text: str | None) -> dict[str, Any]:
 
 
 def _vllm() -> Any:
-    """Import vLLM: in this process, where a stop ends it too, without its log, and with an error for logits of NaN.
-
-    Raises:
-        FimError: it isn't there, is too old, or doesn't fit what is installed beside it.
-    """
+    """Import vLLM: in this process, where a stop ends it too, without its log, and with an error for logits of NaN."""
     require("vllm", "vllm")
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("VLLM_RAISE_ON_LOGIT_NANS", "1")
-    try:
+    what = "vllm: expected one that fits what is installed beside it, found none"
+    with explained(what, "install it anew in an environment of its own, or pass --engine transformers"):
         import vllm
-    except Exception as error:  # of whichever library doesn't fit
-        raise FimError(
-            f"vllm: expected one that fits what is installed beside it, found none ({reason(error)}); install it anew "
-            "in an environment of its own, or pass --engine transformers"
-        ) from error
     version = tuple(int(part) for part in re.findall(r"\d+", vllm.__version__)[:2])
     if version and version < _OLDEST:
         raise FimError(
             f"vllm: expected version 0.32 or newer, found {vllm.__version__}; upgrade it, or pass --engine transformers"
         )
     return vllm
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Hide from vLLM what a launcher has said."""
-    hidden = {name: os.environ.pop(name) for name in _LAUNCHED if name in os.environ}
-    try:
-        yield
-    finally:
-        os.environ.update(hidden)
-
-
-def _folder(files: ModelFiles, options: MergeOptions) -> str:
-    """Where a model's files are; those of the Hub are fetched."""
-    if os.path.isdir(files.path):
-        return files.path
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(files.path, revision=files.revision, cache_dir=options.transformers_cache)
-
-
-def _config(name: str, path: str, options: MergeOptions) -> Any:
-    with explained(f"{name}: expected a model that can be loaded, found none", "download or save it again"):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=options.trust_remote_code)
-    check_known(name, config)
-    return config

@@ -12,31 +12,17 @@ from mergekit_fim.evaluate.records import Completion
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are made.
+    """How answers are made."""
 
-    Attributes:
-        max_tokens: how many tokens an answer may have, if the model's context has room for them.
-        temperature: what the scores are divided by before a token is drawn; at 0, the likeliest is taken.
-        seed: of the draws, together with source, index and sample of the prompt.
-        batch: answers at a time, at most; None for as many as will do.
-    """
-
-    max_tokens: int
-    temperature: float = 0.0
-    seed: int = 0
-    batch: int | None = None
+    max_tokens: int  # of an answer, if the model's context has room for them
+    temperature: float = 0.0  # what scores are divided by before a token is drawn; at 0, the likeliest is taken
+    seed: int = 0  # of the draws, together with source, index and sample of the prompt
+    batch: int | None = None  # answers at a time, at most; None for as many as will do
 
 
 @dataclass(frozen=True, eq=False)
 class ModelFiles:
-    """A model that can be opened.
-
-    Attributes:
-        name: as messages call it.
-        path: its folder, or its name on the Hub.
-        revision: of the Hub's.
-        tokenizer: its tokenizer.
-    """
+    """A model that can be opened: its name in messages, its folder or name and revision on the Hub, its tokenizer."""
 
     name: str
     path: str

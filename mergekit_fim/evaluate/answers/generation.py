@@ -1,6 +1,5 @@
 """A model and prompts -> completions by transformers, in batches that rows leave as they end and others join."""
 
-import gc
 import math
 from collections.abc import Generator, Sequence
 from typing import Any
@@ -8,12 +7,12 @@ from typing import Any
 import torch
 import transformers
 from accelerate.utils import get_max_memory, release_memory
+from accelerate.utils.memory import clear_device_cache
 from mergekit.options import MergeOptions
-from torch.nn.functional import pad
 from transformers import LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from mergekit_fim.errors import FimError, is_out_of_memory
-from mergekit_fim.evaluate.answers.batches import Batch, Row, joined, kept, started
+from mergekit_fim.evaluate.answers.batches import Batch, Row, joined, kept, padded
 from mergekit_fim.evaluate.answers.draws import Chooser
 from mergekit_fim.evaluate.answers.engine import Decoding, ModelFiles
 from mergekit_fim.evaluate.answers.loading import LanguageModel, greedy, load_model
@@ -33,7 +32,7 @@ _PREFILL = 8192
 class Transformers:
     """The engine that is always there: it loads each model anew."""
 
-    def __init__(self, options: MergeOptions, dtype: torch.dtype | None) -> None:
+    def __init__(self, options: MergeOptions, dtype: torch.dtype) -> None:
         self._options, self._dtype = options, dtype
         self._model: LanguageModel | None = None
 
@@ -62,15 +61,15 @@ class Transformers:
 def complete(
     model: LanguageModel, prompts: Sequence[Prompt], decoding: Decoding
 ) -> Generator[tuple[Prompt, Completion]]:
-    """Let a model answer prompts, many at once.
+    """Let a model answer prompts, many at once, those with the longest prompts first.
 
-    Those with the longest prompts come first. Once some rows of a batch have ended they leave it, and others join it;
-    where the model's cache doesn't allow that, batches are made anew, of what was written so far. The budget of memory
-    for the cache, half of what is free, halves where memory runs out, and what was under way is put back.
+    Rows that have ended leave their batch, and others join it; where the model's cache doesn't allow that, batches are
+    made anew, of what was written so far. The budget of memory for the cache, half of what is free, halves where memory
+    runs out, and what was under way is put back.
 
     In float32, an answer doesn't depend on what is beside it in a batch, but where two tokens are as likely as each
-    other up to rounding. In 16 bits rounding is coarser, so that it does. Accelerators are handled as the merge handles
-    them, but this was tested on CPUs only.
+    other up to rounding, which is coarser in 16 bits. Accelerators are handled as the merge handles them, but this was
+    tested on CPUs only.
 
     Raises:
         FimError: a prompt can't be answered (see `Reader.ids`), not even one row fits in memory, or the logits aren't
@@ -91,7 +90,6 @@ def _completions(model: LanguageModel, waiting: list[Row], decoding: Decoding) -
         stay, new = _seated(model, live, waiting, most, budget)
         rows = [*stay, *new]
         waiting = [row for row in (*live, *waiting) if row not in rows]
-        out_of_memory = False
         try:
             batch = _written_on(model, batch, stay, new, decoding, is_last=not waiting)
         except Exception as error:
@@ -104,28 +102,23 @@ def _completions(model: LanguageModel, waiting: list[Row], decoding: Decoding) -
                     f"{prompt.index}, alone; lower --max-tokens, or use a device with more memory; the answers so far "
                     "are kept, and the same command goes on"
                 ) from error
-            out_of_memory, batch = True, None
-        if out_of_memory:  # the error, whose traceback held what there is, is gone
-            budget = _needed(model, rows) / 2
-            gc.collect()
-            _free(model.model.device)
+            batch, budget = None, _needed(model, rows) / 2
         for row in rows:
             if row.ended:
                 yield row.prompt, model.completion(row.ids, row.written)
         live = [row for row in rows if not row.ended]
         if batch is None:  # they go on later from what they wrote
             waiting, live = [*waiting, *live], []
+            release_memory()  # which the traceback of an error may have held
 
 
 def _seated(
     model: LanguageModel, live: list[Row], waiting: list[Row], most: int, budget: float
 ) -> tuple[list[Row], list[Row]]:
     """Choose who is in the next batch, one row at least: who stays, those that wrote most first, and who joins."""
-    stay: list[Row] = []
-    for row in sorted(live, key=lambda row: -len(row.written)):
-        if stay and _needed(model, [*stay, row]) > budget:
-            break
-        stay.append(row)
+    stay = sorted(live, key=lambda row: -len(row.written))
+    while len(stay) > 1 and _needed(model, stay) > budget:
+        stay.pop()
     new: list[Row] = []
     for row in sorted(waiting, key=lambda row: -row.length):
         rows = [*stay, *new, row]
@@ -138,15 +131,15 @@ def _seated(
 
 
 def _needed(model: LanguageModel, rows: list[Row]) -> float:
-    """Bytes of the cache of some rows, before they are looked at again."""
+    """Count the bytes of the cache of some rows, before they are looked at again."""
     steps = _PIECE if model.joins else math.inf
     width = max(row.length + min(steps, row.limit - len(row.written)) for row in rows)
     return len(rows) * (model.row_bytes + width * model.token_bytes)
 
 
 def _free_memory(model: PreTrainedModel) -> float:
-    """Bytes that are free for the cache, on all the devices that the model is on."""
-    _free(model.device)
+    """Count the bytes that are free for the cache, on all the devices that the model is on."""
+    clear_device_cache()
     free = {str(device): size for device, size in get_max_memory().items()}
     if model.device.type in ("cpu", "mps"):
         return free[model.device.type]
@@ -155,65 +148,46 @@ def _free_memory(model: PreTrainedModel) -> float:
     return min(free[place] for place in places) * len(places)
 
 
-def _free(device: torch.device) -> None:
-    """Give back what torch holds and doesn't use."""
-    if device.type != "cpu":
-        torch.get_device_module(device).empty_cache()
-
-
 def _written_on(
-    model: LanguageModel,
-    batch: Batch | None,
-    stay: list[Row],
-    new: list[Row],
-    decoding: Decoding,
-    *,
-    is_last: bool,
+    model: LanguageModel, batch: Batch | None, stay: list[Row], new: list[Row], decoding: Decoding, *, is_last: bool
 ) -> Batch | None:
     """Write on in the rows of a batch that stay, or begin with those that are new; None if none can join them."""
     if not model.joins:  # at half of the rows, what the others wrote is worth being read again
         enough = len(new) if is_last else (len(new) + 1) // 2
-        _advanced(model, started(new, model.model.device), max(row.limit for row in new), enough, decoding)
+        _advanced(model, Batch(new), max(row.limit for row in new), enough, decoding)
         return None
     if batch and len(stay) < len(batch.rows):
         batch = kept(batch, stay) if stay else None
     if batch and not new:
         return _advanced(model, batch, _PIECE, max(1, len(stay) // _QUORUM), decoding)
-    return joined(batch, _advanced(model, started(new, model.model.device), 1, len(new), decoding))
+    return joined(batch, _advanced(model, Batch(new), 1, len(new), decoding))
 
 
 def _advanced(model: LanguageModel, batch: Batch, most: int, enough: int, decoding: Decoding) -> Batch:
     """Write on, until `enough` rows have ended, one is at its limit, or `most` tokens were written."""
     steps = min(most, min(row.limit - len(row.written) for row in batch.rows))
+    ids, mask = padded(batch.rows, model.model.device)
+    cache = {} if batch.cache is None else {"past_key_values": batch.cache}
     written = [(row.prompt.key, len(row.written)) for row in batch.rows]
-    chooser, ending = Chooser(written, decoding.temperature, decoding.seed), _Enough(model.stop, enough)
+    chooser = Chooser(written, decoding.temperature, decoding.seed)
+    ending = _Enough(torch.tensor(model.stop, dtype=ids.dtype, device=ids.device), enough)
+    hooks = {"logits_processor": LogitsProcessorList([chooser]), "stopping_criteria": StoppingCriteriaList([ending])}
     generate: Any = model.model.generate
-    out = generate(
-        batch.ids,
-        attention_mask=batch.mask,
-        generation_config=greedy(steps),
-        logits_processor=LogitsProcessorList([chooser]),
-        stopping_criteria=StoppingCriteriaList([ending]),
-        **({} if batch.cache is None else {"past_key_values": batch.cache}),
-    )
+    out = generate(ids, attention_mask=mask, generation_config=greedy(steps), **hooks, **cache)
     if bool(chooser.unusable):
         raise FimError(f"{model.name}: some logits aren't numbers; try another dtype, and check the model's weights")
-    for row, tokens in zip(batch.rows, out.sequences[:, batch.ids.shape[1] :].tolist(), strict=True):
+    for row, tokens in zip(batch.rows, out.sequences[:, ids.shape[1] :].tolist(), strict=True):
         row.take(tokens, model.stop)
-    mask = pad(batch.mask, (0, out.sequences.shape[1] - batch.ids.shape[1]), value=1)
-    return Batch(batch.rows, out.sequences, mask, out.past_key_values if model.joins else None)
+    return Batch(batch.rows, out.past_key_values if model.joins else None)
 
 
 class _Enough(StoppingCriteria):
     """Ends a batch, all its rows at once, when some number of them have ended."""
 
-    def __init__(self, stop: tuple[int, ...], enough: int) -> None:
+    def __init__(self, stop: torch.Tensor, enough: int) -> None:
         self._stop, self._enough = stop, enough
-        self._ended: torch.Tensor | None = None
+        self._ended: torch.Tensor | bool = False
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if self._ended is None:
-            self._ids = torch.tensor(self._stop, dtype=input_ids.dtype, device=input_ids.device)
-            self._ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        self._ended |= torch.isin(input_ids[:, -1], self._ids)
+        self._ended = torch.isin(input_ids[:, -1], self._stop) | self._ended
         return (self._ended.sum() >= self._enough).expand(len(input_ids))

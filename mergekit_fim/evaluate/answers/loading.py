@@ -1,40 +1,30 @@
 """A checkpoint -> a model that writes by transformers, and what is to be known of its cache."""
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
 from mergekit.options import MergeOptions
-from torch import nn
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer
 
 from mergekit_fim.errors import FimError, check_own_code, is_out_of_memory, reason
 from mergekit_fim.evaluate.answers.tokens import Reader, stop_tokens
-from mergekit_fim.fisher.loading import placement, running_dtype
+from mergekit_fim.fisher.loading import placement
+from mergekit_fim.models.checkpoint import explained
 from mergekit_fim.models.language import auto_class
 
 
 @dataclass(frozen=True, eq=False)
 class LanguageModel(Reader):
-    """A loaded model.
+    """A loaded model."""
 
-    Attributes:
-        model: the model, in evaluation mode, with a generation config that sets nothing.
-        joins: whether its cache is keys and values by token alone, so that rows can leave and join a batch.
-        pads: whether it passes over padding; else only rows of one length can be in a batch.
-        row_bytes: what its cache takes for a row of any length.
-        token_bytes: and for each token of it.
-    """
-
-    model: PreTrainedModel
-    joins: bool
-    pads: bool
-    row_bytes: float
-    token_bytes: float
+    model: PreTrainedModel  # in evaluation mode, with a generation config that sets nothing
+    joins: bool  # whether its cache is keys and values by token alone, so that rows can leave and join a batch
+    pads: bool  # whether it passes over padding; else only rows of one length can be in a batch
+    row_bytes: float  # what its cache takes for a row of any length
+    token_bytes: float  # and for each token of it
 
 
 def load_model(
@@ -45,72 +35,49 @@ def load_model(
     dtype: torch.dtype | None,
     revision: str | None = None,
 ) -> LanguageModel:
-    """Load a model for generation, onto the devices that the merge's options name.
+    """Load a model for generation, from its folder or the Hub, onto the devices that the merge's options name.
 
-    Args:
-        name: the model, as messages call it.
-        path: its folder, or its name on the Hub.
-        tokenizer: its tokenizer.
-        options: the merge's options.
-        dtype: what to run it in; None for the checkpoint's own, or float32 on a CPU that isn't slower in that.
-        revision: of the Hub's.
+    It runs in `dtype`, or in the checkpoint's own. Messages call it by `name`.
 
     Raises:
         FimError: it can't be loaded, lacks weights, or there is no such device.
     """
     where = placement(options)
-    devices: dict[str, Any] = {}
-    if where.device.type != "cpu":
-        devices = {"device_map": "auto" if where.spread else {"": where.device}}
+    trust, places = options.trust_remote_code, {"": where.device}
+    source = {"revision": revision, "cache_dir": options.transformers_cache, "trust_remote_code": trust}
+    devices = {} if where.device.type == "cpu" else {"device_map": "auto" if where.spread else places}
+    bars = transformers.utils.logging
+    shows_bars = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
-        with _no_progress_bars():
-            source: dict[str, Any] = {"revision": revision, "cache_dir": options.transformers_cache}
-            source["trust_remote_code"] = options.trust_remote_code
-            config = transformers.AutoConfig.from_pretrained(path, **source)
-            kind = auto_class(config, options.trust_remote_code) or transformers.AutoModelForCausalLM
-            loaded: Any = kind.from_pretrained(
-                path, dtype=dtype or "auto", output_loading_info=True, **source, **devices
-            )
+        config = transformers.AutoConfig.from_pretrained(path, **source)
+        kind: Any = auto_class(config, trust) or transformers.AutoModelForCausalLM
+        model, info = kind.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True, **source, **devices)
     except Exception as error:  # transformers, huggingface_hub, safetensors and torch have their own
         check_own_code(error)
         wanted = "memory for its weights" if is_out_of_memory(error) else "a causal language model that can be loaded"
         raise FimError(f"{name}: expected {wanted}, found none ({reason(error)})") from error
-    model, info = cast("tuple[PreTrainedModel, dict[str, set[str]]]", loaded)
-    missing = info["missing_keys"]
-    if missing:
+    finally:
+        if shows_bars:
+            bars.enable_progress_bar()
+    if missing := info["missing_keys"]:
         raise FimError(
             f"{name}: the checkpoint lacks {len(missing)} of the model's tensors, such as {min(missing)}, which would "
             "be random; download or save the model again"
         )
-    if dtype is None and model.dtype in (torch.bfloat16, torch.float16):
-        nn.Module.to(model, running_dtype(model.dtype, where.device))
     model.eval()
     text_config = model.config.get_text_config()
     stop = stop_tokens((model.generation_config, model.config, text_config), tokenizer)
     # What it sets, such as a repetition penalty, would go into every `generate` that doesn't say otherwise.
     model.generation_config = GenerationConfig()
     context = getattr(text_config, "max_position_embeddings", None)
-    embeddings: Any = model.get_input_embeddings()
-    vocabulary = int(embeddings.weight.shape[0])
-    try:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    with explained(f"{name}: transformers can't generate with this model", "leave it out, or pass --engine vllm"):
         return LanguageModel(name, tokenizer, stop, context, vocabulary, model, *_probe(model, vocabulary, context))
-    except Exception as error:  # whatever its own code raises
-        raise FimError(f"{name}: transformers can't generate with this model ({reason(error)})") from error
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    shown = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def _probe(model: PreTrainedModel, vocabulary: int, context: int | None) -> tuple[bool, bool, float, float]:
-    """The last four attributes of `LanguageModel`, found by trying: the model alone knows what its cache is.
+    """Find the last four attributes of `LanguageModel` by trying: the model alone knows what its cache is.
 
     A row of n tokens is continued alone, and beside one of 2n, so that it is padded.
     """
@@ -139,7 +106,7 @@ def _probe(model: PreTrainedModel, vocabulary: int, context: int | None) -> tupl
 
 
 def _nbytes(cache: Any) -> int:
-    """The size of the tensors in a cache."""
+    """Count the bytes of the tensors in a cache."""
     values: list[Any] = [value for layer in getattr(cache, "layers", ()) for value in vars(layer).values()]
     values += [part for value in values if isinstance(value, dict) for part in value.values()]
     return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))

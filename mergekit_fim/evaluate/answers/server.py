@@ -7,13 +7,13 @@ import re
 import zlib
 from collections.abc import Awaitable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mergekit_fim.errors import FimError, reason, require
-from mergekit_fim.evaluate.answers.address import KEY, address, is_here, key
+from mergekit_fim.errors import FimError, brief, reason, require
+from mergekit_fim.evaluate.answers.address import address, is_here
 from mergekit_fim.evaluate.answers.engine import Decoding, ModelFiles
-from mergekit_fim.evaluate.answers.openai_format import completion, listed, only
+from mergekit_fim.evaluate.answers.openai_format import completion, listed
 from mergekit_fim.evaluate.answers.prompts import Prompt
 from mergekit_fim.evaluate.records import Completion
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import openai
     from anyio.from_thread import BlockingPortal
 
+_KEY = "OPENAI_API_KEY"  # the environment variable that every client of this protocol reads
 # Further tries, 16 seconds in all, which a busy server, or one that is being started again, may need.
 _RETRIES = 5
 # Seconds in which a connection must come about, and a list of models be there, however long an answer may take.
@@ -36,31 +37,19 @@ _KEPT = "the answers so far are kept, and the same command goes on"
 
 @dataclass(frozen=True)
 class Server:
-    """The engine that is somebody else's: a server, and the model on it.
+    """The engine that is somebody else's: a server, and the model on it."""
 
-    Attributes:
-        url: where its endpoints are, without a user's name or password: for requests, messages and records.
-        model: by the name that the server knows it by.
-        timeout: seconds in which an answer must be there whole.
-        credentials: the name and password in the URL as it was given, if any.
-    """
-
-    url: str
+    url: str  # of its endpoints, without a user's name or password: for requests, messages and records
     model: str
-    timeout: float
-    credentials: tuple[str, str] | None = field(default=None, repr=False)
+    timeout: float = 600.0  # seconds in which an answer must be there whole
+    credentials: tuple[str, str] | None = field(default=None, repr=False)  # name and password in the URL as given
 
     def open(self, files: ModelFiles) -> dict[str, Any]:
         """Do nothing: the server has its model."""
         return {}
 
     def answers(self, prompts: Sequence[Prompt], decoding: Decoding) -> Generator[tuple[Prompt, Completion]]:
-        """See `Engine`; what was asked before an error is waited for, and yielded first.
-
-        Raises:
-            FimError: the server can't be reached, refuses a request, is too slow, answers something else, or gives what
-                a model was asked for what it wrote.
-        """
+        """See `Engine`; what was asked before an error is waited for, and yielded first."""
         parallel = decoding.batch or _PARALLEL
         waiting, failure = iter(prompts), None
         pending: set[Future[tuple[Prompt, Completion]]] = set()
@@ -87,47 +76,36 @@ class Server:
         """Do nothing: the server stays."""
 
 
-def connect(url: str, model: str | None, *, timeout: float = 600.0) -> Server:
+def connect(url: str, model: str | None) -> Server:
     """Find the endpoints of a server, and which model it has.
 
-    Args:
-        url: the server's, with or without the `/v1` that most servers have their endpoints under.
-        model: the model's name there; None for the only one that the server lists.
-        timeout: seconds that any answer may take.
+    The URL may lack the `/v1` that most servers have their endpoints under; the model is the only one that the server
+    lists, where none is named.
 
     Raises:
         FimError: it isn't such a URL, no server answers there, or it doesn't say which model is meant.
     """
     base, credentials = address(url)
-    bases = [base] if re.search(r"/v\d+[a-z0-9]*$", base) else [f"{base}/v1", base]
+    places = [base] if re.search(r"/v\d+[a-z0-9]*$", base) else [f"{base}/v1", base]
+    servers = [Server(place, model or "", credentials=credentials) for place in places]
     statuses = []
-    for place in bases:
-        server = Server(place, model or "", timeout, credentials)
-        status, names = _models(server)
-        if names is not None:
-            return Server(place, model or only(names, place), timeout, credentials)
+    for server in servers:
+        with _client(server, retries=0) as (portal, client):
+            call = client.models.with_raw_response.list()
+            status, said = portal.call(_sent, server, call, _LISTED, "start the server, or check the URL")
         statuses.append(status)
-    if model is None:
+        names = listed(said)
+        if names is not None:
+            break
+    else:
+        server, names = servers[0], []
+    if model is None and len(names) != 1:
+        found = ", ".join(brief(name) for name in names[:10]) + (", ..." if len(names) > 10 else "")
         raise FimError(
-            f"{bases[0]}: expected a list of the server's models, found none (status {statuses[0]}); pass "
-            "--server-model, or check the URL"
+            f"{server.url}: expected a server that lists one model, found {found or 'none listed'} (status "
+            f"{statuses[0]}); pass --server-model, or check the URL"
         )
-    return Server(bases[0], model, timeout, credentials)
-
-
-def _models(server: Server) -> tuple[int, list[str] | None]:
-    """Ask for the list of models: the status, and the names if it is such a list."""
-    with _client(server, retries=0) as (portal, client):
-        import openai
-
-        try:
-            call = client.models.with_raw_response.list
-            text = portal.call(
-                _sent, server, call(), min(_LISTED, server.timeout), "start the server, or check the URL"
-            )
-        except openai.APIStatusError as error:
-            return error.status_code, None
-    return 200, listed(text)
+    return replace(server, model=model or names[0])
 
 
 async def _check(client: "openai.AsyncOpenAI", server: Server) -> None:
@@ -135,9 +113,6 @@ async def _check(client: "openai.AsyncOpenAI", server: Server) -> None:
 
     `transformers serve` 5.23 doesn't, where a model's type is Qwen's and its chat template isn't, as of DeepSeek-R1's
     distillations: the prompt is in the content of all that it doesn't take for thoughts, whose end it so hides.
-
-    Raises:
-        FimError: it doesn't, or the request fails.
     """
     probe = Prompt("", 0, 0, "", special=False, messages=({"role": "user", "content": _PROBE},))
     _, found = await _answer(client, server, probe, Decoding(max_tokens=1))
@@ -151,8 +126,6 @@ async def _check(client: "openai.AsyncOpenAI", server: Server) -> None:
 async def _answer(
     client: "openai.AsyncOpenAI", server: Server, prompt: Prompt, decoding: Decoding
 ) -> tuple[Prompt, Completion]:
-    import openai
-
     options: dict[str, Any] = {"model": server.model, "max_tokens": decoding.max_tokens, "stream": False}
     options["temperature"] = decoding.temperature
     if decoding.temperature > 0:
@@ -163,17 +136,14 @@ async def _answer(
     else:
         call = client.completions.with_raw_response.create(prompt=prompt.text, **options)
     try:
-        text = await _sent(server, call, server.timeout, f"start the server again: {_KEPT}")
-    except openai.APIStatusError as error:
-        is_busy = error.status_code >= 500 or error.status_code in (408, 429)
-        raise FimError(
-            f"{server.url}: expected an answer, found status {error.status_code} ({_said(error.body)}); "
-            f"{'start the server again' if is_busy else 'change what it complains of'}: {_KEPT}"
-        ) from None
+        status, said = await _sent(server, call, server.timeout, f"start the server again: {_KEPT}")
     except UnicodeEncodeError as error:
         raise FimError(f"{server.url}: a prompt isn't Unicode ({reason(error)}); correct it: {_KEPT}") from None
+    if status != 200:
+        remedy = "start the server again" if status >= 500 or status in (408, 429) else "change what it complains of"
+        raise FimError(f"{server.url}: expected an answer, found status {status} ({said}); {remedy}: {_KEPT}")
     try:
-        return prompt, completion(text, decoding.max_tokens, is_chat=messages is not None)
+        return prompt, completion(said, decoding.max_tokens, is_chat=messages is not None)
     except FimError as error:
         raise FimError(
             f"{server.url}: {error}; serve the model by another server, or another version: {_KEPT}"
@@ -188,27 +158,24 @@ def _said(body: Any) -> str:
     return " ".join(str(found or "").split())[:300] or "without a word"
 
 
-async def _sent(server: Server, call: Awaitable[Any], timeout: float, advice: str) -> str:
-    """Wait for what a server answers.
-
-    Raises:
-        FimError: there is no answer in time or none at all, or it wants another key.
-        openai.APIStatusError: it has another status than 200; where the server is busy or failed, at every try.
-    """
+async def _sent(server: Server, call: Awaitable[Any], timeout: float, advice: str) -> tuple[int, str]:
+    """Wait for what a server answers, and tell its status. Where that isn't 200, tell what the server says of it."""
     import anyio
     import openai
 
     try:
         with anyio.fail_after(timeout):
-            return str((await call).text)
+            return 200, str((await call).text)
     except TimeoutError:
         raise FimError(
             f"{server.url}: expected an answer within {timeout:g} s, found none; give it more time, or fewer requests "
             f"at once, or {advice}"
         ) from None
     except openai.AuthenticationError:
-        found = "another" if os.environ.get(KEY) else "none"
-        raise FimError(f"{server.url}: expected a key that it knows in {KEY}, found {found}; set it") from None
+        found = "another" if os.environ.get(_KEY) else "none"
+        raise FimError(f"{server.url}: expected a key that it knows in {_KEY}, found {found}; set it") from None
+    except openai.APIStatusError as error:  # where the server is busy or failed, of the last try
+        return error.status_code, _said(error.body)
     except openai.APIConnectionError as error:
         why = reason(error.__cause__ or error)
         raise FimError(f"{server.url}: expected an answer, found none ({why}); {advice}") from None
@@ -225,10 +192,13 @@ def _client(server: Server, *, retries: int) -> Iterator[tuple["BlockingPortal",
     import openai
     from anyio.from_thread import start_blocking_portal
 
+    key = os.environ.get(_KEY, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise FimError(f"{_KEY}: expected printable ASCII, found other characters; set that variable anew")
     try:
         client = openai.AsyncOpenAI(
             base_url=server.url,
-            api_key=key() or "none",  # the client insists on one, and servers without keys don't look at it
+            api_key=key or "none",  # the client insists on one, and servers without keys don't look at it
             max_retries=retries,
             http_client=openai.DefaultAsyncHttpxClient(
                 auth=server.credentials,  # in place of a key

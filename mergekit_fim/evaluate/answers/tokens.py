@@ -7,35 +7,27 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_fim.errors import FimError, check_own_code, reason
+from mergekit_fim.errors import FimError, reason
 from mergekit_fim.evaluate.answers.prompts import Prompt
 from mergekit_fim.evaluate.records import LENGTH, STOP, Completion
+from mergekit_fim.models.checkpoint import explained
 
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """What reads a model's prompts and its answers.
-
-    Attributes:
-        name: the model, as messages call it.
-        tokenizer: its tokenizer.
-        stop: the tokens that end an answer, sorted.
-        context: how many tokens of prompt and answer together it takes; None where that isn't known.
-        vocabulary: how many tokens it knows.
-    """
+    """What reads a model's prompts and its answers; messages call the model by `name`."""
 
     name: str
     tokenizer: PreTrainedTokenizerBase
-    stop: tuple[int, ...]
-    context: int | None
-    vocabulary: int
+    stop: tuple[int, ...]  # the tokens that end an answer, sorted
+    context: int | None  # how many tokens of prompt and answer together it takes; None where that isn't known
+    vocabulary: int  # how many tokens it knows
 
     def ids(self, prompt: Prompt) -> list[int]:
-        """A prompt's tokens.
+        """Read a prompt's tokens.
 
         Raises:
-            FimError: it is empty, isn't text, has a token that the model doesn't know, or leaves no room for an
-                answer.
+            FimError: it is empty, isn't text, has a token that the model doesn't know, or leaves no room for an answer.
         """
         where = f"{prompt.source}, problem {prompt.index}"
         try:
@@ -57,11 +49,11 @@ class Reader:
         return ids
 
     def room(self, ids: Sequence[int], max_tokens: int) -> int:
-        """How many tokens may follow a prompt's."""
+        """Count the tokens that may follow a prompt's."""
         return max_tokens if self.context is None else min(max_tokens, self.context - len(ids))
 
     def completion(self, ids: Sequence[int], written: Sequence[int]) -> Completion:
-        """What the model wrote after a prompt's tokens, one token at least."""
+        """Read what the model wrote after a prompt's tokens, one token at least."""
         ended = STOP if written[-1] in self.stop else LENGTH
         shown = list(written[:-1] if ended == STOP else written)
         text = self.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -69,49 +61,31 @@ class Reader:
 
 
 def load_tokenizer(name: str, path: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer.
-
-    Args:
-        name: the model, as messages call it.
-        path: its folder, or its name on the Hub.
-        revision: of the Hub's.
-        trust_remote_code: whether it may bring code of its own.
+    """Load a model's tokenizer from its folder or the Hub; messages call the model by `name`.
 
     Raises:
         FimError: there is none that can be loaded.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
-            path, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except Exception as error:  # each kind of tokenizer has its own
-        check_own_code(error)
-        raise FimError(
-            f"{name}: expected a model with a tokenizer, found none that can be loaded ({reason(error)}); put the "
-            "tokenizer's files into its folder"
-        ) from error
-    return tokenizer
+    what = f"{name}: expected a model with a tokenizer, found none that can be loaded"
+    with explained(what, "put the tokenizer's files into its folder"):
+        return transformers.AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def stop_tokens(configs: Iterable[Any], tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end an answer: all that the configs and the tokenizer name, and the chat template's."""
+    """Gather the tokens that end an answer: all that the configs and the tokenizer name, and the chat template's."""
     named = [getattr(config, "eos_token_id", None) for config in configs]
     named += [tokenizer.eos_token_id, _end_of_turn(tokenizer)]
-    found: set[int] = set()
-    for ids in named:
-        found.update(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
-    return tuple(sorted(found))
+    lists = [ids if isinstance(ids, (list, tuple)) else [ids] for ids in named if ids is not None]
+    return tuple(sorted({token for ids in lists for token in ids}))
 
 
 def _end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token with which the chat template ends what the assistant says, if there is one."""
-    if not tokenizer.chat_template:
-        return None
+    """Find the special token with which the chat template ends what the assistant says, if there is one."""
     said = "2b7e151628aed2a6"
     turns = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": said}]
     try:
         text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # whatever a template raises; who makes the prompts by it says so
+    except Exception:  # there is none, or it raises something; who makes the prompts by it says so
         return None
     ids = tokenizer.encode(text.rpartition(said)[2].lstrip(), add_special_tokens=False)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}

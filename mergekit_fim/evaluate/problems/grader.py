@@ -17,35 +17,23 @@ from typing import Any
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.evaluate.problems import served
-from mergekit_fim.evaluate.problems.served import LOADING_SECONDS, MAKING_SECONDS, MEMORY
 from mergekit_fim.evaluate.records import Grade
 
 GRADING_SECONDS = 10  # for one answer, or one expected answer
-
-
-class EndedError(Exception):
-    """The process ended instead of replying."""
 
 
 class Grader:
     """The process, started when it is first asked, and again after it died. Threads take turns."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, do: str, **request: Any) -> Any:
-        """Have something done.
-
-        Args:
-            do: the name of a function of `served`.
-            request: what it is given; values that JSON has.
-
-        Returns:
-            What it returns.
+        """Have something done by the function of `served` that is called `do`; JSON carries request and result.
 
         Raises:
-            EndedError: it took too long, or the process died of it.
+            EOFError: it took too long, or the process died of it, and so ended without a reply.
             FimError: it was refused, or the process can't be started.
         """
         line = b""
@@ -60,9 +48,9 @@ class Grader:
                     line = process.stdout.readline()
             finally:  # also after Ctrl-C: the reply that is still to come must not be taken for the next one's
                 if not line.endswith(b"\n"):
-                    self._end()
+                    self.close()
         if not line.endswith(b"\n"):
-            raise EndedError
+            raise EOFError
         reply = json.loads(line)
         if "error" in reply:
             raise FimError(reply["error"])
@@ -71,11 +59,15 @@ class Grader:
     def close(self) -> None:
         """End the process, if there is one."""
         with self._lock:
-            self._end()
+            process, self._process = self._process, None
+            if process is not None:
+                process.kill()
+                with contextlib.suppress(OSError), process:  # closes its pipes, and waits for it
+                    pass
 
     def _started(self) -> "subprocess.Popen[bytes]":
         if self._process is not None and self._process.poll() is not None:
-            self._end()
+            self.close()
         if self._process is None:
             code = f"import sys; sys.path[:] = {sys.path!r}; from {served.__name__} import serve; serve()"
             self._process = subprocess.Popen(
@@ -88,19 +80,12 @@ class Grader:
             )
             assert self._process.stdout is not None
             if not self._process.stdout.readline():
-                self._end()
+                self.close()
                 raise FimError(
                     f"the process that grades answers couldn't be started ({sys.executable}); check that this Python "
                     "can be run and has memory left"
                 )
         return self._process
-
-    def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            with contextlib.suppress(OSError), process:  # closes its pipes, and waits for it
-                pass
 
 
 # One for the whole process: starting it takes seconds, and it remembers reasoning-gym's problems. It ends with us.
@@ -112,37 +97,22 @@ def why_ungradable(expected: str) -> str | None:
     """Say why math-verify can't grade answers against this one; None where it can."""
     try:
         return GRADER.ask("why_ungradable", expected=expected)
-    except EndedError:
+    except EOFError:
         return f"the expected answer couldn't be read within {_limits()}"
 
 
-def problem(index: int, **source: Any) -> dict[str, Any]:
-    """Make a problem of reasoning-gym: its question, its answer, and why answers to it can't be graded, if so.
-
-    Raises:
-        FimError: there is no such problem, or making it takes too long.
-    """
-    try:
-        return dict(GRADER.ask("problem", index=index, **source))
-    except EndedError as error:
-        raise FimError(
-            f"reasoning-gym:{source['task']}: problem {index} couldn't be made within {MAKING_SECONDS} seconds; take "
-            "another configuration"
-        ) from error
-
-
-def inspected(do: str, where: str, **request: Any) -> Any:
-    """Have something done with inspect_ai; `where` names what, for messages.
+def carried_out(do: str, where: str, **request: Any) -> Any:
+    """Have a problem made, or something done with inspect_ai; messages call it `where`.
 
     Raises:
         FimError: it was refused, takes too long, or needs too much memory.
     """
     try:
         return GRADER.ask(do, **request)
-    except EndedError as error:
+    except EOFError as error:
         raise FimError(
-            f"{where}: inspect_ai ended, or took more than {LOADING_SECONDS} seconds or {MEMORY >> 30} GB; free some "
-            "memory, or take another task"
+            f"{where}: expected to take at most {served.seconds_for(do)} seconds and {served.MEMORY >> 30} GB, found "
+            "that it took more, or ended its process; free some memory, or take another task or configuration"
         ) from error
 
 
@@ -150,9 +120,9 @@ def grade(do: str, **request: Any) -> Grade:
     """Grade an answer; one that takes too long is wrong, and the note says so."""
     try:
         return Grade(**GRADER.ask(do, **request))
-    except EndedError:
+    except EOFError:
         return Grade(False, note=f"the answer couldn't be graded within {_limits()}")
 
 
 def _limits() -> str:
-    return f"{GRADING_SECONDS} seconds and {MEMORY >> 30} GB"
+    return f"{GRADING_SECONDS} seconds and {served.MEMORY >> 30} GB"

@@ -36,26 +36,21 @@ _COMMANDS = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|operatorname|begin|
 _WORD = re.compile(r"[^\W\d_]{3,}|pi")
 
 
-def final_answer(prompt: str, text: str) -> tuple[str | None, bool]:
-    """Cut the thinking off a text.
+def final_answer(prompt: str, text: str) -> str | None:
+    """Cut the thinking off a text; None where it didn't end.
 
     The answer is what follows the last `</think>`; the whole text where it doesn't think. Thinking begins with
     `<think>`, which some templates already write at the end of the prompt.
-
-    Returns:
-        The answer, None where thinking didn't end; and whether it didn't.
     """
     _, closed, answer = text.rpartition(CLOSE)
-    begun = OPEN in answer or (not closed and prompt.rstrip().endswith(OPEN))
-    return (None, True) if begun else (answer, False)
+    return None if OPEN in answer or (not closed and prompt.rstrip().endswith(OPEN)) else answer
 
 
 def why_ungradable(expected: str) -> str | None:
     """Say why math-verify can't grade answers against this one; None where it can."""
     number = _plain_number(expected)
-    if number is not None and len(number) <= 100:  # so long as sources are, most have nothing else
-        return None
-    return _gold(expected)[1]
+    is_short = number is not None and len(number) <= 100  # so long as sources are, most have nothing else
+    return None if is_short else _gold(expected)[1]
 
 
 def grade_math(expected: str, answer: str) -> Grade:
@@ -68,7 +63,7 @@ def grade_math(expected: str, answer: str) -> Grade:
     gold, why = _gold(expected)
     if why is not None:
         return Grade(None, note=why)
-    parsed = _parse(_tagged(answer))
+    parsed = _parse(_tagged(_end(answer)))
     if len(parsed) == 1 and isinstance(parsed[0], str):  # \boxed{3.}: found, and not understood as LaTeX
         parsed = _parse(parsed[0])
     if not parsed or isinstance(parsed[0], str):
@@ -85,8 +80,9 @@ def grade_by_scorer(score: Callable[[str], float], expected: str | None, answer:
     either the whole answer; without blanks at its ends. Where that isn't right and the expected answer is a number, the
     scorer gets the number that math-verify finds in the same text.
     """
-    found = _tagged(answer)
-    if found == _end(answer):
+    end = _end(answer)
+    found = _tagged(end)
+    if found == end:
         boxed = last_boxed(found)
         found = found if boxed is None else _TEXT.sub(r"\1", boxed)
     candidates = [found.strip()]
@@ -123,10 +119,8 @@ def _end(answer: str) -> str:
     return end.partition("\n")[2] or end
 
 
-def _tagged(answer: str) -> str:
-    end = _end(answer)
-    tagged = _TAGGED.findall(end)
-    return tagged[-1] if tagged else end
+def _tagged(end: str) -> str:
+    return (_TAGGED.findall(end) or [end])[-1]
 
 
 @functools.lru_cache(maxsize=10_000)
@@ -138,6 +132,8 @@ def _gold(expected: str) -> tuple[tuple[Any, ...], str | None]:
     like an answer. Anything else is read as LaTeX, whole, as MATH's answers are. Words there that aren't in
     `\\text{...}` would be read as products of letters, and so aren't read at all.
     """
+    from sympy import nan, zoo
+
     text = _same(expected.rpartition("####")[2].strip())
     number = _plain_number(text)
     why = next((f"the expected answer has {what}" for pattern, what in _MISREAD if pattern.search(text)), None)
@@ -152,15 +148,9 @@ def _gold(expected: str) -> tuple[tuple[Any, ...], str | None]:
     parsed = () if why else tuple(_parse(text))
     if why is None and (not parsed or isinstance(parsed[0], str)):
         why = "math-verify finds no number or expression in the expected answer"
-    elif why is None and _is_undefined(parsed[0]):
+    elif why is None and getattr(parsed[0], "has", lambda *_: False)(nan, zoo):
         why = "the expected answer's value isn't defined"
     return parsed, why
-
-
-def _is_undefined(value: Any) -> bool:
-    from sympy import nan, zoo
-
-    return bool(getattr(value, "has", lambda *_: False)(nan, zoo))
 
 
 def _same(text: str) -> str:

@@ -11,13 +11,9 @@ from mergekit_fim.evaluate.records import LENGTH
 
 
 def write(path: str, answers: str, entry: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Write a log in Inspect's own format.
+    """Write the answers in a file as a log in Inspect's own format, to `path`.
 
-    Args:
-        path: of the log.
-        answers: the file of the run's answers.
-        entry: what `sweep.json` says of the run.
-        identity: what the sweep is of.
+    The entry is what `sweep.json` says of the run, and the identity what it says of the sweep.
 
     Raises:
         FimError: it can't be written.
@@ -28,18 +24,16 @@ def write(path: str, answers: str, entry: Mapping[str, Any], identity: Mapping[s
         rows = [json.loads(line) for line in file]
     options = {name: identity[name] for name in ("max_tokens", "temperature", "seed")}
     sources = [its["source"] for its in identity["problems"]]
+    task = ", ".join(sources)
     samples = [_sample(row, entry["run"], len(sources)) for row in rows]
+    ids = [*dict.fromkeys(sample.id for sample in samples)]
     now = datetime.now(timezone.utc).isoformat()
     spec = log.EvalSpec(
         created=now,
-        task=", ".join(sources),
+        task=task,
         model=entry["run"],
         model_generate_config=model.GenerateConfig(**options),
-        dataset=log.EvalDataset(
-            name=", ".join(sources),
-            samples=len({sample.id for sample in samples}),
-            sample_ids=list(dict.fromkeys(sample.id for sample in samples)),
-        ),
+        dataset=log.EvalDataset(name=task, samples=len(ids), sample_ids=ids),
         config=log.EvalConfig(epochs=identity["samples"]),
         packages=entry["versions"],
         metadata={"family": entry["method"], **{k: entry[k] for k in ("run", "settings", "engine") if k in entry}},
@@ -47,13 +41,11 @@ def write(path: str, answers: str, entry: Mapping[str, Any], identity: Mapping[s
     graded = [row["correct"] for row in rows if row["correct"] is not None]
     accuracy = log.EvalMetric(name="accuracy", value=sum(graded) / len(graded))
     score = log.EvalScore(name="correct", scorer="correct", scored_samples=len(graded), metrics={"accuracy": accuracy})
-    usage = {entry["run"]: _usage(rows)}
     made = log.EvalLog(
         status="success",
         eval=spec,
-        plan=log.EvalPlan(),
         results=log.EvalResults(total_samples=len(rows), completed_samples=len(rows), scores=[score]),
-        stats=log.EvalStats(started_at=now, completed_at=now, model_usage=usage),
+        stats=log.EvalStats(started_at=now, completed_at=now, model_usage={entry["run"]: _usage(rows)}),
         samples=samples,
     )
     try:

@@ -11,18 +11,14 @@ from mergekit_fim.evaluate.records import Grade, Message
 
 # Stands for the model that answers. It is Inspect's own, and never asked: `_Played` answers in its place.
 _MODEL = "mockllm/model"
-_STUB = "(no answer)"
+NO_ANSWER = "(no answer)"
 # What a task may ask of a generation and a sweep doesn't do.
 _REFUSED = ("system_message", "stop_seqs", "num_choices", "logprobs", "prompt_logprobs", "response_schema")
 
 
 @functools.lru_cache(maxsize=16)
 def _task(task: str, config: str, copy: int) -> Any:
-    """Make a task; several copies show what isn't the same each time.
-
-    Raises:
-        FimError: there is no such task, or it can't be made.
-    """
+    """Make a task; several copies show what isn't the same each time."""
     os.environ["INSPECT_EVAL_MODEL"] = _MODEL
     where, arguments = f"inspect:{task}", json.loads(config)
     try:
@@ -34,8 +30,7 @@ def _task(task: str, config: str, copy: int) -> Any:
     except (Exception, SystemExit) as error:  # of the task's own code
         raise FimError(
             f"{where}: expected a task of inspect_ai's, found one that can't be made of {brief(config)} "
-            f"({reason(error)}); check its name, its arguments and the connection, and install the "
-            "package that has it"
+            f"({reason(error)}); check its name, its arguments and the connection, and install the package that has it"
         ) from error
     if len(tasks) != 1:
         raise FimError(
@@ -84,10 +79,10 @@ def problem(task: str, config: str, index: int) -> dict[str, Any]:
 
 
 def _problem(task: Any, index: int, where: str) -> dict[str, Any]:
-    sample, played = task.dataset[index], _Played(task, _STUB)
+    sample, played = task.dataset[index], _Played(task, NO_ANSWER)
     value: Any = None
     try:
-        value = _run(played.score(sample)).value
+        value = _loop().run_until_complete(played.score(sample)).value
     except (Exception, SystemExit) as error:  # of the task's solver or scorer
         if not played.needs:
             raise FimError(
@@ -112,7 +107,7 @@ def grade(task: str, config: str, index: int, answer: str) -> Grade:
 
     made = _task(task, config, 0)
     try:
-        score = _run(_Played(made, answer).score(made.dataset[index]))
+        score = _loop().run_until_complete(_Played(made, answer).score(made.dataset[index]))
         number = value_to_float()(score.value)
     except Exception as error:  # of the task's solver or scorer
         return Grade(False, note=f"the task's own scorer failed: {reason(error)}")
@@ -127,25 +122,16 @@ def ready(task: str, config: str) -> None:
 
 
 class _Played:
-    """A task that gets the same answer to whatever it asks, of whichever model.
-
-    Attributes:
-        asked: the messages of its one generation; empty before that.
-        needs: what it asked for that a sweep doesn't have; empty if nothing.
-        step: who is at work, the solver or the scorer.
-    """
+    """A task that gets the same answer to whatever it asks, of whichever model."""
 
     def __init__(self, task: Any, answer: str) -> None:
         self._task, self._answer = task, answer
-        self.asked: list[Message] = []
-        self.needs, self.step = "", "solver"
+        self.asked: list[Message] = []  # the messages of its one generation
+        self.needs = ""  # what it asked for that a sweep doesn't have
+        self.step = "solver"  # or "scorer": who is at work
 
     async def score(self, sample: Any) -> Any:
-        """Let the task ask about a sample, and score the answer, as Inspect's `eval` does.
-
-        Raises:
-            Exception: what the task raises, or `needs`.
-        """
+        """Let the task ask about a sample, and score the answer, as Inspect's `eval` does; raise what it raises."""
         from inspect_ai.model import ChatMessageUser, GenerateConfig, Model, ModelName
         from inspect_ai.scorer import Target
         from inspect_ai.solver import TaskState, chain
@@ -193,7 +179,3 @@ class _Played:
 @functools.cache
 def _loop() -> asyncio.AbstractEventLoop:
     return asyncio.new_event_loop()
-
-
-def _run(work: Any) -> Any:
-    return _loop().run_until_complete(work)

@@ -22,9 +22,7 @@ class Questions:
 
     @cached_property
     def _problems(self) -> dict[tuple[str, int], tuple[ProblemSet, Problem]]:
-        return {
-            (p.source, p.index): (problem_set, p) for problem_set in self.problem_sets for p in problem_set.problems
-        }
+        return {(p.source, p.index): (its, p) for its in self.problem_sets for p in its.problems}
 
     def problem(self, key: Key) -> Problem:
         """Find the problem that an answer is to."""
@@ -38,12 +36,12 @@ class Questions:
         """Grade a completion that took so long."""
         key, completion, prompt = written
         problem_set, problem = self._problems[key[:2]]
-        final, unclosed = final_answer(prompt, completion.text)
+        final = final_answer(prompt, completion.text)
         if problem.index in problem_set.ungradable:
             grade = Grade(None, note=problem_set.ungradable[problem.index])
         elif final is None:
             grade = Grade(False, note="it didn't end its thinking")
         else:
             grade = problem_set.grade(problem, final)
-        made = {"prompt": prompt, **asdict(completion), "unclosed": unclosed, **asdict(grade)}
+        made = {"prompt": prompt, **asdict(completion), "unclosed": final is None, **asdict(grade)}
         return Answer(*key, **made, seconds=round(seconds, 3), expected=problem.answer)

@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from mergekit_fim.errors import FimError, brief, reason
@@ -18,7 +18,6 @@ from mergekit_fim.evaluate.records import Grade
 MAKING_SECONDS = 60  # for one problem
 LOADING_SECONDS = 3600  # for a task of inspect_ai's, which may fetch its data, or for a log
 MEMORY = 4 << 30  # bytes of address space, where the system knows such a limit
-_NO_ANSWER = "(no answer)"
 
 # What no scorer needs and code in an answer might, as Python's audit events have them.
 _REFUSED = ("os.", "shutil.", "subprocess.", "socket.", "ctypes.", "pty.", "signal.", "urllib.", "http.", "sqlite3.")
@@ -28,7 +27,7 @@ _IMPORTING = ("os.listdir", "os.scandir")
 def serve() -> None:
     """Reply to requests until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that asks decides what becomes of Ctrl-C
-    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the libraries print is no reply
     sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     with contextlib.suppress(ImportError, ValueError, OSError):
@@ -40,11 +39,10 @@ def serve() -> None:
     sys.dont_write_bytecode = True  # or an import while an answer is graded would be refused
     guard = _Guard()
     sys.addaudithook(guard.audit)
-    replies.write(b"ready\n")
-    replies.flush()
+    print("ready", file=replies, flush=True)
     do: dict[str, Callable[..., Any]] = {
         "why_ungradable": _why_ungradable,
-        "math": _math,
+        "math": lambda guard, **asked: guard.graded(grading.grade_math, **asked),
         "problem": _problem,
         "score": _score,
         "inspect_samples": lambda _, **asked: inspect_tasks.samples(**asked),
@@ -55,14 +53,18 @@ def serve() -> None:
     for line in requests:
         request = json.loads(line)
         guard.seconds, name = request.pop("seconds"), request.pop("do")
-        _limit(LOADING_SECONDS if name.startswith("inspect_") else MAKING_SECONDS)
+        _limit(seconds_for(name))
         try:
             reply = {"is": do[name](guard, **request)}
         except FimError as error:
             reply = {"error": str(error)}
         faulthandler.cancel_dump_traceback_later()
-        replies.write(json.dumps(reply).encode() + b"\n")
-        replies.flush()
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+def seconds_for(do: str) -> int:
+    """Tell how many seconds a request may take; grading has fewer."""
+    return LOADING_SECONDS if do.startswith("inspect_") else MAKING_SECONDS
 
 
 def _limit(seconds: float) -> None:
@@ -71,25 +73,24 @@ def _limit(seconds: float) -> None:
 
 
 class _Guard:
-    """Limits an answer in time, and in what code in it may do. No sandbox: what is meant to get out may get out.
-
-    Attributes:
-        seconds: what grading may take.
-        refused: what code in the last answer was kept from; empty if from nothing.
-    """
+    """Limits an answer in time, and in what code in it may do. No sandbox: what is meant to get out may get out."""
 
     def __init__(self) -> None:
-        self.seconds, self.refused, self._is_on = 0.0, "", False
+        self.seconds = 0.0  # what grading may take
+        self.refused = ""  # what code in the last answer was kept from
+        self._is_on = False
 
-    @contextlib.contextmanager
-    def on(self) -> Iterator[None]:
-        """Guard while an answer is graded."""
+    def graded(self, grade: Callable[..., Grade], **request: Any) -> dict[str, Any]:
+        """Grade an answer under guard. One with code that was kept from something is wrong."""
         _limit(self.seconds)
         self.refused, self._is_on = "", True
         try:
-            yield
+            found = grade(**request)
         finally:
             self._is_on = False
+        if self.refused:
+            found = Grade(False, found.found, f"the answer is code, which was kept from `{self.refused}`")
+        return dataclasses.asdict(found)
 
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Refuse what code in an answer has no business with, as Python tells of it."""
@@ -104,11 +105,6 @@ class _Guard:
 def _why_ungradable(guard: _Guard, expected: str) -> str | None:
     _limit(guard.seconds)
     return grading.why_ungradable(expected)
-
-
-def _math(guard: _Guard, expected: str, answer: str) -> dict[str, Any]:
-    with guard.on():
-        return dataclasses.asdict(grading.grade_math(expected, answer))
 
 
 @functools.lru_cache(maxsize=8)
@@ -139,24 +135,20 @@ def _problem(guard: _Guard, **asked: Any) -> dict[str, Any]:
     why = None
     if expected is not None and not _score(guard, expected, **asked)["correct"]:
         why = "the expected answer isn't right for the task's own scorer"
-    elif _score(guard, _NO_ANSWER, **asked)["correct"]:
+    elif _score(guard, inspect_tasks.NO_ANSWER, **asked)["correct"]:
         why = "the task's own scorer takes anything for right"
     return {"question": str(entry["question"]), "answer": expected, "why": why}
 
 
 def _score(guard: _Guard, answer: str, **asked: Any) -> dict[str, Any]:
     dataset, entry, expected = _entry(**asked)
-    with guard.on():
-        grade = grading.grade_by_scorer(lambda text: float(dataset.score_answer(text, entry)), expected, answer)
-    if guard.refused:
-        grade = Grade(False, grade.found, f"the answer is code, which was kept from `{guard.refused}`")
-    return dataclasses.asdict(grade)
+
+    def score(text: str) -> float:
+        return float(dataset.score_answer(text, entry))
+
+    return guard.graded(grading.grade_by_scorer, score=score, expected=expected, answer=answer)
 
 
 def _inspect_score(guard: _Guard, index: int, answer: str, **task: Any) -> dict[str, Any]:
     inspect_tasks.ready(**task)
-    with guard.on():
-        grade = inspect_tasks.grade(**task, index=index, answer=answer)
-    if guard.refused:
-        grade = Grade(False, grade.found, f"the answer is code, which was kept from `{guard.refused}`")
-    return dataclasses.asdict(grade)
+    return guard.graded(inspect_tasks.grade, index=index, answer=answer, **task)

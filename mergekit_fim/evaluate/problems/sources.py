@@ -21,7 +21,7 @@ FORMS = "a JSONL file, reasoning-gym:TASK[:JSON], hf:DATASET[:CONFIG][:SPLIT] or
 
 # Files that `datasets` reads, by how their names end.
 _BUILDERS = {"jsonl": "json", "json": "json", "parquet": "parquet", "csv": "csv"}
-_LONGEST_LINE = 1 << 20  # bytes; a file without line ends would fill the memory
+_LONGEST_LINE = 1 << 24  # bytes; a file without line ends would fill the memory
 _OBJECT = TypeAdapter(dict[str, Any])
 
 
@@ -34,16 +34,10 @@ def open_problems(
     question_field: str | None = None,
     answer_field: str | None = None,
 ) -> ProblemSet:
-    """Read, or make, the problems of a source.
+    """Read, or make, the problems of a source, which is one of `FORMS`; docs/problems.md has the rules.
 
-    Args:
-        source: a JSONL file, `reasoning-gym:TASK[:JSON]`, `hf:DATASET[:CONFIG][:SPLIT]`, `inspect:PACKAGE/TASK[:JSON]`
-            or `inspect:FILE.py@TASK[:JSON]`; docs/problems.md has the rules.
-        n: how many; 0 for all that it has. Fewer than it has are a sample by `seed`, in the source's order.
-        seed: of the sample, and of what is made.
-        system: what the model is told before the question, unless a row has a `system` of its own.
-        question_field: the name of the question's field, of files and datasets.
-        answer_field: likewise the answer's.
+    All that it has where `n` is 0, else a sample by `seed`, in the source's order. The model is told `system` before
+    the question, unless a row has a `system` of its own. The names of the fields are of files and datasets.
 
     Raises:
         FimError: there are none such, or a row isn't a problem.
@@ -64,12 +58,14 @@ def open_problems(
         every, checksum = _of_file(source, (question_field or "question", answer_field or "answer"), system)
         problems = [every[i] for i in _sample(len(every), n, seed)]
         description = {"kind": "file", "path": source, "sha256": checksum, "rows": len(every)}
+    if not problems:
+        raise FimError(f"{source}: expected a problem in each line or row, found none; add problems, or name others")
     ungradable = {problem.index: why for problem in problems if (why := grader.why_ungradable(problem.answer))}
-    return ProblemSet(source, tuple(problems), _grade_math, description, ungradable)
 
+    def grade(problem: Problem, answer: str) -> Grade:
+        return grader.grade("math", expected=problem.answer, answer=answer)
 
-def _grade_math(problem: Problem, answer: str) -> Grade:
-    return grader.grade("math", expected=problem.answer, answer=answer)
+    return ProblemSet(source, tuple(problems), grade, description, ungradable)
 
 
 def warnings_of(problem_set: ProblemSet) -> list[str]:
@@ -98,11 +94,7 @@ def _sample(count: int, n: int, seed: int) -> Iterable[int]:
 def _problem(
     source: str, index: int, row: Mapping[str, Any], names: tuple[str, str], system: str | None, where: str
 ) -> Problem:
-    """Make a problem of a row of a file or a dataset.
-
-    Raises:
-        FimError: the row isn't one.
-    """
+    """Make a problem of a row of a file or a dataset, or raise what is wrong with it."""
     for name in names:
         if name not in row:
             raise FimError(f"{where}: expected the field `{name}`, found {', '.join(map(brief, row)) or 'none'}")
@@ -120,11 +112,7 @@ def _problem(
 
 
 def _object(text: bytes, what: str, remedy: str) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        FimError: `text` is something else.
-    """
+    """Read a JSON object, or say that `text` is something else."""
     try:
         return _OBJECT.validate_json(text)
     except ValidationError as error:
@@ -142,22 +130,14 @@ def _of_file(path: str, names: tuple[str, str], system: str | None) -> tuple[lis
     problems: list[Problem] = []
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
-                if len(line) > _LONGEST_LINE:
-                    raise FimError(
-                        f"{path}, line {number}: expected a problem of at most {_LONGEST_LINE >> 20} MB, found a "
-                        "longer line; write one object a line"
-                    )
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
                 checksum.update(line)
-                text = line.removeprefix(b"\xef\xbb\xbf").strip()
+                where, text = f"{path}, line {number}", line.removeprefix(b"\xef\xbb\xbf").strip()
                 if text:
-                    where = f"{path}, line {number}"
                     row = _object(text, where, "write one object a line, in UTF-8")
                     problems.append(_problem(path, len(problems), row, names, system, where))
     except OSError as error:
         raise FimError(f"{path}: can't be read ({error.strerror or error}); check the file") from error
-    if not problems:
-        raise FimError(f"{path}: expected a problem a line, found an empty file; add problems")
     return problems, checksum.hexdigest()
 
 
@@ -170,25 +150,17 @@ def _made(source: str, n: int, seed: int, system: str | None) -> ProblemSet:
     config = _arguments(source, text)
     for name in config.keys() & {"seed", "size"}:
         raise FimError(f"{source}: `{name}` is set by the number of problems and the seed; remove it here")
-    settings = json.dumps(config, sort_keys=True)
-    asked = {"task": task, "config": settings, "seed": seed, "size": n}
-    made = [grader.problem(index, **asked) for index in range(n)]
+    asked: dict[str, Any] = {"task": task, "config": json.dumps(config, sort_keys=True), "seed": seed}
+    made = [grader.carried_out("problem", f"{source}, problem {i}", index=i, size=n, **asked) for i in range(n)]
     problems = [Problem(source, i, its["question"], its["answer"] or "", system) for i, its in enumerate(made)]
-    description: dict[str, str | int] = {
-        "kind": "reasoning-gym",
-        "task": task,
-        "config": settings,
-        "seed": seed,
-        "version": importlib.metadata.version("reasoning-gym"),
-        "fingerprint": _fingerprint(problems),
-    }
+    description = {"kind": "reasoning-gym", **asked, "version": importlib.metadata.version("reasoning-gym")}
+    description["fingerprint"] = _fingerprint(problems)
 
     def grade(problem: Problem, answer: str) -> Grade:
-        return grader.grade("score", answer=answer, index=problem.index, **asked)
+        return grader.grade("score", answer=answer, index=problem.index, size=n, **asked)
 
-    return ProblemSet(
-        source, tuple(problems), grade, description, {i: its["why"] for i, its in enumerate(made) if its["why"]}
-    )
+    ungradable = {i: its["why"] for i, its in enumerate(made) if its["why"]}
+    return ProblemSet(source, tuple(problems), grade, description, ungradable)
 
 
 def _arguments(source: str, text: str) -> dict[str, Any]:
@@ -202,16 +174,15 @@ def _inspected(source: str, n: int, seed: int, system: str | None) -> ProblemSet
     require("inspect_ai", "inspect")
     task, _, text = source.removeprefix("inspect:").partition(":{")
     asked = {"task": task, "config": json.dumps(_arguments(source, text and "{" + text), sort_keys=True)}
-    count = grader.inspected("inspect_samples", source, **asked)
+    count = grader.carried_out("inspect_samples", source, **asked)
     problems = []
     for index in _sample(count, n, seed):
-        its = grader.inspected("inspect_problem", source, index=index, **asked)
+        its = grader.carried_out("inspect_problem", source, index=index, **asked)
         *before, last = its["messages"]
         own = before.pop(0)["content"] if before and before[0]["role"] == "system" else system
         problems.append(Problem(source, index, last["content"], its["target"], own, tuple(before)))
-    description: dict[str, str | int] = {"kind": "inspect", **asked, "rows": count}
-    description["version"] = importlib.metadata.version("inspect-ai")
     text = json.dumps([(problem.index, problem.messages, problem.answer) for problem in problems])
+    description = {"kind": "inspect", **asked, "rows": count, "version": importlib.metadata.version("inspect-ai")}
     description["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()
     place = task.split("@" if "@" in task else "/")[0]  # a file or a package
     if os.path.isfile(place):
@@ -229,11 +200,7 @@ def _inspected(source: str, n: int, seed: int, system: str | None) -> ProblemSet
 def _dataset(
     source: str, question_field: str | None, answer_field: str | None
 ) -> tuple[Any, tuple[str, str], dict[str, str | int]]:
-    """Load a dataset.
-
-    Returns:
-        Its rows, the names of the question's and the answer's column, and what a record needs to repeat it.
-    """
+    """Load a dataset: its rows, the question's and the answer's column, and what a record needs to repeat it."""
     require("datasets", "sweep")
     import datasets
 
@@ -263,8 +230,6 @@ def _dataset(
                 f"{source}: expected the column `{column}`, found {', '.join(map(brief, columns))}; name "
                 "the question's field and the answer's"
             )
-    if not len(rows):
-        raise FimError(f"{source}: expected problems, found a split without rows; name another")
     wanted = [column for column in dict.fromkeys((*names, "system")) if column in columns]
     description: dict[str, str | int] = {"kind": "hf", "dataset": name, "config": config or "", "split": split}
     description |= {"version": importlib.metadata.version("datasets"), "rows": len(rows)}
@@ -292,32 +257,26 @@ def _loaded(source: str, name: str, parts: list[str]) -> tuple[str | None, str, 
             raise FimError(f"{source}: expected a file that ends in {', '.join(_BUILDERS)}, or a folder; name another")
         # `load_dataset` would do, but it counts its uses at a server.
         return None, _split(source, ["all"], parts), getattr(datasets.Dataset, f"from_{builder}")(name)
-    config = parts[0] if parts else ""
-    if len(parts) == 1 and config not in datasets.get_dataset_config_names(name):
-        config = ""
-    elif len(parts) == 1:
-        parts = []
-    split = _split(source, datasets.get_dataset_split_names(name, config or None), parts)
-    return config or None, split, datasets.load_dataset(name, config or None, split=split)
+    if len(parts) == 1 and parts[0] in datasets.get_dataset_config_names(name):
+        parts = [parts[0], ""]
+    config = (parts[0] or None) if len(parts) == 2 else None
+    split = _split(source, datasets.get_dataset_split_names(name, config), parts)
+    return config, split, datasets.load_dataset(name, config, split=split)
 
 
 def _split(source: str, splits: list[str], parts: list[str]) -> str:
     """Take the split that was named; else `test`, else the only one."""
     named = parts[-1] if parts else ""
-    if named and named not in splits:
+    split = named or (splits[0] if len(splits) == 1 else "test")
+    if split not in splits:
         raise FimError(
-            f"{source}: expected a configuration or one of the splits {', '.join(splits)}, found {shown(named)}"
+            f"{source}: expected a configuration or one of the splits {', '.join(splits)}, found "
+            f"{shown(named) if named else 'no split `test`'}; name one of them"
         )
-    if not named and "test" not in splits and len(splits) > 1:
-        raise FimError(
-            f"{source}: it has no split `test`, but {', '.join(splits)}; name one, as in {source}:{splits[0]}"
-        )
-    return named or ("test" if "test" in splits else splits[0])
+    return split
 
 
 def _fingerprint(problems: Iterable[Problem]) -> str:
     """Sum up questions and answers: another version of a library or a dataset may have others under the same name."""
-    checksum = hashlib.sha256()
-    for problem in problems:
-        checksum.update(json.dumps([problem.index, problem.question, problem.answer]).encode())
-    return checksum.hexdigest()
+    text = "".join(json.dumps([problem.index, problem.question, problem.answer]) for problem in problems)
+    return hashlib.sha256(text.encode()).hexdigest()

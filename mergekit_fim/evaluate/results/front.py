@@ -19,17 +19,11 @@ from mergekit_fim.evaluate.results.sweeps import check_alike, open_sweep
 def front_of(
     results: Sequence[str], base: str | None, long: str | None, *, seed: int, margin: float
 ) -> tuple[Findings, list[SweepFolder]]:
-    """Find out what the runs of all results show together.
+    """Find out what the runs of all results show together, and which folders of sweeps are among the results.
 
-    Args:
-        results: folders of sweeps, logs of Inspect, and files of rows; docs/sweep.md has the columns.
-        base: the base's run; by default the first sweep's, else the run or the family of this name.
-        long: the long model's, likewise.
-        seed: of the bootstrap.
-        margin: how much less accurate than the long model the run to keep may be.
-
-    Returns:
-        What they show, and the folders of the sweeps among them.
+    Results are folders of sweeps, logs of Inspect, and files of rows; docs/sweep.md has the columns. By default, base
+    and long model are the first sweep's, else the run or the family of this name. The run to keep may be less accurate
+    than the long model by the margin; the seed is of the bootstrap.
 
     Raises:
         FimError: one of the results can't be read, or they don't belong together.
@@ -42,22 +36,18 @@ def front_of(
         check_alike(opened[0], other)
     gathered = gather({path: sweeps[path].rows() if path in sweeps else _rows(path) for path in results})
     answered = {its.run for its in gathered.outcomes}
-    for swept in opened:
-        for run in (run for run in swept.runs if run not in answered):
-            raise FimError(
-                f"{swept.folder.answers(run)}: expected the answers of {run}, found none; give the sweep's command "
-                "again"
-            )
+    for path, run in ((swept.folder.answers(run), run) for swept in opened for run in swept.runs):
+        if run not in answered:
+            raise FimError(f"{path}: expected the answers of {run}, found none; give the sweep's command again")
     if opened:
         base, long = base or opened[0].base, long or opened[0].long
     ends = _end("base", base, gathered.outcomes), _end("long", long, gathered.outcomes)
     if ends[0] == ends[1]:
         raise FimError(f"--long: expected another run than the base, {brief(ends[0])}, found that; name the long model")
-    runs = (replace(its, method=None) if its.run in ends else its for its in gathered.outcomes)
+    runs = tuple(replace(its, method=None) if its.run in ends else its for its in gathered.outcomes)
+    gathered = replace(gathered, outcomes=runs)
     ungradable = dict.fromkeys(its for swept in opened for its in swept.ungradable)
-    found = find(
-        replace(gathered, outcomes=tuple(runs)), (ends[0], ends[1:]), seed=seed, margin=margin, ungradable=ungradable
-    )
+    found = find(gathered, (ends[0], ends[1:]), seed=seed, margin=margin, ungradable=ungradable)
     return found, [swept.folder for swept in opened]
 
 

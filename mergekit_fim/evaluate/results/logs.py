@@ -8,7 +8,7 @@ from mergekit_fim.evaluate.records import Row
 
 
 def read_log(path: str) -> Iterator[Row]:
-    """Read the rows of an `.eval` log: of each sample its id, epoch, first score and output tokens.
+    """Read the rows of an `.eval` log: of each sample its id, epoch, first score, and output tokens in all its turns.
 
     The task is the source. The run is called by the log's metadata `run`, else by its model; metadata `family` and
     `strength` say what it is of.
@@ -18,13 +18,22 @@ def read_log(path: str) -> Iterator[Row]:
     """
     require("inspect_ai", "inspect")
     from inspect_ai.log import read_eval_log, read_eval_log_samples
+    from inspect_ai.scorer import value_to_float
 
     try:
         head = read_eval_log(path, header_only=True).eval
-        samples = read_eval_log_samples(path)
         run, family, settings = _run(path, head)
-        for sample in samples:
+        for sample in read_eval_log_samples(path):
             where = f"{path}, sample {brief(sample.id)}, epoch {sample.epoch}"
+            usage = sample.model_usage.get(head.model) or sample.output.usage
+            if usage is None:
+                raise FimError(f"{where}: expected a count of output tokens, found none; use a model that counts them")
+            value = next((its.value for its in (sample.scores or {}).values()), None)
+            score = value_to_float()(value) if isinstance(value, (str, int, float)) else -1.0
+            if not 0 <= score <= 1:
+                raise FimError(
+                    f"{where}: expected a score from 0 to 1, or C, P or I, found {shown(value)}; score it anew"
+                )
             yield Row(
                 run=run,
                 method=family,
@@ -32,12 +41,12 @@ def read_log(path: str) -> Iterator[Row]:
                 source=head.task,
                 problem=str(sample.id),
                 sample=sample.epoch - 1,
-                correct=_score(where, sample),
-                tokens=_tokens(where, sample, head.model),
+                correct=score,
+                tokens=usage.output_tokens,
                 truncated=sample.output.stop_reason == "max_tokens",
                 empty=not sample.output.completion.strip(),
             )
-    except (FimError, GeneratorExit):
+    except FimError:
         raise
     except Exception as error:  # of zip files, JSON, pydantic, and Inspect's own of logs that lack samples
         raise FimError(
@@ -54,21 +63,3 @@ def _run(path: str, head: Any) -> tuple[str, str | None, dict[str, float]]:
         raise FimError(f"{path}: expected a number as the metadata `strength`, found {shown(strength)}; correct it")
     settings = told.get("settings") or ({} if strength is None else {"strength": float(strength)})
     return str(told.get("run", head.model)), None if family is None else str(family), settings
-
-
-def _score(where: str, sample: Any) -> float:
-    from inspect_ai.scorer import value_to_float
-
-    value = next((its.value for its in (sample.scores or {}).values()), None)
-    score = value_to_float()(value) if isinstance(value, (str, int, float)) else -1.0
-    if not 0 <= score <= 1:
-        raise FimError(f"{where}: expected a score from 0 to 1, or C, P or I, found {shown(value)}; score it anew")
-    return score
-
-
-def _tokens(where: str, sample: Any, model: str) -> int:
-    """Count what the model wrote for a sample, in all its turns."""
-    usage = sample.model_usage.get(model) or sample.output.usage
-    if usage is None:
-        raise FimError(f"{where}: expected a count of output tokens, found none; use a model that counts them")
-    return int(usage.output_tokens)

@@ -35,6 +35,7 @@ class _Columns:
 
 
 _COLUMNS = TypeAdapter(_Columns)
+_Reader = Callable[[str], Iterator[Mapping[str, Any]]]
 
 
 def read_rows(path: str) -> Iterator[Row]:
@@ -48,17 +49,9 @@ def read_rows(path: str) -> Iterator[Row]:
         for content in READERS[os.path.splitext(path)[1]](path):
             number += 1
             its = _COLUMNS.validate_python(content)
-            yield Row(
-                run=its.run,
-                method=its.family,
-                settings={} if its.strength is None else {"strength": its.strength},
-                source=its.source,
-                problem=its.problem,
-                sample=its.sample,
-                correct=its.correct,
-                tokens=its.tokens,
-                truncated=its.truncated,
-            )
+            settings = {} if its.strength is None else {"strength": its.strength}
+            answer = its.source, its.problem, its.sample
+            yield Row(its.run, its.family, settings, *answer, its.correct, its.tokens, its.truncated)
     except ValidationError as error:
         raise FimError(
             f"{path}, row {number}: expected run, problem, correct (0 to 1) and tokens (0 or more), found a row in "
@@ -101,9 +94,4 @@ def _parquet(path: str) -> Iterator[Mapping[str, Any]]:
             yield from batch.to_pylist()
 
 
-_Reader = Callable[[str], Iterator[Mapping[str, Any]]]
-READERS: Mapping[str, _Reader] = {
-    ".csv": _csv,
-    ".jsonl": _jsonl,
-    ".parquet": _parquet,
-}
+READERS: Mapping[str, _Reader] = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}

@@ -11,23 +11,14 @@ from mergekit_fim.evaluate.records import Row, row_of
 
 @dataclass(frozen=True)
 class Swept:
-    """A sweep that came to an end.
-
-    Attributes:
-        folder: where it is.
-        record: its `sweep.json`.
-        base: the base's run.
-        long: the long model's.
-        runs: those that it has findings of.
-        ungradable: the problems that can't be graded, as (source, index, why).
-    """
+    """A sweep that came to an end."""
 
     folder: SweepFolder
-    record: dict[str, Any]
-    base: str
-    long: str
-    runs: list[str]
-    ungradable: list[tuple[str, int, str]]
+    record: dict[str, Any]  # its `sweep.json`
+    base: str  # the base's run
+    long: str  # the long model's
+    runs: list[str]  # those that it has findings of
+    ungradable: list[tuple[str, int, str]]  # the problems that can't be graded: source, index, why
 
     def rows(self) -> Iterator[Row]:
         """Read the answers that it has findings of."""
@@ -52,8 +43,9 @@ def open_sweep(path: str) -> Swept:
         raise FimError(f"{path}: expected a sweep that came to an end, found no findings; finish it by its command")
     try:
         ungradable = [(its["source"], its["index"], its["why"]) for its in findings["ungradable"]]
-        runs = [its["run"] for its in findings["summary"]["runs"]]
-        return Swept(folder, record, findings["summary"]["base"], findings["summary"]["long"], runs, ungradable)
+        summary = findings["summary"]
+        runs = [its["run"] for its in summary["runs"]]
+        return Swept(folder, record, summary["base"], summary["long"], runs, ungradable)
     except (KeyError, TypeError) as error:
         raise FimError(
             f"{folder.record}: expected the findings of a sweep, found damaged ones ({error!r}); remove "
@@ -67,10 +59,8 @@ def check_alike(one: Swept, other: Swept) -> None:
     Raises:
         FimError: they had other problems, or options that change answers.
     """
-    here, there = (
-        {name: its for name, its in swept.record["identity"].items() if name not in ("config", "configs", "models")}
-        for swept in (one, other)
-    )
+    own = {"config", "configs", "models"}
+    here, there = ({k: v for k, v in its.record["identity"].items() if k not in own} for its in (one, other))
     found = difference(here, there)
     if found is not None:
         where, expected, its = found

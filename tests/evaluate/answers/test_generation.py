@@ -406,7 +406,8 @@ def test_rows_that_outgrow_the_memory_wait(llama, monkeypatch):
 
     def watched(*arguments):
         batch = advanced(*arguments)
-        held.append((len(batch.rows), batch.ids.numel() * model.token_bytes))
+        rows, _, seen, _ = batch.cache.layers[0].keys.shape
+        held.append((rows, rows * (seen + 1) * model.token_bytes))
         return batch
 
     monkeypatch.setattr(generation, "_advanced", watched)
@@ -519,7 +520,7 @@ def test_dtypes(tmp_path):
         loaded = load_model("m", str(tmp_path), tiny.tokenizer(), MergeOptions(), wanted)
         assert loaded.model.dtype is wanted
     own = load_model("m", str(tmp_path), tiny.tokenizer(), MergeOptions(), None)
-    assert own.model.dtype in (torch.float16, torch.float32)  # by what this machine is fast in
+    assert own.model.dtype is torch.float16
     assert not own.model.training
     assert len(answered(own, PROMPTS[:3], max_tokens=3)) == 3
 

@@ -21,7 +21,7 @@ def score(task: str, answer: str, index: int = 0) -> Grade:
 
 
 def made(task: str, index: int = 0) -> dict:
-    return grader.problem(index, task=task, config="{}", seed=0, size=4)
+    return grader.carried_out("problem", task, index=index, task=task, config="{}", seed=0, size=4)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def made(task: str, index: int = 0) -> dict:
     ],
 )
 def test_the_final_answer_follows_the_thinking(prompt, text, answer):
-    assert grading.final_answer(prompt, text) == (answer, answer is None)
+    assert grading.final_answer(prompt, text) == answer
 
 
 @pytest.mark.parametrize(

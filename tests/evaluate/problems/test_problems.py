@@ -124,8 +124,8 @@ GOOD = '{"question": "1?", "answer": "1"}\n'
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", ["expected a problem a line, found an empty file"]),
-        (b"\n  \n\r\n", ["found an empty file"]),
+        (b"", ["expected a problem in each line or row, found none"]),
+        (b"\n  \n\r\n", ["found none; add problems"]),
         (GOOD.encode() + b"\n\xff\xfe\n", ["line 3: expected a JSON object", "in UTF-8"]),
         (GOOD.encode("utf-16"), ["line 1: expected a JSON object", "in UTF-8"]),
         (GOOD.encode() + b"1 + 1?,2\n", ["line 2: expected a JSON object, found '1 + 1?,2'"]),
@@ -160,7 +160,7 @@ def test_a_line_without_end_is_not_read_to_its_end(tmp_path):
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.truncate(100 << 30)  # more than memory: a hole, which takes no room
-    refused(str(path), "line 1", "a longer line")
+    refused(str(path), "line 1", "write one object a line")
 
 
 @pytest.mark.parametrize("source", ["", "missing.jsonl", "reasoning_gym:chain_sum", "gsm8k", "HF:gsm8k", "a\nb"])
@@ -393,7 +393,7 @@ def test_bad_parts(name, parts, words, saved):
 def test_a_dataset_without_test_or_a_single_split(tmp_path):
     jsonl(tmp_path / "train.jsonl", ROWS)
     jsonl(tmp_path / "validation.jsonl", ROWS)
-    refused(f"hf:{tmp_path}", "no split `test`", "train, validation", f"hf:{tmp_path}:train")
+    refused(f"hf:{tmp_path}", "no split `test`", "train, validation", "name one")
 
 
 @pytest.mark.parametrize("name", ["user/no-such-dataset", "./no-such-folder", ""])
