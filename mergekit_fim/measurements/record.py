@@ -1,10 +1,11 @@
 """Records of a Fisher measurement: numbers, from which all else follows. They need no torch."""
 
+import functools
 import math
 import platform
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib import metadata
 
 import mergekit_fim
 from mergekit_fim.config.parameters import FisherSettings
@@ -136,5 +137,9 @@ class Measurement:
 
 def versions() -> dict[str, str]:
     """List the versions of the packages that make a measurement or a merge."""
-    packages = {name: version(name) for name in ("mergekit", "torch", "transformers", "accelerate")}
+    packages = {name: _version(name) for name in ("mergekit", "torch", "transformers", "accelerate")}
     return {"mergekit-fim": mergekit_fim.__version__, **packages, "python": platform.python_version()}
+
+
+# Each look reads and parses a file.
+_version = functools.cache(metadata.version)

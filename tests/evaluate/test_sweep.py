@@ -977,7 +977,7 @@ def contents(sweep: Sweep) -> dict[str, Any]:
     return {"answers": sweep.answers(), "record": record, "files": files, "svg": (sweep.out / "sweep.svg").read_text()}
 
 
-# Each of its 57 sweeps would start a process that grades, half a second of a core.
+# Each of its 41 sweeps would start a process that grades, half a second of a core.
 GRADED_HERE = """
 import mergekit_fim.evaluate.problems.grader as grader
 from mergekit_fim.evaluate.records import Grade
@@ -987,7 +987,7 @@ grader.grade = lambda do, expected, answer: Grade(expected in answer, expected)
 
 
 def test_killed_at_any_moment(warm: Warm, talkers, tmp_path):
-    """28 moments, spread over all calls, those that touch files, and, every other one, those that keep answers."""
+    """20 moments, spread over all calls, those that touch files, and, every other one, those that keep answers."""
     problems = tmp_path / "three.jsonl"
     problems.write_text("".join(talkers.problems.read_text().splitlines(keepends=True)[:3]))
     options = ("--problems", str(problems), "--set", "alpha_mean=0.5", "--keep", "all", "--batch", "2")
@@ -1009,7 +1009,7 @@ def test_killed_at_any_moment(warm: Warm, talkers, tmp_path):
     assert done.status == 0, done.stderr
     expected = contents(sweeps[0])
     assert not any(name.endswith(PART) for name in expected["files"])
-    parts = {"all": 6, "file": 6, "answers": 16}
+    parts = {"all": 4, "file": 4, "answers": 12}
     moments = [(kind, 1 + done.calls[kind] * (2 * i + 1) // (2 * n)) for kind, n in parts.items() for i in range(n)]
     begun = 0
     for i in range(0, len(moments), 2):
