@@ -67,7 +67,7 @@ class _Seams:
         if planner.options.multi_gpu:
             deliver_all()
         show(planner.fim_pre_pass, quiet=planner.options.quiet)
-        return with_report(tasks, planner.fim_pre_pass, out_path)
+        return with_report(tasks, planner.fim_pre_pass)
 
     def card_section(self, out_path: str) -> str:
         """Make our section of the model's card, once the report is written."""
