@@ -26,12 +26,7 @@ class Place:
 
 
 class Loading:
-    """Where transformers' loader puts the tensors of a checkpoint.
-
-    Attributes:
-        sources: by the name of a tensor in the model's state dict, here a key: the checkpoint's tensors that it is made
-            of, in the loader's order.
-    """
+    """Where transformers' loader puts a checkpoint's tensors. A key is a tensor's name in the model's state dict."""
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         """Look up all the `names` of a checkpoint, for a model that may be without weights."""
@@ -46,6 +41,7 @@ class Loading:
         for name in sorted(names, key=dot_natural_key):
             for key in self.targets(name):
                 sources[key].append(name)
+        # By key, the checkpoint's tensors that it is made of, in the loader's order.
         self.sources: Mapping[str, tuple[str, ...]] = {key: tuple(parts) for key, parts in sources.items()}
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
@@ -90,12 +86,7 @@ class Loading:
         }
 
     def read(self, key: str, load: Callable[[str], torch.Tensor]) -> torch.Tensor | None:
-        """Make a tensor of the model from the checkpoint's tensors, None where the checkpoint has none for it.
-
-        Args:
-            key: its name in the model's state dict.
-            load: reads a tensor of the checkpoint.
-        """
+        """Make a tensor of the model from the checkpoint's, which `load` reads; None where it has none for the key."""
         names = self.sources.get(key, ())
         if not names:
             return None
@@ -111,14 +102,8 @@ class Loading:
     def place(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Place | None:
         """Find where a matrix of the checkpoint is put that is loaded as a part of a parameter.
 
-        It is found by what transformers' converters make of numbered rows, and of numbered columns.
-
-        Args:
-            name: of the matrix.
-            shapes: of the checkpoint's tensors.
-
-        Returns:
-            The place, or None where the numbers don't show it.
+        It is found by what transformers' converters make of numbered rows, and of numbered columns; None where the
+        numbers don't show it. `shapes` are those of the checkpoint's tensors.
         """
         keys = self.targets(name)
         if len(keys) != 1 or any(len(shapes.get(source, ())) != 2 for source in self.sources.get(keys[0], ())):
