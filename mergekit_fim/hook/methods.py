@@ -57,7 +57,7 @@ class _Seams:
         planner.arch_info = found.base.architecture  # with the tensors that mergekit's own leaves out
 
     def adapt_tasks(self, planner: Any, tasks: Sequence[Any], out_path: str) -> list[Any]:
-        """Show what the pre-pass found, and add the task that writes the report to mergekit's tasks."""
+        """Show what the pre-pass found, and make the last of mergekit's tasks write the report."""
         from mergekit_fim.merging.executor import deliver_all
         from mergekit_fim.report.record import with_report
         from mergekit_fim.report.table import show

@@ -46,10 +46,6 @@ class DecoderLayer:
         others = (layer_prefix(tensor.name, self.index) or self.prefix for tensor in self.tensors)
         return tuple(dict.fromkeys((self.prefix, *others)))
 
-    def stem(self, prefix: str) -> str:
-        """One of the `prefixes` without the layer's number."""
-        return prefix.removesuffix(f"{self.index}.")
-
     def local(self, tensor_name: str) -> str:
         """The name of one of the layer's tensors without the part that says which layer it is in."""
         return local_name(tensor_name, self.index)
