@@ -24,7 +24,7 @@ class FimError(click.ClickException):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. torch has a class for that on accelerators; on the CPU only a message says it."""
+    """Tell whether memory ran out. torch has a class for that on accelerators; on the CPU only a message says it."""
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):
         return True
     # torch's allocator and its mapping of files, and the C++ library under them; then what CUDA's libraries ask for

@@ -45,11 +45,11 @@ class Parameter:
     methods: tuple[str, ...] = METHODS  # those in which it has a meaning
 
     def default_for(self, method: str) -> Any:
-        """The default in one of `METHODS`."""
+        """Find the default in one of `METHODS`."""
         return self.others.get(method, self.default)
 
     def scope_in(self, method: str) -> Scope:
-        """Where it has a meaning in one of `METHODS`. fim_kron trims the merged task vector, not each model's."""
+        """Say where it has a meaning in one of `METHODS`. fim_kron trims the merged task vector, not each model's."""
         return Scope.TENSOR if method == "fim_kron" and self.name == "density" else self.scope
 
     def parse(self, value: Any) -> Any:

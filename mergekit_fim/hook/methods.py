@@ -77,7 +77,7 @@ class _Seams:
 
 
 def _is_plan_only(planner: Any) -> bool:
-    """Whether `tools.plan` plans, for which no folder is checked or made, and nothing is shown."""
+    """Tell whether `tools.plan` plans, for which no folder is checked or made, and nothing is shown."""
     return getattr(planner, "fim_plan_only", False)
 
 

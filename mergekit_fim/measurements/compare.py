@@ -114,7 +114,7 @@ def render_comparison(first: Measurement, second: Measurement, count: int) -> st
 
 
 def compare_factors(first: FactorsFile, second: FactorsFile) -> dict[int, list[tuple[str, float]]]:
-    """How alike the factors of the same tensors are: the cosine ⟨A, A'⟩ / (‖A‖ ‖A'‖).
+    """Say how alike the factors of the same tensors are: the cosine ⟨A, A'⟩ / (‖A‖ ‖A'‖).
 
     Only products of tokens with tokens are formed: ⟨A, A'⟩ is ‖X X'ᵀ‖² but for a factor.
 

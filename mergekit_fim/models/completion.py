@@ -163,7 +163,7 @@ def _unneeded(model: OpenedModel, layout: ModelLayout, stored: Set[str]) -> froz
 
 
 def is_convertible(model: OpenedModel, tensor: WeightInfo, layer: DecoderLayer | None) -> bool:
-    """Whether mergekit can make a tensor from some that the checkpoint lays out otherwise, such as single experts."""
+    """Tell whether mergekit can make a tensor from others in the checkpoint, such as single experts."""
     candidates = [set(model.headers)]
     number = layer.index if layer is not None else (re.findall(r"\.(\d+)\.", tensor.name) or [None])[0]
     if number is not None:  # a conversion stays within its layer, and searching all of a large MoE takes minutes
@@ -203,13 +203,13 @@ def check_same(changes: Mapping[ModelReference, Changes]) -> None:
 
 
 def key_prefixes(index: int, tensors: Iterable[WeightInfo], loading: Loading) -> tuple[str, ...]:
-    """What the names of a decoder layer's tensors begin with in transformers' model."""
+    """List what the names of a decoder layer's tensors begin with in transformers' model."""
     keys = [key for tensor in tensors for key in loading.keys_of(tensor.name)]
     return tuple({prefix: None for key in keys if (prefix := layer_prefix(key, index)) is not None})
 
 
 def _homes(layout: ModelLayout, loading: Loading) -> dict[str, str]:
-    """mergekit's modules, by what the names of their tensors in transformers' model begin with."""
+    """Find mergekit's modules by what the names of their tensors in transformers' model begin with."""
     homes: dict[str, str] = {}
     for module, tensors in layout.modules.items():
         for tensor in tensors:
@@ -220,5 +220,5 @@ def _homes(layout: ModelLayout, loading: Loading) -> dict[str, str]:
 
 
 def _beginnings(name: str) -> list[str]:
-    """What a name begins with, cut at its dots."""
+    """List what a name begins with, cut at its dots."""
     return [name[: dot.start()] for dot in re.finditer(r"\.", name)]

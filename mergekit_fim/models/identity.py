@@ -78,7 +78,7 @@ def fingerprint(model: InputModel) -> str:
 
 
 def _tied(model: InputModel) -> dict[str, str]:
-    """The output heads that the config ties to embeddings and the checkpoint stores all the same, as .bin files do."""
+    """Find the output heads that are tied to embeddings by the config, and stored all the same, as in .bin files."""
     pairs = {
         model.stored_name(tensor, tied=False): next((n for n in tensor.tied_names if n in model.headers), None)
         for tensor in model.layout.other
@@ -88,7 +88,7 @@ def _tied(model: InputModel) -> dict[str, str]:
 
 
 def _starts(size: int, blocks: int) -> list[int]:
-    """Where `blocks` evenly spaced blocks of a tensor of `size` bytes begin; all of its blocks where it is short."""
+    """Say where so many evenly spaced blocks of a tensor of `size` bytes begin; all of its blocks where it is short."""
     if size <= blocks * _BLOCK:
         return list(range(0, size, _BLOCK))
     return [(size - _BLOCK) * i // (blocks - 1) for i in range(blocks)]

@@ -58,11 +58,11 @@ class InputModel(OpenedModel):
         return self.config.get_text_config()
 
     def num_layers(self, module: str) -> int:
-        """How many layers one of mergekit's modules has."""
+        """Count the layers of one of mergekit's modules."""
         return int(self.architecture.modules[module].architecture.num_layers(self.config))
 
     def stored_dtype(self) -> torch.dtype:
-        """The dtype of most of the checkpoint's parameters."""
+        """Find the dtype of most of the checkpoint's parameters."""
         elements: Counter[torch.dtype] = Counter()
         for header in self.headers.values():
             if header.torch_dtype is not None:
@@ -210,7 +210,7 @@ def _absent(model: OpenedModel, layout: ModelLayout, stored: Set[str]) -> Iterat
 
 
 def _remedy(tensor: WeightInfo, headers: Mapping[str, TensorHeader], parameters: Sequence[Sequence[str]]) -> str:
-    """What to do where a checkpoint lacks a tensor that mergekit requires."""
+    """Say what to do where a checkpoint lacks a tensor that mergekit requires."""
     names = next((names for names in parameters if tensor.name in names), None)
     if names is None:
         return "models with this config don't have it, so that this version of mergekit can't merge them"
@@ -273,7 +273,7 @@ def _structure(config: PretrainedConfig, key: str) -> Any:
 
 
 def _value(config: PretrainedConfig, key: str) -> Any:
-    """A key of a config: where layers differ in it, of every layer."""
+    """Read a key of a config: where layers differ in it, of every layer."""
     try:
         return getattr(config, key, None)
     except Exception:  # transformers has a class of its own for that

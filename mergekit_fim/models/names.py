@@ -45,38 +45,38 @@ class Loading:
         self.sources: Mapping[str, tuple[str, ...]] = {key: tuple(parts) for key, parts in sources.items()}
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
-        """The key of a checkpoint's tensor, and the pattern of its converter, None where it is loaded whole."""
+        """Find the key of a checkpoint's tensor, and the pattern of its converter, None where it is loaded whole."""
         key, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
         if not self._expanded(key, pattern) and name in self._state:
             return name, None
         return key, pattern
 
     def _expanded(self, key: str, pattern: str | None) -> list[str]:
-        """The keys that the model has of all that a converter makes at once of what it calls `key`."""
+        """List the keys that the model has of all that a converter makes at once of what it calls `key`."""
         patterns = [] if pattern is None else self._by_pattern[pattern].target_patterns
         keys = (key, *(key.replace(patterns[0], other, 1) for other in patterns[1:]))
         return [key for key in keys if key in self._state]
 
     def targets(self, name: str) -> list[str]:
-        """The keys that a checkpoint's tensor is loaded into, whole or as a part."""
+        """List the keys that a checkpoint's tensor is loaded into, whole or as a part."""
         return self._expanded(*self._renamed(name))
 
     def keys_of(self, name: str) -> list[str]:
-        """The keys of a tensor of mergekit's definition, which names it as the checkpoint or as the model does."""
+        """List the keys of a tensor of mergekit's definition, which names it as the checkpoint or as the model does."""
         return [key for key in dict.fromkeys((name, *self.targets(name))) if key in self._state]
 
     def is_whole(self, name: str) -> bool:
-        """Whether a checkpoint's tensor is loaded as it is, under its own name or another one."""
+        """Tell whether a checkpoint's tensor is loaded as it is, under its own name or another one."""
         return self._renamed(name)[1] is None
 
     def is_reordered(self, key: str) -> bool:
-        """Whether entries change their places, by a rule that mergekit's own conversion leaves out silently."""
+        """Tell whether entries change their places, by a rule that mergekit's own conversion leaves out silently."""
         _, pattern = self._renamed(next(iter(self.sources.get(key, ())), ""))
         operations = self._by_pattern[pattern].operations if pattern is not None else ()
         return any(type(operation).__name__ not in _PLAIN for operation in operations)
 
     def loaded(self, names: Iterable[str]) -> set[str]:
-        """The keys that are complete where a checkpoint holds just these tensors."""
+        """List the keys that are complete where a checkpoint holds just these tensors."""
         held = set(names)
         return {
             key

@@ -37,7 +37,7 @@ _LAUNCH: ContextVar[_Launch | None] = ContextVar("launch", default=None)
 
 
 def sharing() -> PartialState | None:
-    """The processes that share the merge under way; None where this one is alone with it."""
+    """Find the processes that share the merge under way; None where this one is alone with it."""
     launch = _LAUNCH.get()
     return None if launch is None else launch.state
 
@@ -119,7 +119,7 @@ def apart(options: MergeOptions) -> Iterator[MergeOptions]:
 
 
 def options_of_process(options: MergeOptions) -> MergeOptions:
-    """mergekit's options for this process's part of the pre-pass."""
+    """Make mergekit's options for this process's part of the pre-pass."""
     state = sharing()
     if state is None:
         return options
@@ -127,7 +127,7 @@ def options_of_process(options: MergeOptions) -> MergeOptions:
 
 
 def _own_options(options: MergeOptions, is_first: bool, device: str | None) -> MergeOptions:
-    """One process's options: only the first one prints, and each keeps to its own accelerator, if it has one."""
+    """Make one process's options: only the first one prints, and each keeps to its own accelerator, if it has one."""
     own: dict[str, Any] = {"quiet": options.quiet or not is_first}
     if device is not None:
         own |= {"device": device, "multi_gpu": False}

@@ -28,12 +28,12 @@ _PATIENCE = timedelta(days=30)
 
 
 def several() -> bool:
-    """Whether a launcher started this process together with others."""
+    """Tell whether a launcher started this process together with others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def accelerator() -> str | None:
-    """The kind of accelerator that the processes use, such as `cuda`; None for the CPU."""
+    """Name the kind of accelerator that the processes use, such as `cuda`; None for the CPU."""
     device = torch.accelerator.current_accelerator(check_available=True)
     return None if device is None or parse_flag_from_env("ACCELERATE_USE_CPU") else device.type
 

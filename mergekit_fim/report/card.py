@@ -112,7 +112,7 @@ def _report_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[st
 
 
 def _layer_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[str]:
-    """What `fim_ties` or `fim_ta` did: the coefficient of each layer."""
+    """Say what `fim_ties` or `fim_ta` did: the coefficient of each layer."""
     settings = report["settings"]
     bases = {report["base_model"]: report["fisher"], **report["fisher_of_other_bases"]}
     yield (
@@ -150,7 +150,7 @@ def _layers(model: Mapping[str, Any], fisher: Mapping[str, Any]) -> Iterator[lis
 
 
 def _kron_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[str]:
-    """What `fim_kron` did: the coefficients of each layer's directions."""
+    """Say what `fim_kron` did: the coefficients of each layer's directions."""
     kron, its = report["kron"], report["kron"]["factors"][0]["settings"]
     yield (
         f"Merged by `{report['method']}` of mergekit-fim {report['versions']['mergekit-fim']}: each direction of a "
@@ -179,7 +179,7 @@ def _kron_layers(model: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _name(layer: Mapping[str, Any]) -> str:
-    """The base's number of a layer, and the model's own if slices make it another."""
+    """Write the base's number of a layer, and the model's own if slices make it another."""
     return f"{layer['base_index']} (from {layer['index']})" if "base_index" in layer else f"{layer['index']}"
 
 

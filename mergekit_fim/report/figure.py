@@ -115,7 +115,7 @@ def draw(report: Mapping[str, Any]) -> "Figure | None":
 
 
 def _panels(report: Mapping[str, Any], count: int, height: float) -> "tuple[Figure, list[Axes]]":
-    """A figure with panels below one another, and what the report is of as its title."""
+    """Make a figure with panels below one another, and what the report is of as its title."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, height), layout="constrained")
@@ -206,19 +206,19 @@ def _draw_lines(panel: "Axes", models: Sequence[Mapping[str, Any]], values: Sequ
 
 
 def _index(layer: Mapping[str, Any]) -> int:
-    """The base's number of a layer."""
+    """Read the base's number of a layer."""
     index: int = layer.get("base_index", layer["index"])
     return index
 
 
 def _short(name: str) -> str:
-    """A model's name without the folders that it lies in."""
+    """Take the folders that it lies in from a model's name."""
     parts = name.rstrip("/").split("/")
     return name.rstrip("/") if len(parts) == 2 and parts[0] not in ("", ".", "..") else parts[-1]
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Their short names, with so many of the folders that they lie in as tell them apart."""
+    """Shorten names, but for so many of the folders that the models lie in as tell them apart."""
     short = [_short(name) for name in names]
     most = max((name.count("/") for name in names), default=0)
     for folders in range(1, most + 1):

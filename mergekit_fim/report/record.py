@@ -18,7 +18,7 @@ from mergekit_fim.report import kron
 
 
 def as_json(pre_pass: PrePass) -> dict[str, Any]:
-    """The report, as it is written beside the merged model."""
+    """Make the report, as it is written beside the merged model."""
     base = str(pre_pass.base)
     fisher = {str(c.base): _fisher(c.measurement) for c in pre_pass.coefficients}
     return {
@@ -100,20 +100,20 @@ def _modules(pre_pass: PrePass) -> Iterator[dict[str, Any]]:
 
 
 def gate_tensors(pre_pass: PrePass, is_one: Callable[[str], bool]) -> list[str]:
-    """The tensors of the decoder layers that `is_one` chooses, such as the gate projections."""
+    """List the tensors of the decoder layers that `is_one` chooses, such as the gate projections."""
     base = pre_pass.base
     names = [tensor.name for layer in base.layout.layers for tensor in layer.tensors]
     return [name for name in names if is_one(name) and name not in base.absent]
 
 
 def protected_halves(pre_pass: PrePass) -> list[str]:
-    """The fused tensors in which gate protection knows the gate's half."""
+    """List the fused tensors in which gate protection knows the gate's half."""
     model_type = pre_pass.base.text_config.model_type
     return [name for name in gate_tensors(pre_pass, is_fused) if is_layout_known(name, model_type)]
 
 
 def jsonable(value: Any) -> Any:
-    """A config's value, without pydantic's classes."""
+    """Write a config's value without pydantic's classes."""
     if isinstance(value, BaseModel):
         return value.model_dump(exclude_none=True)
     return [jsonable(item) for item in value] if isinstance(value, list) else value

@@ -44,7 +44,7 @@ def render(pre_pass: PrePass) -> str:
 
 
 def _table(coefficients: BaseCoefficients) -> Iterator[str]:
-    """Blocks of as many models as fit side by side, each with the columns of the base at the left."""
+    """Yield blocks of as many models as fit side by side, each with the columns of the base at the left."""
     group, left = 28, 30  # characters
     per_block = max(1, (width() - left) // group)
     models = coefficients.models
@@ -65,7 +65,7 @@ def _table(coefficients: BaseCoefficients) -> Iterator[str]:
 
 
 def _cells(model: ModelCoefficients, base_layer: int) -> Iterator[str]:
-    """A row for each of the model's layers that is merged into a layer of the base."""
+    """Yield a row for each of the model's layers that is merged into a layer of the base."""
     for (pair, sq_norm), score, alpha in zip(model.norms.layers.items(), model.scores, model.used_alphas, strict=True):
         if pair.base_layer == base_layer:
             yield f"{math.sqrt(sq_norm):>10.3g}{score:>10.2e}{alpha:>8.3f}"

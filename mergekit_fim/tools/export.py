@@ -108,7 +108,7 @@ def _by_slice(plan: MergePlan, name: str) -> list[list[PlannedTensor]]:
 
 
 def _coefficients(tensor: PlannedTensor) -> dict[ModelReference, float]:
-    """By what each model's task vector, or trimmed task vector, is multiplied."""
+    """Find what each model's task vector, trimmed or not, is multiplied by."""
     alphas, weights = tensor.per_model("alpha"), tensor.per_model("weight")
     if (kept := tensor.parameter("other_modules")) != "merge":
         return dict.fromkeys(alphas, 1.0 if kept == "tuned" else 0.0)
