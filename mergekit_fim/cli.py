@@ -23,10 +23,9 @@ from mergekit_fim.files import REPORT_NAME, check_writable, copy_whole, write_js
 from mergekit_fim.text import echo, size, wrapped
 
 _PATH = click.Path(readable=False)  # for completion; what it must be is checked where it is read
-_CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-@click.group(context_settings=_CONTEXT)
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True})
 @click.version_option(mergekit_fim.__version__, prog_name="mergekit-fim")
 def main() -> None:
     """Merge coefficients from Fisher information, for mergekit's merge methods fim_ties, fim_ta and fim_kron.
@@ -104,7 +103,6 @@ _no_cache = click.option(
 _margin = click.option(
     "--margin",
     default=0.05,
-    show_default=True,
     help="How much less accurate than the long model the run to keep may be, by the interval of their difference.",
 )
 
@@ -134,7 +132,6 @@ def _setting(name: str) -> Callable[..., Any]:
     return click.option(
         f"--{name.replace('_', '-')}",
         default=parameter.default,
-        show_default=True,
         type=click.Choice(LABELS) if name == "labels" else parameter.type,
         help=f"{parameter.meaning[:1].upper()}{parameter.meaning[1:]}.",
         callback=check,
@@ -191,16 +188,7 @@ def _warn(warnings: Iterable[str]) -> None:
 @click.option("--revision", help="Branch, tag or commit of a model on the Hub.")
 @_no_cache
 @_loading
-def fisher(
-    model: str,
-    output: str,
-    factors: bool,
-    vocab_size: int | None,
-    dtype: str | None,
-    revision: str | None,
-    no_cache: bool,
-    **options: Any,
-) -> None:
+def fisher(model: str, output: str, factors: bool, no_cache: bool, **options: Any) -> None:
     """Measure the Fisher information of MODEL's decoder layers on random tokens, and write it to a file.
 
     With --factors, write the Kronecker factors of each linear layer instead, some numbers for each token, by default of
@@ -222,6 +210,7 @@ def fisher(
     from mergekit_fim.prepass.measured import measured
     from mergekit_fim.processes.together import SharedError, processes
 
+    dtype, revision, vocab_size = map(options.pop, ("dtype", "revision", "vocab_size"))
     if vocab_size is not None and not factors:
         raise click.UsageError("--vocab-size goes with --factors")
     settings = FisherSettings(*map(options.pop, _SETTINGS))
@@ -289,8 +278,7 @@ def delta(base: str, model: str, json_file: str | None, dtype: str | None, **opt
     from mergekit_fim.measurements.file import model_files
     from mergekit_fim.tools.delta import measure_delta, render
 
-    if json_file is not None:
-        check_writable(json_file, *model_files(base), *model_files(model))
+    check_writable(json_file, *model_files(base), *model_files(model))
     statistics = measure_delta(base, model, dtype=dtype, options=_options_of_process(options, None))
     echo(render(statistics))
     if json_file is not None:
@@ -314,10 +302,9 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
     from mergekit_fim.tools.explain import explain
     from mergekit_fim.tools.plan import resolve
 
-    if json_file is not None:
-        check_writable(json_file, config_file)
+    check_writable(json_file, config_file)
+    check_writable(figure, config_file, json_file)
     if figure is not None:
-        check_writable(figure, config_file, *([json_file] if json_file else []))
         check_figure(figure)
     config, _ = _config(config_file, no_cache)
     planned = resolve(config, options)
@@ -336,7 +323,6 @@ def plan(config_file: str, json_file: str | None, figure: str | None, no_cache: 
 @click.option(
     "--check/--no-check",
     default=True,
-    show_default=True,
     help="Merge every tensor both ways, without writing any, and say how far apart they are.",
 )
 @_no_cache
@@ -353,21 +339,19 @@ def export(config_file: str, output: str, check: bool, no_cache: bool, options: 
     config, _ = _config(config_file, no_cache)
     exporting.check_exportable(config.merge_method)
     planned = resolve(config, options)
-    exported = exporting.export(planned, options)
+    stock, exported = exporting.export(planned, options)
     _warn(planned.pre_pass.warnings)
-    notes = [f"not the same as {config.merge_method}: {loss}" for loss in exported.losses]
-    if check:
-        notes.append(exporting.summary(exporting.compare(planned, exported.config, options)))
-    else:
-        notes.append("how far apart the two merges are was not measured (--check does)")
-    instead = f"{exported.config.merge_method} in place of {config.merge_method}"
+    losses = [f"not the same as {config.merge_method}: {loss}" for loss in exporting.losses(planned, exported)]
+    apart = "how far apart the two merges are was not measured (--check does)"
+    notes = [*losses, exporting.summary(exporting.compare(planned, exported, options)) if check else apart]
+    instead = f"{stock.merge_method} in place of {config.merge_method}"
     head = [f"# {instead}, by mergekit-fim {mergekit_fim.__version__}"]
     head += [f"# {line}" for note in notes for line in wrapped(note, 100)]
-    write_text(output, "\n".join([*head, exported.config.to_yaml()]) + "\n")
+    write_text(output, "\n".join([*head, stock.to_yaml()]) + "\n")
     if not options.quiet:
         click.echo(f"{output}: {instead}")
     for note in notes:
-        click.echo("\n".join(wrapped(f"- {note}")), err=bool(exported.losses))
+        click.echo("\n".join(wrapped(f"- {note}")), err=bool(losses))
 
 
 @main.command(cls=_MergekitCommand, short_help="Merge, as mergekit-yaml does.")
@@ -410,7 +394,6 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
 @click.option(
     "--refine",
     default=0,
-    show_default=True,
     metavar="N",
     help="N further merges of each method, at strengths between those where accuracy and length change most.",
 )
@@ -421,8 +404,8 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     help="The same merges by task_arithmetic, ties or linear, too; again for several.",
 )
 @click.option("--also", multiple=True, metavar="MODEL", help="A further model as it is; again for several.")
-@click.option("--n", default=100, show_default=True, help="Problems of each source; 0 for all.")
-@click.option("--seed", default=0, show_default=True, help="Of problems, sampling and bootstrap.")
+@click.option("--n", default=100, help="Problems of each source; 0 for all.")
+@click.option("--seed", default=0, help="Of problems, sampling and bootstrap.")
 @click.option("--system", help="What the models are told before the question.")
 @click.option("--question-field", metavar="NAME", help="The question's field in files and data sets.")
 @click.option("--answer-field", metavar="NAME", help="The answer's field in files and data sets.")
@@ -432,9 +415,9 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     metavar="FILE",
     help="A prompt in Jinja, given `question` and `system`, in place of the models' chat templates.",
 )
-@click.option("--max-tokens", default=1024, show_default=True, help="Tokens that an answer may have.")
-@click.option("--temperature", default=0.0, show_default=True, help="0 for greedy decoding.")
-@click.option("--samples", default=1, show_default=True, help="Answers to each problem.")
+@click.option("--max-tokens", default=1024, help="Tokens that an answer may have.")
+@click.option("--temperature", default=0.0, help="0 for greedy decoding.")
+@click.option("--samples", default=1, help="Answers to each problem.")
 @click.option("--batch", type=int, help="Answers, or requests to a server, at a time.  [default: as many as will do]")
 @click.option(
     "--server",
@@ -448,7 +431,6 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     "--engine",
     type=click.Choice(("auto", "transformers", "vllm")),
     default="auto",
-    show_default=True,
     help="What runs the models; auto is vLLM where it is installed and has a class of its own for each model.",
 )
 @click.option("--engine-args", metavar="NAME=VALUE,...", help="vLLM's own options, such as tensor_parallel_size=4.")
@@ -457,7 +439,6 @@ def merge(config_file: str, out_path: str, no_cache: bool, options: Any) -> None
     "--keep",
     type=click.Choice(("none", "front", "all")),
     default="none",
-    show_default=True,
     help="Which merges to keep in OUT/models: those that no other run is better than, or all.",
 )
 @_margin
@@ -492,18 +473,10 @@ def sweep(config_files: tuple[str, ...], out: str, no_cache: bool, options: Any,
 @click.option("-o", "--output", type=click.Path(), help="Draw the front into this .png or .svg file.")
 @click.option("--base", metavar="RUN", help="The base's run.  [default: the one called base]")
 @click.option("--long", metavar="RUN", help="The long model's run.  [default: the one called long]")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), help="Of the bootstrap.")
+@click.option("--seed", default=0, type=click.IntRange(min=0), help="Of the bootstrap.")
 @_margin
 @click.option("--json", "json_file", type=click.Path(), help="Write the findings to this file, as sweep.json has them.")
-def front(
-    results: tuple[str, ...],
-    output: str | None,
-    base: str | None,
-    long: str | None,
-    seed: int,
-    margin: float,
-    json_file: str | None,
-) -> None:
+def front(results: tuple[str, ...], output: str | None, json_file: str | None, **asked: Any) -> None:
     """Show accuracy against length, and which run to keep, of RESULTS that anybody made, as sweep does of its own.
 
     RESULTS are files of rows, logs of Inspect (.eval), and folders of sweeps made apart, all on the same problems. The
@@ -516,12 +489,11 @@ def front(
     from mergekit_fim.measurements.record import versions
     from mergekit_fim.report.figure import check_figure
 
-    if json_file is not None:
-        check_writable(json_file, *results)
+    check_writable(json_file, *results)
+    check_writable(output, *results, json_file)
     if output is not None:
-        check_writable(output, *results, *([json_file] if json_file else []))
         check_figure(output)
-    findings, folders = front_of(results, base, long, seed=seed, margin=margin)
+    findings, folders = front_of(results, **asked)
     remedies = (folder.remedy(findings.recommended.run) for folder in folders)
     echo(render(findings, next(filter(None, remedies), "")))
     content = findings.as_json()
@@ -555,7 +527,7 @@ def plot(report: str, output: str) -> None:
 @main.command(short_help="Do two measurements rank the layers alike?")
 @click.argument("first", type=_PATH)
 @click.argument("second", type=_PATH)
-@click.option("--layers", "count", default=5, show_default=True, type=click.IntRange(min=0), help="How many to list.")
+@click.option("--layers", "count", default=5, type=click.IntRange(min=0), help="How many to list.")
 def compare(first: str, second: str, count: int) -> None:
     """Compare two measurements or two files of factors, FIRST and SECOND, made with other settings or of other models.
 

@@ -24,7 +24,7 @@ class FimError(click.ClickException):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out. torch has a class for that on accelerators; on the CPU only a message says it."""
+    """Tell whether memory ran out. torch has a class for that on accelerators; on the CPU only a message says it."""
     if type(error).__name__ in ("MemoryError", "OutOfMemoryError"):
         return True
     # torch's allocator and its mapping of files, and the C++ library under them; then what CUDA's libraries ask for
@@ -35,11 +35,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def check_own_code(error: Exception) -> None:
-    """Check whether transformers' `error` is about a model that comes with code of its own.
-
-    Raises:
-        FimError: it is.
-    """
+    """Say so if transformers' `error` is about a model that comes with code of its own."""
     if "trust_remote_code" in str(error):
         named = re.search(r"repository (\S+)", str(error))
         raise FimError(
@@ -49,14 +45,10 @@ def check_own_code(error: Exception) -> None:
 
 
 def require(module: str, extra: str) -> None:
-    """Check that an optional library is installed, without importing it.
-
-    Args:
-        module: what is imported of it.
-        extra: the extra of this package that installs it.
+    """Check, without importing it, that an optional library is installed, as it is by an extra of this package.
 
     Raises:
-        FimError: it isn't installed.
+        FimError: it isn't.
     """
     package = module.partition(".")[0].replace("_", "-")
     with contextlib.suppress(ModuleNotFoundError):  # the package of a module in it

@@ -23,7 +23,7 @@ PART = ".mergekit-fim-part"  # the name of an unfinished file or folder ends lik
 
 # The name says which process is at it. Give up a file of another machine at this age, in seconds: none of ours takes as
 # long to write. Never give up a folder of another machine: a large merge may take longer.
-_PART = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{8}" + re.escape(PART))
+_PART = re.compile(r"\..*\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]{8}" + re.escape(PART))
 _STALE = 3600.0
 
 _IN_MEMORY = "/dev/shm"  # Linux's: other systems have none
@@ -76,42 +76,27 @@ def _machine() -> str:
 
 
 def _remove_abandoned(folder: str) -> None:
+    """Remove what processes that have ended here left unfinished, and old files of other machines."""
+    import psutil  # not needed to read measurements
+
     names: list[str] = []
-    with contextlib.suppress(OSError):  # a folder that may be written to and not read
+    with contextlib.suppress(OSError):  # of a folder that may be written to and not read
         names = os.listdir(folder)
-    for name in (name for name in names if name.endswith(PART)):
-        path = os.path.join(folder, name)
+    for match in filter(None, map(_PART.fullmatch, names)):
+        path = os.path.join(folder, match.string)
+        has_ended = match["machine"] == _machine() and not psutil.pid_exists(int(match["process"]))
         with contextlib.suppress(OSError):  # another process was quicker
             is_folder = os.path.isdir(path)
-            if _is_of_dead_process(name) or (not is_folder and time.time() - os.path.getmtime(path) > _STALE):
+            if has_ended or (not is_folder and time.time() - os.path.getmtime(path) > _STALE):
                 shutil.rmtree(path) if is_folder else os.remove(path)
-
-
-def _is_of_dead_process(part: str) -> bool:
-    """Tell whether the process has ended. On other machines, and on Windows, nobody knows."""
-    match = _PART.fullmatch(part)
-    if match is None or match["machine"] != _machine() or os.name != "posix":
-        return False
-    try:
-        os.kill(int(match["process"]), 0)  # sends nothing
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):  # of another user
-        return False
-    return False
 
 
 @dataclass(frozen=True)
 class FolderInMemory:
-    """A folder whose files are in memory.
-
-    Attributes:
-        path: the folder.
-        needed: the bytes that have to be free before something more is written there.
-    """
+    """A folder whose files are in memory."""
 
     path: str
-    needed: int
+    needed: int  # the bytes that have to be free before something more is written there
 
     def has_room(self) -> bool:
         """Tell whether that much is free, of its file system and of the memory."""
@@ -121,17 +106,11 @@ class FolderInMemory:
 
 
 @contextlib.contextmanager
-def folder_in_memory(needed: int) -> Iterator[FolderInMemory | None]:
-    """Make a folder in memory and remove it at the end; yield None where the system has none.
-
-    What killed processes left there goes first.
-    """
+def folder_in_memory(needed: int) -> Iterator[FolderInMemory]:
+    """Make a folder in memory and remove it at the end."""
     path = part_path(_IN_MEMORY, "folder")
-    try:
+    with contextlib.suppress(OSError):  # where there is none, it has no room
         os.mkdir(path, 0o700)
-    except OSError:
-        yield None
-        return
     try:
         yield FolderInMemory(path, needed)
     finally:
@@ -155,16 +134,12 @@ def available_memory() -> int:
 
 
 def read_json(path: str, where: str | None = None) -> Any:
-    """Read a JSON file that is no larger than one of ours can be. NaN and infinity are errors.
-
-    Args:
-        path: the file.
-        where: what errors call it, by default its path.
+    """Read a JSON file, which errors call `where`, no larger than one of ours can be. NaN and infinity are errors.
 
     Raises:
         FimError: it can't be read.
     """
-    where = path if where is None else where
+    where = where or path
     try:
         if os.path.isdir(path):
             raise FimError(f"{where}: expected a JSON file, found a folder; name the file in it")
@@ -183,19 +158,21 @@ def _refuse(constant: str) -> None:
     raise ValueError(f"the value {constant}, which isn't finite")
 
 
-def check_writable(path: str, *others: str) -> None:
-    """Check that a file can be written, before the work for it begins. It must not replace one of the `others`.
+def check_writable(path: str | None, *others: str | None) -> None:
+    """Check, before the work, that a file, if any is wanted, can be written and is none of the `others`.
 
     Raises:
         FimError: it is a folder, its folder is missing or read-only, or it is one of the others.
     """
+    if path is None:
+        return
     folder = os.path.dirname(os.path.abspath(path))
     if os.path.isdir(path) or not os.path.basename(path):
         raise FimError(f"{path}: expected the name of a file to write, found a folder; add a file name")
     if path == "-":
         raise FimError(f"{path}: expected the name of a file to write; for the standard output, name /dev/stdout")
     for other in others:
-        if os.path.realpath(path) == os.path.realpath(other):
+        if other is not None and os.path.realpath(path) == os.path.realpath(other):
             raise FimError(f"{path}: this would take the place of {other}, which the command needs; write elsewhere")
     if not os.path.isdir(folder):
         raise FimError(f"{path}: the folder {folder} doesn't exist; make it first, or write elsewhere")

@@ -74,25 +74,18 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check_keys(content: Any, parsed: Any, config: str, path: str = "") -> None:
-    """Check that mergekit knows every key in a part of a config, given as YAML has it and as mergekit parsed it.
-
-    Raises:
-        FimError: it doesn't know one.
-    """
+    """Check that mergekit knows every key in a part of a config, given as YAML has it and as mergekit parsed it."""
     if isinstance(content, Mapping) and isinstance(parsed, BaseModel):
         fields = type(parsed).model_fields
-        for key in content:
-            if key not in fields:
-                near = difflib.get_close_matches(str(key), fields, n=1)
-                known = f"did you mean `{near[0]}`?" if near else f"mergekit knows {', '.join(fields)} there"
-                where = f"in `{brief(path)}`" if path else "at the top"
-                raise FimError(f"{config}: unknown key `{brief(key)}` {where}; {known}")
-        parts = [(f".{name}", content[name], getattr(parsed, name)) for name in content]
-    elif isinstance(content, Mapping) and isinstance(parsed, Mapping):
-        parts = [(f".{name}", value, parsed.get(name)) for name, value in content.items()]
+        for key in (key for key in content if key not in fields):
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            known = f"did you mean `{near[0]}`?" if near else f"mergekit knows {', '.join(fields)} there"
+            where = f"in `{brief(path)}`" if path else "at the top"
+            raise FimError(f"{config}: unknown key `{brief(key)}` {where}; {known}")
+        parsed = vars(parsed)
+    if isinstance(content, Mapping) and isinstance(parsed, Mapping):
+        for name, value in content.items():
+            _check_keys(value, parsed.get(name), config, f"{path}.{name}".removeprefix("."))
     elif isinstance(content, list) and isinstance(parsed, Sequence):
-        parts = [(f"[{i}]", a, b) for i, (a, b) in enumerate(zip(content, parsed, strict=False))]
-    else:
-        return
-    for name, value, its in parts:
-        _check_keys(value, its, config, f"{path}{name}".removeprefix("."))
+        for i, (value, its) in enumerate(zip(content, parsed, strict=False)):
+            _check_keys(value, its, config, f"{path}[{i}]")

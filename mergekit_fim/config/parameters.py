@@ -45,11 +45,11 @@ class Parameter:
     methods: tuple[str, ...] = METHODS  # those in which it has a meaning
 
     def default_for(self, method: str) -> Any:
-        """The default in one of `METHODS`."""
+        """Find the default in one of `METHODS`."""
         return self.others.get(method, self.default)
 
     def scope_in(self, method: str) -> Scope:
-        """Where it has a meaning in one of `METHODS`. fim_kron trims the merged task vector, not each model's."""
+        """Say where it has a meaning in one of `METHODS`. fim_kron trims the merged task vector, not each model's."""
         return Scope.TENSOR if method == "fim_kron" and self.name == "density" else self.scope
 
     def parse(self, value: Any) -> Any:
@@ -60,22 +60,18 @@ class Parameter:
         """
         try:
             parsed = _convert(value, self.type)
+            if self.accepts(parsed):
+                return parsed
         except (TypeError, ValueError, OverflowError):  # a whole number of hundreds of digits is no float
-            raise ValueError(self.expected) from None
-        if not self.accepts(parsed):
-            raise ValueError(self.expected)
-        return parsed
+            pass
+        raise ValueError(self.expected)
 
 
 def _convert(value: Any, kind: type) -> Any:
     from pydantic import TypeAdapter  # not with the table, which the command line's help needs
 
-    if kind is bool:  # as mergekit reads them: 1 and "true" are true
-        return TypeAdapter(bool).validate_python(value)
-    if kind is str:
-        if not isinstance(value, str):
-            raise TypeError
-        return value
+    if kind in (bool, str):  # as mergekit reads them: 1 and "true" are true
+        return TypeAdapter(kind).validate_python(value, strict=kind is str)
     # YAML reads 1e-3 as a string; mergekit takes such strings for numbers, so they are taken here too.
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         raise TypeError
@@ -155,20 +151,14 @@ PARAMETERS = _parameters()
 class FisherSettings:
     """What determines a Fisher measurement, besides the model.
 
-    Attributes:
-        samples: N, the number of sequences.
-        seq_len: T, the tokens per sequence.
-        seed: of the random tokens.
-        labels: what is predicted, `inputs` or `sampled`.
-
     Raises:
         FimError: a value of another type or out of range.
     """
 
-    samples: int = 8
-    seq_len: int = 64
-    seed: int = 0
-    labels: str = "inputs"
+    samples: int = 8  # N, the number of sequences
+    seq_len: int = 64  # T, the tokens per sequence
+    seed: int = 0  # of the random tokens
+    labels: str = "inputs"  # what is predicted, `inputs` or `sampled`
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

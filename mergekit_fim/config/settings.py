@@ -21,38 +21,23 @@ from mergekit_fim.errors import FimError, brief, shown
 
 @dataclass(frozen=True)
 class Settings:
-    """The pre-pass settings: one value each for the whole merge.
+    """The pre-pass settings: one value each for the whole merge."""
 
-    Attributes:
-        fisher: what determines the measurement.
-        given: the names of those of `fisher` that the config sets.
-        saved: a saved measurement to use, a file or a Hub reference.
-        cache: whether measurements are kept and used again.
-        mapping: how scores become coefficients.
-        alpha_other: the coefficient outside the decoder layers; None for the mean of theirs.
-        damping: what fim_kron adds to each factor, a part of its mean diagonal; None for the other methods.
-    """
-
-    fisher: FisherSettings
-    given: frozenset[str]
-    saved: str | None
-    cache: bool
-    mapping: coefficients.Mapping
-    alpha_other: float | None
-    damping: float | None = None
+    fisher: FisherSettings  # what determines the measurement
+    given: frozenset[str]  # the names of those of `fisher` that the config sets
+    saved: str | None  # a saved measurement to use, a file or a Hub reference
+    cache: bool  # whether measurements are kept and used again
+    mapping: coefficients.Mapping  # how scores become coefficients
+    alpha_other: float | None  # the coefficient outside the decoder layers; None for the mean of theirs
+    damping: float | None = None  # what fim_kron adds to each factor, a part of its mean diagonal; else None
 
 
-# A `parameters:` mapping of a merge config: its place in words, its values, and which parameters may stand there.
-Block = tuple[str, Mapping[str, Any], Scope]
-
-
-def _parameter_blocks(config: MergeConfiguration) -> Iterator[Block]:
-    """Yield every `parameters:` mapping in `config`, in reading order."""
-    yield "the top-level parameters", config.parameters or {}, Scope.MERGE
+def _parameter_blocks(config: MergeConfiguration) -> Iterator[tuple[str, Mapping[str, Any], Scope]]:
+    """Yield the place in words, the values and the scope of every `parameters:` in `config`, in reading order."""
     modules = [(f"modules.{name}.", module) for name, module in (config.modules or {}).items()]
     for prefix, module in [("", config), *modules]:
-        if prefix:
-            yield f"{prefix}parameters", module.parameters or {}, Scope.TENSOR
+        where, scope = (f"{prefix}parameters", Scope.TENSOR) if prefix else ("the top-level parameters", Scope.MERGE)
+        yield where, module.parameters or {}, scope
         for i, model in enumerate(module.models or []):
             yield f"{prefix}models[{i}] ({model.model})", model.parameters or {}, Scope.MODEL
         for i, out_slice in enumerate(module.slices or []):
@@ -130,8 +115,7 @@ def read_settings(config: MergeConfiguration) -> Settings:
     """Check every parameter in `config`, and read the pre-pass settings from it.
 
     Raises:
-        FimError: an unknown or misplaced name, a wrong type, a value out of range, or a gradient or a filter where
-            only one value makes sense.
+        FimError: an unknown or misplaced name, a wrong type or value, or a gradient or a filter out of place.
     """
     for where, block, scope in _parameter_blocks(config):
         for name, setting in block.items():
@@ -199,16 +183,12 @@ def settings_of(reader: ConfigReader, name: str, model: ModelReference | None = 
 def as_set(readers: Sequence[ConfigReader], name: str, default: Any, model: ModelReference | None = None) -> Any:
     """Find a parameter as the user set it: a value, a gradient or filters; where slices differ, one of these for each.
 
-    Args:
-        readers: those of the slices.
-        name: the parameter.
-        default: what holds where nothing is set, if anything does.
-        model: whose parameter it is, if it is per model.
+    Where nothing is set, it is `default`, if there is one.
     """
     values = []
     for reader in readers:
         given = settings_of(reader, name, model)
         if default is not None:
-            given.append(ConditionalParameter(value=default))
+            given += conditions(default)
         values.append(None if not given else given[0].value if given[0].filter in (None, "*") else given)
     return values[0] if all(value == values[0] for value in values) else values

@@ -57,7 +57,7 @@ class _Seams:
         planner.arch_info = found.base.architecture  # with the tensors that mergekit's own leaves out
 
     def adapt_tasks(self, planner: Any, tasks: Sequence[Any], out_path: str) -> list[Any]:
-        """Show what the pre-pass found, and add the task that writes the report to mergekit's tasks."""
+        """Show what the pre-pass found, and make the last of mergekit's tasks write the report."""
         from mergekit_fim.merging.executor import deliver_all
         from mergekit_fim.report.record import with_report
         from mergekit_fim.report.table import show
@@ -67,7 +67,7 @@ class _Seams:
         if planner.options.multi_gpu:
             deliver_all()
         show(planner.fim_pre_pass, quiet=planner.options.quiet)
-        return with_report(tasks, planner.fim_pre_pass, out_path)
+        return with_report(tasks, planner.fim_pre_pass)
 
     def card_section(self, out_path: str) -> str:
         """Make our section of the model's card, once the report is written."""
@@ -77,7 +77,7 @@ class _Seams:
 
 
 def _is_plan_only(planner: Any) -> bool:
-    """Whether `tools.plan` plans, for which no folder is checked or made, and nothing is shown."""
+    """Tell whether `tools.plan` plans, for which no folder is checked or made, and nothing is shown."""
     return getattr(planner, "fim_plan_only", False)
 
 

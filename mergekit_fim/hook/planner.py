@@ -5,7 +5,7 @@ mergekit with the seams of docs/upstream/ calls `hook.methods` itself, and then 
 
 - `MergePlanner.plan_to_disk` is wrapped, here. Before it, when no output folder is made yet, the config is normalised
   to modules, slices and sources, the pre-pass runs on it, and the planner's `arch_info` is exchanged for one that has
-  every tensor of the models (`models.completion`). After it, the task that writes the report is added. Guard:
+  every tensor of the models (`models.completion`). After it, the last task is made to write the report, too. Guard:
   `_PLANNER_ATTRIBUTES` in `hook.methods`, which does all this. (Plans in memory fail in mergekit 0.1.5.)
 - `mergekit.merge.run_merge` is wrapped, in `hook.run_merge`: of several processes one merges, and the others help it to
   measure; and our section is added to the card that mergekit writes last. A caller that imported the function before

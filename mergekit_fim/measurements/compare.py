@@ -20,17 +20,11 @@ SIGNIFICANT = 2.0
 
 @dataclass(frozen=True)
 class LayerShift:
-    """How one decoder layer stands in the second measurement, beside the first.
-
-    Attributes:
-        first: the layer in the first measurement.
-        second: the layer in the second.
-        shift: ln(F_second / F_first) minus the mean of that over all layers, which changes no coefficient.
-    """
+    """How one decoder layer stands in the second measurement, beside the first."""
 
     first: LayerFisher
     second: LayerFisher
-    shift: float
+    shift: float  # ln(F_second / F_first) minus the mean of that over all layers, which changes no coefficient
 
     @property
     def stderr(self) -> float | None:
@@ -46,19 +40,12 @@ class LayerShift:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How alike two measurements are.
+    """How alike two measurements are."""
 
-    Attributes:
-        spearman: the rank correlation over the layers; None where a measurement is the same everywhere.
-        log_pearson: the correlation of ln F over the layers; likewise.
-        factor: exp of the mean of ln(F_second / F_first): how many times larger the second is.
-        layers: every layer that has Fisher information in both; the one that moved most comes first.
-    """
-
-    spearman: float | None
-    log_pearson: float | None
-    factor: float
-    layers: tuple[LayerShift, ...]
+    spearman: float | None  # the rank correlation over the layers; None where a measurement is the same everywhere
+    log_pearson: float | None  # the correlation of ln F over the layers; likewise
+    factor: float  # exp of the mean of ln(F_second / F_first): how many times larger the second is
+    layers: tuple[LayerShift, ...]  # that have Fisher information in both; the one that moved most comes first
 
 
 def compare_fisher(first: FisherMeasurement, second: FisherMeasurement) -> Comparison:
@@ -95,19 +82,14 @@ def _ranks(values: Sequence[float]) -> list[float]:
 
 
 def render_comparison(first: Measurement, second: Measurement, count: int) -> str:
-    """Show two measurements side by side, with the `count` layers that moved most.
-
-    Raises:
-        FimError: they have different numbers of layers, or too few to compare.
-    """
+    """Show two measurements side by side, with the `count` layers that moved most."""
     comparison = compare_fisher(first.fisher, second.fisher)
     lines = []
     for name, side in (("first", first), ("second", second)):
         its = side.fisher.settings
         tokens = f"{its.samples} × {its.seq_len} tokens, seed {its.seed}, labels: {its.labels}"
         lines += wrapped(f"{name}: {side.model.id}, {tokens}, in {side.fisher.dtype}")
-    difference = first.model.difference(second.model)
-    if difference:
+    if difference := first.model.difference(second.model):
         lines += wrapped(f"They are of different models: {difference} differ.")
     drawn = [(side.vocab_size, side.settings.seed, side.settings.seq_len) for side in (first.fisher, second.fisher)]
     if drawn[0] == drawn[1]:
@@ -118,8 +100,7 @@ def render_comparison(first: Measurement, second: Measurement, count: int) -> st
     numbers = [("Spearman", comparison.spearman), ("Pearson of ln F", comparison.log_pearson)]
     lines.append(", ".join(f"{name} {'undefined' if v is None else f'{v:.3f}'}" for name, v in numbers))
     lines.append(f"the second is {comparison.factor:.3g} times the first, over all layers")
-    known = [layer.is_beyond for layer in comparison.layers if layer.is_beyond is not None]
-    if known:
+    if known := [layer.is_beyond for layer in comparison.layers if layer.is_beyond is not None]:
         moved = f"moved by more than {SIGNIFICANT:g} standard errors from that"
         lines.append(f"{sum(known)} of {len(known)} layers {moved}")
     if count:
@@ -133,7 +114,7 @@ def render_comparison(first: Measurement, second: Measurement, count: int) -> st
 
 
 def compare_factors(first: FactorsFile, second: FactorsFile) -> dict[int, list[tuple[str, float]]]:
-    """How alike the factors of the same tensors are: the cosine ⟨A, A'⟩ / (‖A‖ ‖A'‖).
+    """Say how alike the factors of the same tensors are: the cosine ⟨A, A'⟩ / (‖A‖ ‖A'‖).
 
     Only products of tokens with tokens are formed: ⟨A, A'⟩ is ‖X X'ᵀ‖² but for a factor.
 
@@ -165,11 +146,7 @@ def compare_factors(first: FactorsFile, second: FactorsFile) -> dict[int, list[t
 
 
 def render_factors(first: FactorsFile, second: FactorsFile) -> str:
-    """Two files of factors side by side: for each decoder layer the mean cosine, and the least alike tensor.
-
-    Raises:
-        FimError: they can't be compared.
-    """
+    """Show two files of factors side by side: for each decoder layer the mean cosine, and the least alike tensor."""
     lines = []
     for name, its in (("first", first), ("second", second)):
         lines += wrapped(f"{name}: {its.model.id}, {its.settings}, in {its.settings.dtype}")

@@ -13,40 +13,27 @@ from mergekit_fim.config.parameters import FisherSettings
 
 @dataclass(frozen=True)
 class Experts:
-    """The routed experts of one decoder layer.
-
-    Attributes:
-        count: how many there are.
-        not_reached: the numbers, from 0, of those to which no token of the measurement was sent.
-    """
+    """The routed experts of one decoder layer."""
 
     count: int
-    not_reached: tuple[int, ...]
+    not_reached: tuple[int, ...]  # the numbers, from 0, of those to which no token of the measurement was sent
 
     @staticmethod
     def together(parts: Iterable["Experts | None"]) -> "Experts | None":
         """Join what parts of the tokens showed of one layer; None where no part showed anything."""
         known = [part for part in parts if part is not None]
-        if not known:
-            return None
-        return Experts(known[0].count, tuple(sorted(set.intersection(*(set(part.not_reached) for part in known)))))
+        idle = [set(part.not_reached) for part in known]
+        return Experts(known[0].count, tuple(sorted(set.intersection(*idle)))) if known else None
 
 
 @dataclass(frozen=True)
 class LayerFisher:
-    """The measurement of one decoder layer.
+    """The measurement of one decoder layer."""
 
-    Attributes:
-        index: the layer, from 0.
-        parameters: P, the number of parameters in the layer, all experts included.
-        squared_norms: [sequence], ‖∇_{θ^l} L_n‖², from which all else follows.
-        experts: None where there are none, or where the choices of their router can't be seen.
-    """
-
-    index: int
-    parameters: int
-    squared_norms: tuple[float, ...]
-    experts: Experts | None = None
+    index: int  # from 0
+    parameters: int  # P, the number of parameters in the layer, all experts included
+    squared_norms: tuple[float, ...]  # [sequence], ‖∇_{θ^l} L_n‖², from which all else follows
+    experts: Experts | None = None  # none, too, where the choices of their router can't be seen
 
     @property
     def fisher(self) -> float:
@@ -66,42 +53,25 @@ class LayerFisher:
 
 @dataclass(frozen=True)
 class FisherMeasurement:
-    """A diagonal Fisher information: the gradient of each sequence's mean next-token loss, squared, then averaged.
+    """A diagonal Fisher information: the gradient of each sequence's mean next-token loss, squared, then averaged."""
 
-    Attributes:
-        vocab_size: the random tokens were uniform over this many.
-        dtype: what the model ran in, such as "bfloat16"; squares and sums are wider.
-        settings: samples, sequence length, seed and labels.
-        layers: one entry per decoder layer, in order.
-        warnings: what the user should know about how it was measured, a line each.
-    """
-
-    vocab_size: int
-    dtype: str
+    vocab_size: int  # the random tokens were uniform over this many
+    dtype: str  # what the model ran in, such as "bfloat16"; squares and sums are wider
     settings: FisherSettings
-    layers: tuple[LayerFisher, ...]
-    warnings: tuple[str, ...] = ()
+    layers: tuple[LayerFisher, ...]  # in order
+    warnings: tuple[str, ...] = ()  # what the user should know about how it was measured, a line each
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Which model was measured.
+    """Which model was measured."""
 
-    Attributes:
-        id: its folder or its name on the Hub, with an adapter as in mergekit.
-        revision: its branch, tag or commit, where one was given.
-        architecture: the class in transformers.
-        num_layers: its decoder layers.
-        vocab_size: the random tokens were uniform over this many.
-        fingerprint: see `models.identity.fingerprint`.
-    """
-
-    id: str
-    revision: str | None
-    architecture: str | None
-    num_layers: int
-    vocab_size: int
-    fingerprint: str
+    id: str  # its folder or its name on the Hub, with an adapter as in mergekit
+    revision: str | None  # its branch, tag or commit, where one was given
+    architecture: str | None  # the class in transformers
+    num_layers: int  # its decoder layers
+    vocab_size: int  # the random tokens were uniform over this many
+    fingerprint: str  # see `models.identity.fingerprint`
 
     def difference(self, other: "ModelIdentity") -> str | None:
         """Say in what two models differ; None for two copies of one model."""
@@ -112,17 +82,11 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A Fisher measurement and what was measured.
-
-    Attributes:
-        model: the model.
-        fisher: the numbers, and the settings that they depend on.
-        versions: the packages that it was made with.
-    """
+    """A Fisher measurement and what was measured."""
 
     model: ModelIdentity
-    fisher: FisherMeasurement
-    versions: Mapping[str, str]
+    fisher: FisherMeasurement  # the numbers, and the settings that they depend on
+    versions: Mapping[str, str]  # the packages that it was made with
 
     @property
     def settings(self) -> FisherSettings:

@@ -56,13 +56,7 @@ def read_measurement(reference: str | os.PathLike[str], cache_dir: str | None = 
 def local_file(
     reference: str, cache_dir: str | None, *, kind: str = "a saved measurement", default: str = DEFAULT_NAME
 ) -> str:
-    """Find a file here, or download it from the Hub.
-
-    Args:
-        reference: as for `read_measurement`.
-        cache_dir: likewise.
-        kind: what the file holds, for messages.
-        default: the file that `user/repo` stands for.
+    """Find a file here, or download it from the Hub: `default` of `user/repo`. Errors say that it holds `kind`.
 
     Raises:
         FimError: there is no such file.
@@ -103,17 +97,11 @@ def cache_folder() -> str:
 
 @dataclass(frozen=True)
 class CacheEntry:
-    """The place in the cache of one measurement, or of one file of factors. All that changes the numbers names it.
+    """The place in the cache of one measurement, or of one file of factors. All that changes the numbers names it."""
 
-    Attributes:
-        model: the model that is measured.
-        settings: which tokens it is measured on, and for factors also how.
-        dtypes: what the weights are read as, and what the model runs in.
-    """
-
-    model: ModelIdentity
+    model: ModelIdentity  # that is measured
     settings: FisherSettings | FactorsSettings
-    dtypes: tuple[str, str]
+    dtypes: tuple[str, str]  # what the weights are read as, and what the model runs in
 
     @property
     def path(self) -> str:

@@ -13,7 +13,7 @@ from mergekit.io.tasks import FinalizeModel
 from mergekit.io.tensor_writer import TensorWriter
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.files import REPORT_NAME, part_path
+from mergekit_fim.files import REPORT_NAME, part_path, write_text
 
 # Weights and the index of their files, under the names that a whole model has, and under those that mergekit gives the
 # files of one that isn't complete.
@@ -101,13 +101,17 @@ class ReplaceModel(FinalizeModel):
     """mergekit's `FinalizeModel`, which gives the model's files their names, after removing an older model's.
 
     mergekit leaves an older model's files that no new one has the name of: its single file beside new shards, which
-    transformers would go on to load, or its shards beside a new single file, which mergekit would.
+    transformers would go on to load, or its shards beside a new single file, which mergekit would. Wherever a merge
+    stops, a report lies only beside its own model, and a config.json, which mergekit writes last, beside its weights.
     """
 
+    report: str
+
     def execute(self, writer: TensorWriter, **kwargs: Any) -> None:
-        """Remove the older model and its report, and name the new one's files."""
+        """Remove the older model and its report, name the new one's files, and write its report."""
         _remove_model(writer.out_path)
         super().execute(writer, **kwargs)
+        write_text(os.path.join(writer.out_path, REPORT_NAME), self.report)
 
 
 def _nearest(path: str) -> str:

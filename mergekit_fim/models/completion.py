@@ -39,7 +39,7 @@ class Changes:
     """What is changed in mergekit's definition. Added tensors have their names in the checkpoints."""
 
     added: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ()  # added in decoder layers, with {} for the number; for whichever layers have them
+    parts: tuple[tuple[str, str], ...] = ()  # of names added in decoder layers, before and after the layer's number
     other: Mapping[str, tuple[WeightInfo, ...]] = field(default_factory=dict)  # added outside them, by module
     unneeded: frozenset[str] = frozenset()  # required, and no model has or needs it; without what names the layer
 
@@ -52,7 +52,7 @@ class _Changed(ModuleArchitecture):
     """
 
     inner: ModuleDefinition
-    templates: tuple[str, ...]
+    parts: tuple[tuple[str, str], ...]
     other: tuple[WeightInfo, ...]
     unneeded: frozenset[str]
 
@@ -75,8 +75,8 @@ class _Changed(ModuleArchitecture):
         return [*self._own(self._configured(config).post_weights()), *self.other]
 
     def layer_weights(self, index: int, config: PretrainedConfig) -> list[WeightInfo]:
-        """mergekit's, and the same templates in every layer: mergekit pairs layers' tensors by their place."""
-        added = [WeightInfo(name=t.format(index), optional=True) for t in self.templates]
+        """mergekit's, and the same further ones in every layer: mergekit pairs layers' tensors by their place."""
+        added = [WeightInfo(name=f"{before}{index}{after}", optional=True) for before, after in self.parts]
         return self._own(self._configured(config).layer_weights(index), index) + added
 
     def num_layers(self, config: PretrainedConfig) -> int:
@@ -92,8 +92,8 @@ def changed(architecture: ModelArchitecture, changes: Changes, stack: str) -> Mo
         return architecture
     modules = {}
     for name, module in architecture.modules.items():
-        templates = changes.templates if name == stack else ()
-        own = _Changed(module, templates, changes.other.get(name, ()), changes.unneeded)
+        parts = changes.parts if name == stack else ()
+        own = _Changed(module, parts, changes.other.get(name, ()), changes.unneeded)
         modules[name] = ModuleDefinition(architecture=own, subfolder=module.subfolder)
     return architecture.model_copy(update={"modules": modules})
 
@@ -113,7 +113,7 @@ def changes_for(model: OpenedModel, architecture: ModelArchitecture, stack: str,
     prefixes = {layer.index: key_prefixes(layer.index, layer.tensors, model.loading) for layer in layout.layers}
     vocabulary, homes = infer_vocabulary_axes(model.skeleton), _homes(layout, model.loading)
     added: dict[str, None] = {}
-    templates: dict[str, None] = {}
+    split: dict[tuple[str, str], None] = {}
     other: dict[str, dict[str, WeightInfo]] = {}
     for names in tensor_names(model.skeleton, layout, model.loading):
         sources = next((parts for key in names if (parts := model.loading.sources.get(key))), ())
@@ -128,7 +128,13 @@ def changes_for(model: OpenedModel, architecture: ModelArchitecture, stack: str,
         for source in (source for source in sources if source not in written):
             added[source] = None
             if layers:
-                templates[_template(model, source, layers[0])] = None
+                prefix = layer_prefix(source, layers[0])
+                if prefix is None:
+                    raise FimError(
+                        f"{_not_covered(model, source)}, which is part of decoder layer {layers[0]} but doesn't have "
+                        "its number; this model can't be merged"
+                    )
+                split[prefix.removesuffix(f"{layers[0]}."), f".{source.removeprefix(prefix)}"] = None
             else:
                 axis = next((vocabulary[key] for key in names if key in vocabulary), None)
                 # The module whose tensors' names have most in common with this one's.
@@ -136,7 +142,7 @@ def changes_for(model: OpenedModel, architecture: ModelArchitecture, stack: str,
                 weight = WeightInfo(name=source, optional=True, vocabulary_axis=axis)
                 other.setdefault(homes.get(start, stack), {})[source] = weight
     outside = {module: tuple(weights.values()) for module, weights in other.items()}
-    return Changes(tuple(added), tuple(templates), outside, unneeded)
+    return Changes(tuple(added), tuple(split), outside, unneeded)
 
 
 def _unneeded(model: OpenedModel, layout: ModelLayout, stored: Set[str]) -> frozenset[str]:
@@ -157,7 +163,7 @@ def _unneeded(model: OpenedModel, layout: ModelLayout, stored: Set[str]) -> froz
 
 
 def is_convertible(model: OpenedModel, tensor: WeightInfo, layer: DecoderLayer | None) -> bool:
-    """Whether mergekit can make a tensor from some that the checkpoint lays out otherwise, such as single experts."""
+    """Tell whether mergekit can make a tensor from others in the checkpoint, such as single experts."""
     candidates = [set(model.headers)]
     number = layer.index if layer is not None else (re.findall(r"\.(\d+)\.", tensor.name) or [None])[0]
     if number is not None:  # a conversion stays within its layer, and searching all of a large MoE takes minutes
@@ -172,22 +178,6 @@ def _written(model: OpenedModel, layout: ModelLayout, stored: Set[str]) -> Itera
         is_tied = any(name in model.headers for name in tensor.tied_names or ())
         if not tensor.optional or is_tied or not stored.isdisjoint(names_of(tensor)):
             yield from names_of(tensor)
-
-
-def _template(model: OpenedModel, source: str, layer: int) -> str:
-    """The name of a tensor of the checkpoint that belongs to a decoder layer, with {} for the layer's number."""
-    prefix = layer_prefix(source, layer)
-    if prefix is None:
-        raise FimError(
-            f"{_not_covered(model, source)}, which is part of decoder layer {layer} but doesn't have its number; this "
-            "model can't be merged"
-        )
-    stem = prefix.removesuffix(f"{layer}.")
-    return f"{_escaped(stem)}{{}}.{_escaped(source.removeprefix(prefix))}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("{", "{{").replace("}", "}}")
 
 
 def _not_covered(model: OpenedModel, name: str) -> str:
@@ -213,13 +203,13 @@ def check_same(changes: Mapping[ModelReference, Changes]) -> None:
 
 
 def key_prefixes(index: int, tensors: Iterable[WeightInfo], loading: Loading) -> tuple[str, ...]:
-    """What the names of a decoder layer's tensors begin with in transformers' model."""
+    """List what the names of a decoder layer's tensors begin with in transformers' model."""
     keys = [key for tensor in tensors for key in loading.keys_of(tensor.name)]
     return tuple({prefix: None for key in keys if (prefix := layer_prefix(key, index)) is not None})
 
 
 def _homes(layout: ModelLayout, loading: Loading) -> dict[str, str]:
-    """mergekit's modules, by what the names of their tensors in transformers' model begin with."""
+    """Find mergekit's modules by what the names of their tensors in transformers' model begin with."""
     homes: dict[str, str] = {}
     for module, tensors in layout.modules.items():
         for tensor in tensors:
@@ -230,5 +220,5 @@ def _homes(layout: ModelLayout, loading: Loading) -> dict[str, str]:
 
 
 def _beginnings(name: str) -> list[str]:
-    """What a name begins with, cut at its dots."""
+    """List what a name begins with, cut at its dots."""
     return [name[: dot.start()] for dot in re.finditer(r"\.", name)]

@@ -5,6 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import accelerate
@@ -18,6 +19,7 @@ from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+from mergekit_fim.config.settings import check_modules
 from mergekit_fim.errors import FimError
 from mergekit_fim.models.checkpoint import TensorHeader, explained, model_config, read_headers
 from mergekit_fim.models.completion import changed, changes_for, check_same, is_convertible
@@ -39,25 +41,16 @@ _OLD_BUFFERS = (".inv_freq", ".masked_bias", ".attn.bias", ".attention.bias")
 
 @dataclass(frozen=True, eq=False)
 class InputModel(OpenedModel):
-    """One model of the merge, laid out.
+    """One model of the merge, laid out. Its tensors are named as in the layout or as in the checkpoint."""
 
-    Attributes:
-        layout: its tensors, by decoder layer.
-        absent: the names of the layout's tensors that the merge doesn't have of this model. mergekit can't load them,
-            not even by converting other tensors (fused experts), or skips them, because no model of the merge holds
-            them under their own name.
-        unknown: the names of the checkpoint's tensors that neither mergekit nor transformers has a place for.
-        architecture: mergekit's definition of the models, with what it leaves out.
-        added: the names of the checkpoint's tensors that mergekit's own definition leaves out.
-        other_modules: the names of the layout's tensors that aren't the language model's: of towers and projectors.
-    """
-
-    layout: ModelLayout
+    layout: ModelLayout  # its tensors, by decoder layer
+    # Those of the layout that the merge doesn't have of this model. mergekit can't load them, not even by converting
+    # other tensors (fused experts), or skips them, because no model of the merge holds them under their own name.
     absent: frozenset[str]
-    unknown: tuple[str, ...]
-    architecture: ModelArchitecture
-    added: tuple[str, ...]
-    other_modules: frozenset[str]
+    unknown: tuple[str, ...]  # those of the checkpoint that neither mergekit nor transformers has a place for
+    architecture: ModelArchitecture  # mergekit's definition of the models, with what it leaves out
+    added: tuple[str, ...]  # those of the checkpoint that mergekit's own definition leaves out
+    other_modules: frozenset[str]  # those of the layout that aren't the language model's: of towers and projectors
 
     @property
     def text_config(self) -> PretrainedConfig:
@@ -65,11 +58,11 @@ class InputModel(OpenedModel):
         return self.config.get_text_config()
 
     def num_layers(self, module: str) -> int:
-        """How many layers one of mergekit's modules has."""
+        """Count the layers of one of mergekit's modules."""
         return int(self.architecture.modules[module].architecture.num_layers(self.config))
 
     def stored_dtype(self) -> torch.dtype:
-        """The dtype of most of the checkpoint's parameters."""
+        """Find the dtype of most of the checkpoint's parameters."""
         elements: Counter[torch.dtype] = Counter()
         for header in self.headers.values():
             if header.torch_dtype is not None:
@@ -122,8 +115,7 @@ def open_models(
 
 
 def _opened(reference: ModelReference, config: PretrainedConfig, trust_remote_code: bool) -> OpenedModel:
-    what = f"{reference}: transformers can't build the model from its config"
-    with explained(what, "check its config.json"):
+    with explained(f"{reference}: transformers can't build the model from its config", "check its config.json"):
         with accelerate.init_empty_weights(include_buffers=True):
             skeleton = without_weights(config, trust_remote_code)
         skeleton.tie_weights()
@@ -150,11 +142,7 @@ def _laid_out(
 
 
 def open_model(name: str, revision: str | None, options: MergeOptions) -> InputModel:
-    """Open a single model, by the name that a merge config would give it.
-
-    Raises:
-        FimError: there is no such model, or it can't be measured.
-    """
+    """Open a single model, by the name that a merge config would give it."""
     return open_named([name], revision, options)[0]
 
 
@@ -172,10 +160,13 @@ def open_named(names: Sequence[str], revision: str | None, options: MergeOptions
                 path = reference.model.model_copy(update={"revision": revision})
                 reference = reference.model_copy(update={"model": path})
             references.append(reference)
-    _check_structure({reference: model_config(reference, options.trust_remote_code) for reference in references})
+    configs = {reference: model_config(reference, options.trust_remote_code) for reference in references}
+    _check_structure(configs)
     with explained(f"{names[0]}: mergekit can't use this model", "check the name"):
         models = [InputModelDefinition(model=reference) for reference in references]
-        architecture = get_architecture_info(MergeConfiguration(merge_method="linear", models=models), options)
+        config = MergeConfiguration(merge_method="linear", models=models)
+        architecture = get_architecture_info(config, options)
+    check_modules(config, architecture, configs[references[0]])
     opened = open_models(references, architecture, options.trust_remote_code)
     return [opened[reference] for reference in references]
 
@@ -194,11 +185,7 @@ def check_tokenizer(reference: ModelReference, trust_remote_code: bool) -> None:
 
 
 def _absent(model: OpenedModel, layout: ModelLayout, stored: Set[str]) -> Iterator[str]:
-    """Yield the layout's tensors that the merge doesn't have of a model; see `InputModel.absent`.
-
-    Raises:
-        FimError: a tensor isn't of floating-point numbers, or the checkpoint lacks one that mergekit requires.
-    """
+    """Yield the layout's tensors that the merge doesn't have of a model, and refuse one that no merge can have."""
     # Without the masks that old checkpoints hold.
     parameters = tensor_names(model.skeleton, layout, model.loading, floating_point=True)
     names = {name for aliases in parameters for name in aliases}
@@ -223,7 +210,7 @@ def _absent(model: OpenedModel, layout: ModelLayout, stored: Set[str]) -> Iterat
 
 
 def _remedy(tensor: WeightInfo, headers: Mapping[str, TensorHeader], parameters: Sequence[Sequence[str]]) -> str:
-    """What to do where a checkpoint lacks a tensor that mergekit requires."""
+    """Say what to do where a checkpoint lacks a tensor that mergekit requires."""
     names = next((names for names in parameters if tensor.name in names), None)
     if names is None:
         return "models with this config don't have it, so that this version of mergekit can't merge them"
@@ -252,11 +239,7 @@ def _unknown(model: OpenedModel, layout: ModelLayout) -> Iterator[str]:
 
 
 def _check_shapes(model: InputModel) -> None:
-    """Check that the shapes of a checkpoint's tensors are those that its config means.
-
-    Raises:
-        FimError: one isn't, so that transformers can't load it.
-    """
+    """Check that the shapes of a checkpoint's tensors are those that its config means, as transformers loads them."""
     shapes = {name: tuple(value.shape) for name, value in model.skeleton.state_dict().items()}
     for tensor in model.layout.all_tensors():
         stored = model.stored_name(tensor, tied=False)
@@ -284,15 +267,13 @@ def _check_structure(configs: Mapping[ModelReference, PretrainedConfig]) -> None
 def _structure(config: PretrainedConfig, key: str) -> Any:
     text = config if key in ("model_type", "architectures") else config.get_text_config()
     value, heads = _value(text, key), _value(text, "num_attention_heads")
-    if isinstance(value, tuple):
-        return value
     if key == "head_dim" and value is None and heads:
         return text.hidden_size // heads
     return heads if key == "num_key_value_heads" and value is None else value
 
 
 def _value(config: PretrainedConfig, key: str) -> Any:
-    """A key of a config: where layers differ in it, of every layer."""
+    """Read a key of a config: where layers differ in it, of every layer."""
     try:
         return getattr(config, key, None)
     except Exception:  # transformers has a class of its own for that
@@ -333,7 +314,7 @@ def check_compatible(base: InputModel, model: InputModel, *, vocabulary_aligned:
         FimError: the two can't be merged.
     """
     warnings = []
-    vocabulary = {t.name: t.vocabulary_axis for t in base.layout.other if t.vocabulary_axis is not None}
+    axes = {tensor.name: tensor.vocabulary_axis for tensor in base.layout.other}
     for tensor in model.layout.all_tensors():
         in_base, in_model = tensor.name not in base.absent, tensor.name not in model.absent
         if in_model and not in_base:
@@ -344,9 +325,9 @@ def check_compatible(base: InputModel, model: InputModel, *, vocabulary_aligned:
         if names[0] is None or names[1] is None:
             continue
         expected, own = base.headers[names[0]].shape, model.headers[names[1]].shape
-        axis = vocabulary.get(tensor.name)
-        by_vocabulary = axis is not None and _same_except(expected, own, axis)
-        if expected == own or (by_vocabulary and vocabulary_aligned):
+        differ = {axis for axis, (a, b) in enumerate(zip_longest(expected, own)) if a != b}
+        by_vocabulary = len(expected) == len(own) and differ == {axes.get(tensor.name)}
+        if not differ or (by_vocabulary and vocabulary_aligned):
             continue
         remedy = "the models must share one architecture"
         if by_vocabulary:
@@ -356,7 +337,3 @@ def check_compatible(base: InputModel, model: InputModel, *, vocabulary_aligned:
             f"found {list(own)}; {remedy}"
         )
     return warnings
-
-
-def _same_except(a: Sequence[int], b: Sequence[int], axis: int) -> bool:
-    return len(a) == len(b) and all(i == axis or x == y for i, (x, y) in enumerate(zip(a, b, strict=True)))

@@ -27,7 +27,7 @@ def auto_class(config: PretrainedConfig, trust_remote_code: bool) -> Any:
 
 
 def is_tied(config: PretrainedConfig) -> bool:
-    """Whether a config ties the output head to the input embeddings. The configs of its parts don't count."""
+    """Tell whether a config ties the output head to the input embeddings. The configs of its parts don't count."""
     return bool(getattr(config, "tie_word_embeddings", False))
 
 
@@ -78,5 +78,5 @@ def outside(model: PreTrainedModel) -> frozenset[str]:
 
 
 def _is_composite(model: PreTrainedModel) -> bool:
-    """Whether the language model is a part of the model."""
+    """Tell whether the language model is a part of the model."""
     return model.config.get_text_config() is not model.config

@@ -28,7 +28,7 @@ class OpenedModel:
         return str(self.reference)
 
     def stored_name(self, tensor: WeightInfo, *, tied: bool = True) -> str | None:
-        """The name under which the checkpoint holds `tensor`: its own, an alias, or (if `tied`) what it is tied to."""
+        """Find the checkpoint's name of a tensor: its own, an alias, or (if `tied`) that of what it is tied to."""
         return next((name for name in names_of(tensor, tied=tied) if name in self.headers), None)
 
 
@@ -46,12 +46,8 @@ class DecoderLayer:
         others = (layer_prefix(tensor.name, self.index) or self.prefix for tensor in self.tensors)
         return tuple(dict.fromkeys((self.prefix, *others)))
 
-    def stem(self, prefix: str) -> str:
-        """One of the `prefixes` without the layer's number."""
-        return prefix.removesuffix(f"{self.index}.")
-
     def local(self, tensor_name: str) -> str:
-        """The name of one of the layer's tensors without the part that says which layer it is in."""
+        """Take the part that says which layer it is in from the name of one of the layer's tensors."""
         return local_name(tensor_name, self.index)
 
 
@@ -69,12 +65,12 @@ class ModelLayout:
         return tuple(tensor for tensors in self.modules.values() for tensor in tensors)
 
     def placed(self) -> Iterator[tuple[DecoderLayer | None, WeightInfo]]:
-        """Every tensor once, with its layer; None where it is outside."""
+        """Yield every tensor once, with its layer; None where it is outside."""
         yield from ((layer, tensor) for layer in self.layers for tensor in layer.tensors)
         yield from ((None, tensor) for tensor in self.other)
 
     def all_tensors(self) -> tuple[WeightInfo, ...]:
-        """Every tensor once."""
+        """List every tensor once."""
         return tuple(tensor for _, tensor in self.placed())
 
 
@@ -134,18 +130,18 @@ def stack_of(model: OpenedModel, architecture: ModelArchitecture) -> str:
 
 
 def layer_prefix(tensor_name: str, index: int) -> str | None:
-    """What the name of a decoder layer's tensor begins with, up to the layer's number and the dot after it."""
+    """Find what the name of a decoder layer's tensor begins with, up to the layer's number and the dot after it."""
     match = re.match(rf"(?:.*?\.)?{index}\.", tensor_name)
     return match.group() if match else None
 
 
 def local_name(tensor_name: str, index: int) -> str:
-    """The name of a decoder layer's tensor without the part that says which layer it is in."""
+    """Take the part that says which layer it is in from the name of a decoder layer's tensor."""
     return tensor_name.removeprefix(layer_prefix(tensor_name, index) or "")
 
 
 def names_of(tensor: WeightInfo, *, tied: bool = False) -> tuple[str, ...]:
-    """The names that a checkpoint may give a tensor of mergekit's definition, with `tied` those it may be tied to."""
+    """List the names that a checkpoint may give a tensor of mergekit's, with `tied` those it may be tied to."""
     return (tensor.name, *(tensor.aliases or ()), *((tensor.tied_names or ()) if tied else ()))
 
 

@@ -26,12 +26,7 @@ class Place:
 
 
 class Loading:
-    """Where transformers' loader puts the tensors of a checkpoint.
-
-    Attributes:
-        sources: by the name of a tensor in the model's state dict, here a key: the checkpoint's tensors that it is made
-            of, in the loader's order.
-    """
+    """Where transformers' loader puts a checkpoint's tensors. A key is a tensor's name in the model's state dict."""
 
     def __init__(self, model: PreTrainedModel, names: Iterable[str]) -> None:
         """Look up all the `names` of a checkpoint, for a model that may be without weights."""
@@ -46,41 +41,42 @@ class Loading:
         for name in sorted(names, key=dot_natural_key):
             for key in self.targets(name):
                 sources[key].append(name)
+        # By key, the checkpoint's tensors that it is made of, in the loader's order.
         self.sources: Mapping[str, tuple[str, ...]] = {key: tuple(parts) for key, parts in sources.items()}
 
     def _renamed(self, name: str) -> tuple[str, str | None]:
-        """The key of a checkpoint's tensor, and the pattern of its converter, None where it is loaded whole."""
+        """Find the key of a checkpoint's tensor, and the pattern of its converter, None where it is loaded whole."""
         key, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self._state)
         if not self._expanded(key, pattern) and name in self._state:
             return name, None
         return key, pattern
 
     def _expanded(self, key: str, pattern: str | None) -> list[str]:
-        """The keys that the model has of all that a converter makes at once of what it calls `key`."""
+        """List the keys that the model has of all that a converter makes at once of what it calls `key`."""
         patterns = [] if pattern is None else self._by_pattern[pattern].target_patterns
         keys = (key, *(key.replace(patterns[0], other, 1) for other in patterns[1:]))
         return [key for key in keys if key in self._state]
 
     def targets(self, name: str) -> list[str]:
-        """The keys that a checkpoint's tensor is loaded into, whole or as a part."""
+        """List the keys that a checkpoint's tensor is loaded into, whole or as a part."""
         return self._expanded(*self._renamed(name))
 
     def keys_of(self, name: str) -> list[str]:
-        """The keys of a tensor of mergekit's definition, which names it as the checkpoint or as the model does."""
+        """List the keys of a tensor of mergekit's definition, which names it as the checkpoint or as the model does."""
         return [key for key in dict.fromkeys((name, *self.targets(name))) if key in self._state]
 
     def is_whole(self, name: str) -> bool:
-        """Whether a checkpoint's tensor is loaded as it is, under its own name or another one."""
+        """Tell whether a checkpoint's tensor is loaded as it is, under its own name or another one."""
         return self._renamed(name)[1] is None
 
     def is_reordered(self, key: str) -> bool:
-        """Whether entries change their places, by a rule that mergekit's own conversion leaves out silently."""
+        """Tell whether entries change their places, by a rule that mergekit's own conversion leaves out silently."""
         _, pattern = self._renamed(next(iter(self.sources.get(key, ())), ""))
         operations = self._by_pattern[pattern].operations if pattern is not None else ()
         return any(type(operation).__name__ not in _PLAIN for operation in operations)
 
     def loaded(self, names: Iterable[str]) -> set[str]:
-        """The keys that are complete where a checkpoint holds just these tensors."""
+        """List the keys that are complete where a checkpoint holds just these tensors."""
         held = set(names)
         return {
             key
@@ -90,12 +86,7 @@ class Loading:
         }
 
     def read(self, key: str, load: Callable[[str], torch.Tensor]) -> torch.Tensor | None:
-        """Make a tensor of the model from the checkpoint's tensors, None where the checkpoint has none for it.
-
-        Args:
-            key: its name in the model's state dict.
-            load: reads a tensor of the checkpoint.
-        """
+        """Make a tensor of the model from the checkpoint's, which `load` reads; None where it has none for the key."""
         names = self.sources.get(key, ())
         if not names:
             return None
@@ -111,14 +102,8 @@ class Loading:
     def place(self, name: str, shapes: Mapping[str, tuple[int, ...]]) -> Place | None:
         """Find where a matrix of the checkpoint is put that is loaded as a part of a parameter.
 
-        It is found by what transformers' converters make of numbered rows, and of numbered columns.
-
-        Args:
-            name: of the matrix.
-            shapes: of the checkpoint's tensors.
-
-        Returns:
-            The place, or None where the numbers don't show it.
+        It is found by what transformers' converters make of numbered rows, and of numbered columns; None where the
+        numbers don't show it. `shapes` are those of the checkpoint's tensors.
         """
         keys = self.targets(name)
         if len(keys) != 1 or any(len(shapes.get(source, ())) != 2 for source in self.sources.get(keys[0], ())):

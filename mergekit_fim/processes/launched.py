@@ -37,7 +37,7 @@ _LAUNCH: ContextVar[_Launch | None] = ContextVar("launch", default=None)
 
 
 def sharing() -> PartialState | None:
-    """The processes that share the merge under way; None where this one is alone with it."""
+    """Find the processes that share the merge under way; None where this one is alone with it."""
     launch = _LAUNCH.get()
     return None if launch is None else launch.state
 
@@ -110,11 +110,7 @@ def check_shared() -> None:
 
 @contextlib.contextmanager
 def apart(options: MergeOptions) -> Iterator[MergeOptions]:
-    """While this lasts, each process of a launcher works for itself, on its own accelerator. Only the first one logs.
-
-    Returns:
-        mergekit's options for this process.
-    """
+    """Let each process work for itself, on its own accelerator, by the options that it gets. Only the first logs."""
     is_first = not several() or os.environ.get("RANK", "0") == "0"
     kind = accelerator() if several() else None
     device = None if kind is None else f"{kind}:{os.environ.get('LOCAL_RANK', '0')}"
@@ -123,7 +119,7 @@ def apart(options: MergeOptions) -> Iterator[MergeOptions]:
 
 
 def options_of_process(options: MergeOptions) -> MergeOptions:
-    """mergekit's options for this process's part of the pre-pass."""
+    """Make mergekit's options for this process's part of the pre-pass."""
     state = sharing()
     if state is None:
         return options
@@ -131,7 +127,7 @@ def options_of_process(options: MergeOptions) -> MergeOptions:
 
 
 def _own_options(options: MergeOptions, is_first: bool, device: str | None) -> MergeOptions:
-    """One process's options: only the first one prints, and each keeps to its own accelerator, if it has one."""
+    """Make one process's options: only the first one prints, and each keeps to its own accelerator, if it has one."""
     own: dict[str, Any] = {"quiet": options.quiet or not is_first}
     if device is not None:
         own |= {"device": device, "multi_gpu": False}
@@ -140,11 +136,8 @@ def _own_options(options: MergeOptions, is_first: bool, device: str | None) -> M
 
 @contextlib.contextmanager
 def _under_way(launch: _Launch, *, logs: bool) -> Iterator[None]:
-    """Keep the launch while this lasts, and log nothing in a process that isn't to.
-
-    mergekit, transformers and this package have many loggers, with handlers of their own. `logging.disable` is the one
-    switch for all of them, and it is set back at the end.
-    """
+    """Keep the launch while this lasts, and log nothing in a process that isn't to."""
+    # The loggers of mergekit, transformers and this package have handlers of their own: this switch is for all of them.
     token, level = _LAUNCH.set(launch), logging.root.manager.disable
     if not logs:
         logging.disable(logging.CRITICAL)
@@ -162,10 +155,7 @@ def _ends_in_order() -> Iterator[None]:
         yield
         return
 
-    def leave(number: int, _frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     try:
         yield
     finally:

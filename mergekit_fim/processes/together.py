@@ -28,12 +28,12 @@ _PATIENCE = timedelta(days=30)
 
 
 def several() -> bool:
-    """Whether a launcher started this process together with others."""
+    """Tell whether a launcher started this process together with others."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def accelerator() -> str | None:
-    """The kind of accelerator that the processes use, such as `cuda`; None for the CPU."""
+    """Name the kind of accelerator that the processes use, such as `cuda`; None for the CPU."""
     device = torch.accelerator.current_accelerator(check_available=True)
     return None if device is None or parse_flag_from_env("ACCELERATE_USE_CPU") else device.type
 
@@ -65,16 +65,9 @@ class SharedError(FimError):
 
 
 def in_all(state: PartialState | None, work: Callable[[], T]) -> list[T]:
-    """Do `work` in every process, and send every result to all of them.
+    """Do `work` in every process, or without `state` in this one, and give all of them every result, [process].
 
     `work` may itself call `in_all`. A process that fails before that call tells the others there.
-
-    Args:
-        state: the processes; None for this one alone.
-        work: what each process does.
-
-    Returns:
-        [process], the results.
 
     Raises:
         SharedError: `work` failed. The message names the process, unless all failed in the same way.
@@ -106,11 +99,7 @@ def in_all(state: PartialState | None, work: Callable[[], T]) -> list[T]:
 
 
 def in_turn(state: PartialState | None, work: Callable[[], T]) -> T:
-    """Do `work` in every process, first in one of each machine: it may write to a folder that they share.
-
-    Raises:
-        SharedError: see `in_all`.
-    """
+    """Do `work` in every process, first in one of each machine: it may write to a folder that they share."""
     done: list[T] = []
     is_first = state is None or state.is_local_main_process
     in_all(state, lambda: done.append(work()) if is_first else None)

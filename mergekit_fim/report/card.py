@@ -30,17 +30,16 @@ _ALT = "Per decoder layer: Fisher information, norm of the task vector, and merg
 def write_section(
     folder: str, *, figure: str | None = None, measured: str | None = None, results: "Iterable[EvalResult]" = ()
 ) -> None:
-    """Append our section to the card of a merged model, or replace the section in it.
+    """Append our section to the card of a merged model, or replace the section in it. What isn't given stays.
 
     A failure is only a warning, since the model is finished. A folder without a card is left as it is.
 
     Args:
-        folder: the merged model's, with its README.md. Without a `fim_report.json` (a merge by mergekit's own methods)
-            the section has only `measured`.
-        figure: the name of a figure in the folder, for a card that has the section; by default its figure stays.
-        measured: Markdown of what a sweep measured of the model, such as its row of the front with the table's head;
-            by default what the card has of it stays.
-        results: what the Hub is to read in the card's head, as `model-index`; without any, what is there stays.
+        folder: the merged model's. Without a `fim_report.json` (a merge by mergekit's own methods) the section has only
+            `measured`.
+        figure: the name of a figure in the folder, for a card that has the section.
+        measured: Markdown of what a sweep measured of the model, such as its row of the front with the table's head.
+        results: what the Hub is to read in the card's head, as `model-index`.
     """
     path, report = os.path.join(folder, "README.md"), os.path.join(folder, REPORT_NAME)
     if not os.path.isfile(path):
@@ -54,35 +53,25 @@ def write_section(
         own, _, old_measured = (old["body"] if old else "").partition(f"\n{_MEASURED}\n\n")
         old_figure = _FIGURE.search(own)
         section = render_section(
-            read_json(report, report) if os.path.exists(report) else None,
+            read_json(report) if os.path.exists(report) else None,
             figure=quote(figure) if figure is not None else old_figure and old_figure[1],
             measured=measured if measured is not None else old_measured.rstrip("\n") or None,
         )
         new = text[: old.start()] + section + text[old.end() :] if old else f"{text.rstrip()}\n\n{section}"
-        write_text(path, _with_results(new, os.path.basename(folder), list(results)))
+        if found := list(results):
+            from huggingface_hub import ModelCard, ModelCardData
 
-
-def _with_results(card: str, model: str, results: "list[EvalResult]") -> str:
-    """Put results into the head of a card, in place of those that are there."""
-    if not results:
-        return card
-    from huggingface_hub import ModelCard, ModelCardData
-
-    parsed = ModelCard(card)
-    data = cast(ModelCardData, parsed.data)
-    data.model_name, data.eval_results = model, results
-    return str(parsed)
+            card = ModelCard(new)
+            data = cast(ModelCardData, card.data)
+            data.model_name, data.eval_results = os.path.basename(folder), found
+            new = str(card)
+        write_text(path, new)
 
 
 def new_section(folder: str) -> str:
-    """Make our section for a card that the caller writes; empty, with a warning, if that fails.
-
-    Args:
-        folder: the merged model's, with its `fim_report.json`.
-    """
-    report = os.path.join(folder, REPORT_NAME)
+    """Make our section for a card that the caller writes beside a report; empty, with a warning, if that fails."""
     with _warned():
-        return render_section(read_json(report, report))
+        return render_section(read_json(os.path.join(folder, REPORT_NAME)))
     return ""
 
 
@@ -96,13 +85,7 @@ def _warned() -> Iterator[None]:
 
 
 def render_section(report: Mapping[str, Any] | None, *, figure: str | None = None, measured: str | None = None) -> str:
-    """Make the section as Markdown, between the comments that mark it.
-
-    Args:
-        report: a merge's, as `record.as_json` makes it; None for a merge by mergekit's own methods.
-        figure: the address of a figure.
-        measured: lines of Markdown for a heading of their own.
-    """
+    """Make the section as Markdown: of a report, with the address of a figure, and what a sweep measured."""
     blocks = [_BEGIN] if report is None else [_BEGIN, *_report_blocks(report, figure)]
     blocks += [] if measured is None else [_MEASURED, measured.strip("\n")]
     return "\n\n".join([*blocks, _END]) + "\n"
@@ -129,7 +112,7 @@ def _report_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[st
 
 
 def _layer_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[str]:
-    """What `fim_ties` or `fim_ta` did: the coefficient of each layer."""
+    """Say what `fim_ties` or `fim_ta` did: the coefficient of each layer."""
     settings = report["settings"]
     bases = {report["base_model"]: report["fisher"], **report["fisher_of_other_bases"]}
     yield (
@@ -167,7 +150,7 @@ def _layers(model: Mapping[str, Any], fisher: Mapping[str, Any]) -> Iterator[lis
 
 
 def _kron_blocks(report: Mapping[str, Any], figure: str | None) -> Iterator[str]:
-    """What `fim_kron` did: the coefficients of each layer's directions."""
+    """Say what `fim_kron` did: the coefficients of each layer's directions."""
     kron, its = report["kron"], report["kron"]["factors"][0]["settings"]
     yield (
         f"Merged by `{report['method']}` of mergekit-fim {report['versions']['mergekit-fim']}: each direction of a "
@@ -196,7 +179,7 @@ def _kron_layers(model: Mapping[str, Any]) -> Iterator[list[str]]:
 
 
 def _name(layer: Mapping[str, Any]) -> str:
-    """The base's number of a layer, and the model's own if slices make it another."""
+    """Write the base's number of a layer, and the model's own if slices make it another."""
     return f"{layer['base_index']} (from {layer['index']})" if "base_index" in layer else f"{layer['index']}"
 
 

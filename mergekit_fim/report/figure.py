@@ -36,7 +36,7 @@ def read_report(path: str) -> Mapping[str, Any]:
     Raises:
         FimError: the file is neither.
     """
-    content = read_json(path, path)
+    content = read_json(path)
     kind = content.get("format") if isinstance(content, dict) else None
     if kind == FORMAT:
         from_json(content, path)
@@ -65,12 +65,7 @@ def _ending(path: str) -> str:
 
 
 def write_figure(report: Mapping[str, Any], where: str, path: str) -> None:
-    """Draw a report and save the figure.
-
-    Args:
-        report: from `read_report` or `record.as_json`.
-        where: what to call it in an error.
-        path: a file name that ends in .png or .svg.
+    """Draw a report, which errors call `where`, into a file whose name ends in .png or .svg.
 
     Raises:
         FimError: see `check_figure`; or the report has nothing to draw or is damaged, or the file can't be written.
@@ -86,11 +81,7 @@ def write_figure(report: Mapping[str, Any], where: str, path: str) -> None:
 
 
 def save_figure(figure: "Figure", path: str) -> None:
-    """Write a figure whole or not at all, as PNG or SVG by the ending of `path`, in the same bytes every time.
-
-    Raises:
-        FimError: it can't be written.
-    """
+    """Write a figure whole or not at all, as PNG or SVG by the ending of `path`, in the same bytes every time."""
     import matplotlib
 
     with matplotlib.rc_context({"svg.hashsalt": "mergekit-fim"}), written_whole(path) as part:
@@ -99,11 +90,7 @@ def save_figure(figure: "Figure", path: str) -> None:
 
 
 def draw(report: Mapping[str, Any]) -> "Figure | None":
-    """Draw Fisher information, task-vector norms and coefficients below one another, over the decoder layers.
-
-    Returns:
-        The figure; None if there is nothing to draw.
-    """
+    """Draw Fisher information, task-vector norms and coefficients over the layers; None if there is nothing to draw."""
     if "kron" in report:
         return _draw_kron(report)
     bases = {report["base_model"]: report["fisher"], **report["fisher_of_other_bases"]}
@@ -117,14 +104,18 @@ def draw(report: Mapping[str, Any]) -> "Figure | None":
     outside = last + max(1.5, 0.05 * last)  # the place of the tensors outside on the axis of the layers
     _draw_fisher(panels[0], bases)
     if models:
-        _draw_norms(panels[1], models)
+        norms = [[math.sqrt(layer["task_vector_sq_norm"]) for layer in model["layers"]] for model in models]
+        _draw_lines(panels[1], models, norms)
+        panels[1].set_ylim(0, 1.15 * max(map(max, norms)) or 1.0)
+        panels[1].set_ylabel("task-vector norm ‖δ‖", color=INK)
+        panels[1].legend(fontsize=8, frameon=False)
         _draw_alphas(panels[2], models, outside)
     _dress(panels, last, outside if models else None)
     return figure
 
 
 def _panels(report: Mapping[str, Any], count: int, height: float) -> "tuple[Figure, list[Axes]]":
-    """A figure with panels below one another, and what the report is of as its title."""
+    """Make a figure with panels below one another, and what the report is of as its title."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, height), layout="constrained")
@@ -196,14 +187,6 @@ def _draw_fisher(panel: "Axes", bases: Mapping[str, Sequence[Mapping[str, Any]]]
         panel.legend(fontsize=8, frameon=False)
 
 
-def _draw_norms(panel: "Axes", models: Sequence[Mapping[str, Any]]) -> None:
-    norms = [[math.sqrt(layer["task_vector_sq_norm"]) for layer in model["layers"]] for model in models]
-    _draw_lines(panel, models, norms)
-    panel.set_ylim(0, 1.15 * max(map(max, norms)) or 1.0)
-    panel.set_ylabel("task-vector norm ‖δ‖", color=INK)
-    panel.legend(fontsize=8, frameon=False)
-
-
 def _draw_alphas(panel: "Axes", models: Sequence[Mapping[str, Any]], outside: float) -> None:
     """Draw the coefficients of the layers, and at `outside` those of the tensors outside."""
     alphas = [[layer["alpha"] for layer in model["layers"]] for model in models]
@@ -223,19 +206,19 @@ def _draw_lines(panel: "Axes", models: Sequence[Mapping[str, Any]], values: Sequ
 
 
 def _index(layer: Mapping[str, Any]) -> int:
-    """The base's number of a layer."""
+    """Read the base's number of a layer."""
     index: int = layer.get("base_index", layer["index"])
     return index
 
 
 def _short(name: str) -> str:
-    """A model's name without the folders that it lies in."""
+    """Take the folders that it lies in from a model's name."""
     parts = name.rstrip("/").split("/")
-    return "/".join(parts[-2:]) if len(parts) == 2 and parts[0] not in ("", ".", "..") else parts[-1]
+    return name.rstrip("/") if len(parts) == 2 and parts[0] not in ("", ".", "..") else parts[-1]
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Their short names, with so many of the folders that they lie in as tell them apart."""
+    """Shorten names, but for so many of the folders that the models lie in as tell them apart."""
     short = [_short(name) for name in names]
     most = max((name.count("/") for name in names), default=0)
     for folders in range(1, most + 1):

@@ -1,28 +1,26 @@
 """`fim_report.json`: what a pre-pass found, kept beside the merged model."""
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mergekit.graph import Task
 from mergekit.io.tasks import FinalizeModel
 from pydantic import BaseModel
 
 from mergekit_fim.config.parameters import PARAMETERS
-from mergekit_fim.files import REPORT_FORMAT, REPORT_NAME, write_text
+from mergekit_fim.files import REPORT_FORMAT
 from mergekit_fim.measurements.file import layers_as_json
-from mergekit_fim.measurements.record import versions
+from mergekit_fim.measurements.record import Measurement, versions
 from mergekit_fim.merging.gates import is_fused, is_gate_projection, is_layout_known
 from mergekit_fim.merging.output_folder import ReplaceModel
-from mergekit_fim.prepass.result import BaseCoefficients, ModelCoefficients, PrePass
+from mergekit_fim.prepass.result import ModelCoefficients, PrePass
 from mergekit_fim.report import kron
 
 
 def as_json(pre_pass: PrePass) -> dict[str, Any]:
-    """The report, as it is written beside the merged model."""
+    """Make the report, as it is written beside the merged model."""
     base = str(pre_pass.base)
-    fisher = {str(c.base): _fisher(c) for c in pre_pass.coefficients}
+    fisher = {str(c.base): _fisher(c.measurement) for c in pre_pass.coefficients}
     return {
         "format": REPORT_FORMAT,
         "version": 1,
@@ -59,14 +57,10 @@ def _settings(pre_pass: PrePass) -> dict[str, Any]:
     }
 
 
-def _fisher(coefficients: BaseCoefficients) -> dict[str, Any]:
-    return {
-        "model": dict(vars(coefficients.measurement.model)),
-        "vocab_size": coefficients.fisher.vocab_size,
-        "dtype": coefficients.fisher.dtype,
-        "num_layers": len(coefficients.fisher.layers),
-        "layers": layers_as_json(coefficients.fisher),
-    }
+def _fisher(measurement: Measurement) -> dict[str, Any]:
+    its = measurement.fisher
+    shape = {"vocab_size": its.vocab_size, "dtype": its.dtype, "num_layers": len(its.layers)}
+    return {"model": dict(vars(measurement.model)), **shape, "layers": layers_as_json(its)}
 
 
 def _models(pre_pass: PrePass) -> Iterator[dict[str, Any]]:
@@ -106,53 +100,31 @@ def _modules(pre_pass: PrePass) -> Iterator[dict[str, Any]]:
 
 
 def gate_tensors(pre_pass: PrePass, is_one: Callable[[str], bool]) -> list[str]:
-    """The tensors of the decoder layers that `is_one` chooses, such as the gate projections."""
+    """List the tensors of the decoder layers that `is_one` chooses, such as the gate projections."""
     base = pre_pass.base
     names = [tensor.name for layer in base.layout.layers for tensor in layer.tensors]
     return [name for name in names if is_one(name) and name not in base.absent]
 
 
 def protected_halves(pre_pass: PrePass) -> list[str]:
-    """The fused tensors in which gate protection knows the gate's half."""
+    """List the fused tensors in which gate protection knows the gate's half."""
     model_type = pre_pass.base.text_config.model_type
     return [name for name in gate_tensors(pre_pass, is_fused) if is_layout_known(name, model_type)]
 
 
 def jsonable(value: Any) -> Any:
-    """A config's value, without pydantic's classes."""
+    """Write a config's value without pydantic's classes."""
     if isinstance(value, BaseModel):
         return value.model_dump(exclude_none=True)
     return [jsonable(item) for item in value] if isinstance(value, list) else value
 
 
-class WriteReport(Task[None]):
-    """Writes the report when the merged model is complete."""
-
-    finalize: FinalizeModel
-    text: str
-    out_path: str
-
-    def arguments(self) -> dict[str, Any]:
-        """mergekit's name for the tasks that must come first."""
-        return {"finalize": self.finalize}
-
-    def main_thread_only(self) -> bool:
-        """Run where `FinalizeModel` runs."""
-        return True
-
-    def execute(self, **_kwargs: Any) -> None:
-        """Write the report whole or not at all."""
-        write_text(os.path.join(self.out_path, REPORT_NAME), self.text)
-
-
-def with_report(targets: Sequence[Any], pre_pass: PrePass, out_path: str) -> list[Any]:
-    """Add the report to mergekit's tasks, after the `FinalizeModel` among them, which becomes a `ReplaceModel`.
-
-    Wherever a merge stops, a report lies only beside its own model, and a config.json only beside its own weights:
-    mergekit writes the config.json last.
-    """
-    (finalize,) = (task for task in targets if isinstance(task, FinalizeModel))
+def with_report(targets: Sequence[Any], pre_pass: PrePass) -> list[Any]:
+    """Make the `FinalizeModel` among mergekit's tasks a `ReplaceModel`, which writes the report, too."""
     text = json.dumps(as_json(pre_pass), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    replace = ReplaceModel(tensor_save_tasks=finalize.tensor_save_tasks, writer_task=finalize.writer_task)
-    others = [replace if task is finalize else task for task in targets]
-    return [*others, WriteReport(finalize=replace, text=text, out_path=out_path)]
+    return [
+        ReplaceModel(tensor_save_tasks=task.tensor_save_tasks, writer_task=task.writer_task, report=text)
+        if isinstance(task, FinalizeModel)
+        else task
+        for task in targets
+    ]

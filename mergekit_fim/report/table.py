@@ -44,14 +44,15 @@ def render(pre_pass: PrePass) -> str:
 
 
 def _table(coefficients: BaseCoefficients) -> Iterator[str]:
-    """Blocks of as many models as fit side by side, each with the columns of the base at the left."""
+    """Yield blocks of as many models as fit side by side, each with the columns of the base at the left."""
     group, left = 28, 30  # characters
     per_block = max(1, (width() - left) // group)
     models = coefficients.models
     for start in range(0, len(models), per_block):
         block = models[start : start + per_block]
         if len(models) > 1:
-            yield " " * left + "".join(f"{_cut(str(m.model), group - 2):>{group}}" for m in block)
+            names = (str(model.model) for model in block)
+            yield " " * left + "".join(f"{n if len(n) < group - 1 else '…' + n[3 - group :]:>{group}}" for n in names)
         yield f"{'layer':>8}{'Fisher':>12}{'±':>10}" + f"{'‖δ‖':>10}{'score':>10}{'α':>8}" * len(block)
         for layer in coefficients.fisher.layers:
             stderr = "" if layer.stderr is None else f"{layer.stderr:.1e}"
@@ -64,14 +65,10 @@ def _table(coefficients: BaseCoefficients) -> Iterator[str]:
 
 
 def _cells(model: ModelCoefficients, base_layer: int) -> Iterator[str]:
-    """A row for each of the model's layers that is merged into a layer of the base."""
+    """Yield a row for each of the model's layers that is merged into a layer of the base."""
     for (pair, sq_norm), score, alpha in zip(model.norms.layers.items(), model.scores, model.used_alphas, strict=True):
         if pair.base_layer == base_layer:
             yield f"{math.sqrt(sq_norm):>10.3g}{score:>10.2e}{alpha:>8.3f}"
-
-
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else "…" + text[len(text) - width + 1 :]
 
 
 def _notes(pre_pass: PrePass) -> Iterator[str]:
@@ -127,13 +124,13 @@ def _module_notes(pre_pass: PrePass) -> Iterator[str]:
 
 
 def _idle_experts(coefficients: BaseCoefficients) -> Iterator[str]:
-    mixtures = [(layer.index, layer.experts) for layer in coefficients.fisher.layers if layer.experts is not None]
-    idle = [(index, len(experts.not_reached)) for index, experts in mixtures if experts.not_reached]
-    if idle:
-        most = max(idle, key=lambda pair: pair[1])
+    experts = {layer.index: layer.experts for layer in coefficients.fisher.layers if layer.experts is not None}
+    idle = {index: len(its.not_reached) for index, its in experts.items()}
+    if any(idle.values()):
+        most = max(idle, key=idle.__getitem__)
         yield (
-            f"experts of {coefficients.base}: {sum(count for _, count in idle)} of {sum(e.count for _, e in mixtures)} "
-            f"were reached by no random token (most in decoder layer {most[0]}: {most[1]}), and count as parameters "
+            f"experts of {coefficients.base}: {sum(idle.values())} of {sum(its.count for its in experts.values())} "
+            f"were reached by no random token (most in decoder layer {most}: {idle[most]}), and count as parameters "
             "without Fisher information; more fisher_samples reach more"
         )
 

@@ -32,48 +32,28 @@ _STEPS = 16
 
 @dataclass(frozen=True)
 class DeltaStatistics:
-    """What a task vector δ = θ_model − θ_base looks like, in one tensor or in several.
-
-    Attributes:
-        entries: how many.
-        zeros: the share of them that is exactly 0.
-        relative_norm: ‖δ‖ / ‖θ_base‖; here and below, None where there is nothing to divide by.
-        excess_kurtosis: mean over the tensors in which δ varies, weighted by their entries.
-        top_share: the share of ‖δ‖² in the largest 2 % of each tensor's entries by magnitude, as TIES trims it.
-        gaussian_top_share: the same of Gaussian tensors with the same zeros and norms.
-        edge_ratio: median of `edge_ratio` over the decoder layers' matrices, each expert's on its own.
-        largest_edge_ratio: the largest of these.
-    """
+    """What a task vector δ = θ_model − θ_base looks like; None where there is nothing to divide by."""
 
     entries: int
-    zeros: float | None
-    relative_norm: float | None
-    excess_kurtosis: float | None
-    top_share: float | None
-    gaussian_top_share: float | None
-    edge_ratio: float | None
+    zeros: float | None  # the share of the entries that is exactly 0
+    relative_norm: float | None  # ‖δ‖ / ‖θ_base‖
+    excess_kurtosis: float | None  # mean over the tensors in which δ varies, weighted by their entries
+    top_share: float | None  # of ‖δ‖² in the largest 2 % of each tensor's entries by magnitude, as TIES trims it
+    gaussian_top_share: float | None  # the same of Gaussian tensors with the same zeros and norms
+    edge_ratio: float | None  # median of `edge_ratio` over the decoder layers' matrices, each expert's on its own
     largest_edge_ratio: float | None
 
 
 @dataclass(frozen=True)
 class Delta:
-    """What a fine-tuned model's task vector looks like.
+    """What a fine-tuned model's task vector looks like."""
 
-    Attributes:
-        base_model: the base's name.
-        model: the fine-tuned model's.
-        layers: of all decoder layers.
-        outside: of the tensors outside them, without singular values: most rows of an embedding are hardly trained.
-        kinds: of the decoder layers, by the tensors' names without layer, expert and `.weight`.
-        notes: what was left out, in words.
-    """
-
-    base_model: str
-    model: str
-    layers: DeltaStatistics
-    outside: DeltaStatistics
-    kinds: Mapping[str, DeltaStatistics]
-    notes: tuple[str, ...]
+    base_model: str  # the base's name
+    model: str  # the fine-tuned model's
+    layers: DeltaStatistics  # of all decoder layers
+    outside: DeltaStatistics  # without singular values: most rows of an embedding are hardly trained
+    kinds: Mapping[str, DeltaStatistics]  # of the decoder layers, by names without layer, expert and `.weight`
+    notes: tuple[str, ...]  # what was left out, in words
 
     def as_json(self) -> dict[str, Any]:
         """Write all of it as JSON."""

@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator
 
 from mergekit.common import dtype_from_name
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_fim.fisher.batched import micro_batch
@@ -48,14 +47,16 @@ def _cost(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
     fit in the system's own cache are read from disk once in all.
     """
     inputs = plan.pre_pass.inputs
-    sizes = {reference: _bytes(model) for reference, model in inputs.items()}
+    sizes = {reference: sum(its.nbytes for its in model.headers.values()) for reference, model in inputs.items()}
     reads, memory = 0, PROGRAM_MEMORY
     for its in plan.pre_pass.coefficients:
         reads += sizes[its.base.reference] + sum(sizes[m.model.reference] for m in its.models)
         if not its.origin:  # it is measured now
             settings = plan.pre_pass.settings.fisher
             sequences = micro_batch(settings.samples, settings.seq_len, "cpu")
-            reads += (2 * math.ceil(settings.samples / sequences) - 1) * _layer_bytes(its.base)
+            prefixes = tuple(prefix for layer in its.base.layout.layers for prefix in layer.prefixes)
+            of_layers = sum(header.nbytes for name, header in its.base.headers.items() if name.startswith(prefixes))
+            reads += (2 * math.ceil(settings.samples / sequences) - 1) * of_layers
             memory = max(memory, PRE_PASS_MEMORY + _activations(its, sequences * settings.seq_len))
     if plan.pre_pass.kron is not None:  # a forward pass, and the task vectors
         factors = plan.pre_pass.kron.factors
@@ -102,19 +103,8 @@ def _activations(its: BaseCoefficients, tokens: int) -> float:
 
 def _largest_pickle(model: InputModel) -> int:
     """Find the size of a model's largest `.bin` file. These are in memory whole while they are read."""
-    index = LoaderCache().get(model.reference).index
-    if index.is_safetensors:
-        return 0
-    return max(os.path.getsize(os.path.join(index.base_path, shard.filename)) for shard in index.shards)
-
-
-def _bytes(model: InputModel) -> int:
-    return sum(header.nbytes for header in model.headers.values())
-
-
-def _layer_bytes(model: InputModel) -> int:
-    prefixes = tuple(prefix for layer in model.layout.layers for prefix in layer.prefixes)
-    return sum(header.nbytes for name, header in model.headers.items() if name.startswith(prefixes))
+    paths = {header.path for header in model.headers.values() if not header.path.endswith(".safetensors")}
+    return max(map(os.path.getsize, paths), default=0)
 
 
 def _elements(tensor: PlannedTensor, base: InputModel) -> int:

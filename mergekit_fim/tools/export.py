@@ -12,14 +12,7 @@ from typing import Any
 
 import torch
 from mergekit.common import ModelReference
-from mergekit.config import (
-    ConditionalParameter,
-    InputModelDefinition,
-    InputSliceDefinition,
-    MergeConfiguration,
-    OutputModuleDefinition,
-    OutputSliceDefinition,
-)
+from mergekit.config import ConditionalParameter, InputModelDefinition, MergeConfiguration, OutputModuleDefinition
 from mergekit.graph import Executor, Task
 from mergekit.options import MergeOptions
 
@@ -34,14 +27,6 @@ STOCK_METHODS = {"fim_ties": "ties", "fim_ta": "task_arithmetic"}
 
 
 @dataclass(frozen=True)
-class Export:
-    """A merge for stock mergekit, and a line for each thing that it does otherwise than ours."""
-
-    config: MergeConfiguration
-    losses: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Difference:
     """How far a tensor of the exported merge is from ours."""
 
@@ -51,11 +36,7 @@ class Difference:
 
 
 def check_exportable(method: str) -> None:
-    """Check that stock mergekit has such a method, before the work of planning.
-
-    Raises:
-        FimError: it hasn't.
-    """
+    """Check that stock mergekit has such a method, before the work of planning."""
     if method == "fim_kron":
         raise FimError(
             "fim_kron can't be exported: stock mergekit has one coefficient for a whole tensor, not one for each of "
@@ -63,8 +44,8 @@ def check_exportable(method: str) -> None:
         )
 
 
-def export(plan: MergePlan, options: MergeOptions) -> Export:
-    """Write a planned merge as one of mergekit's own methods.
+def export(plan: MergePlan, options: MergeOptions) -> tuple[MergeConfiguration, MergePlan]:
+    """Write a planned merge as one of mergekit's own methods: as a config, and as the plan of that.
 
     `fim_ta` becomes `task_arithmetic` and `fim_ties` becomes `ties`, with `normalize: false`. Each model's coefficient
     of every tensor becomes a filtered `weight`: λ · weight · α, divided by the weights' sum where the merge normalises,
@@ -86,7 +67,7 @@ def export(plan: MergePlan, options: MergeOptions) -> Export:
     config = MergeConfiguration.model_validate(config.model_dump(exclude_none=True))
     exported = plan_merge(config, options)
     _check_coefficients(plan, exported)
-    return Export(config, (*_losses_of_tensors(plan, exported), *_losses_of_config(plan, exported)))
+    return config, exported
 
 
 def _module(plan: MergePlan, name: str) -> OutputModuleDefinition:
@@ -94,15 +75,9 @@ def _module(plan: MergePlan, name: str) -> OutputModuleDefinition:
     slices = []
     for out_slice, tensors in zip((plan.config.modules or {})[name].slices or [], _by_slice(plan, name), strict=True):
         base = base_of(plan.config, out_slice)
-        sources = [
-            InputSliceDefinition(
-                model=source.model,
-                layer_range=source.layer_range,
-                parameters=None if source.model == base else _parameters(plan, source.model, tensors),
-            )
-            for source in out_slice.sources
-        ]
-        slices.append(OutputSliceDefinition(sources=sources, base_model=out_slice.base_model))
+        own = {s.model: _parameters(plan, s.model, tensors) for s in out_slice.sources if s.model != base}
+        sources = [source.model_copy(update={"parameters": own.get(source.model)}) for source in out_slice.sources]
+        slices.append(out_slice.model_copy(update={"sources": sources, "parameters": None}))
     whole = {reference: (0, model.num_layers(name)) for reference, model in plan.pre_pass.inputs.items()}
     is_whole = all(tuple(source.layer_range) == whole[source.model] for s in slices for source in s.sources)
     if len(slices) > 1 or slices[0].base_model is not None or not is_whole:
@@ -118,7 +93,8 @@ def _by_slice(plan: MergePlan, name: str) -> list[list[PlannedTensor]]:
         names = {tensor.name for tensor in layout.modules[name]}
         return [[tensor for tensor in plan.tensors if tensor.name in names]]
     elsewhere = {t.name for module, tensors in layout.modules.items() if module != name for t in tensors}
-    stems = {re.escape(layer.stem(prefix)) for layer in layout.layers for prefix in layer.prefixes}
+    numbered = [(layer.index, prefix) for layer in layout.layers for prefix in layer.prefixes]
+    stems = {re.escape(prefix.removesuffix(f"{index}.")) for index, prefix in numbered}
     layer_number = re.compile(rf"(?:{'|'.join(stems)})(\d+)\.")  # in the merged model
     of_layer = [i for i, out_slice in enumerate(slices) for _ in range(*out_slice.sources[0].layer_range)]
     tensors: list[list[PlannedTensor]] = [[] for _ in slices]
@@ -132,7 +108,7 @@ def _by_slice(plan: MergePlan, name: str) -> list[list[PlannedTensor]]:
 
 
 def _coefficients(tensor: PlannedTensor) -> dict[ModelReference, float]:
-    """By what each model's task vector, or trimmed task vector, is multiplied."""
+    """Find what each model's task vector, trimmed or not, is multiplied by."""
     alphas, weights = tensor.per_model("alpha"), tensor.per_model("weight")
     if (kept := tensor.parameter("other_modules")) != "merge":
         return dict.fromkeys(alphas, 1.0 if kept == "tuned" else 0.0)
@@ -172,11 +148,7 @@ def _setting(names: Sequence[str], prefixes: Sequence[str | None], values: Seque
 
 
 def _check_coefficients(plan: MergePlan, exported: MergePlan) -> None:
-    """Check that stock mergekit reads from the exported config what every tensor is multiplied by.
-
-    Raises:
-        FimError: it doesn't, or it requires a tensor that the models don't have.
-    """
+    """Check that stock mergekit reads from the exported config what every tensor is multiplied by."""
     stock, wanted = exported.config.merge_method, {tensor.name: _coefficients(tensor) for tensor in plan.tensors}
     for tensor in exported.tensors:
         if tensor.name not in wanted:
@@ -190,8 +162,8 @@ def _check_coefficients(plan: MergePlan, exported: MergePlan) -> None:
             )
 
 
-def _losses_of_tensors(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
-    """Say which tensors stock mergekit merges otherwise, a line for each reason."""
+def losses(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
+    """Say what stock mergekit does otherwise, a line for each reason."""
     method, stock = plan.config.merge_method, exported.config.merge_method
     tensors = plan.tensors
     fused = [t.name for t in tensors if is_fused(t.name) and t.per_model("alpha") and t.parameter("gate_scale") != 1]
@@ -210,8 +182,7 @@ def _losses_of_tensors(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
             f"{stock} leaves out {len(added)} tensors such as {added[0]}, which mergekit's definition of the "
             "architecture lacks: a model merged by the exported config isn't complete"
         )
-    tolerances = {tensor.parameter("norm_tolerance") for tensor in tensors} - {0}
-    if tolerances:
+    if tolerances := {tensor.parameter("norm_tolerance") for tensor in tensors} - {0}:
         yield (
             f"norm calibration: {stock} doesn't rescale tensors whose norm is off by more than "
             f"{' or '.join(f'{t:g}' for t in sorted(tolerances))} (norm_tolerance: 0 makes {method} the same)"
@@ -228,10 +199,10 @@ def _losses_of_tensors(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
                 "trimming in 16 bits: stock mergekit rounds task vectors before it trims them, and keeps others of the "
                 "entries that are equally large at the threshold (dtype: float32 makes it nearly the same)"
             )
+    yield from _losses_of_config(plan, exported)
 
 
 def _losses_of_config(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
-    """Say what stock mergekit writes otherwise into the merged model's config, a line for each key."""
     ours, theirs = plan.output_config.to_dict(), exported.output_config.to_dict()
     for key in sorted(ours.keys() | theirs.keys()):
         if ours.get(key) != theirs.get(key):
@@ -247,7 +218,7 @@ def _losses_of_config(plan: MergePlan, exported: MergePlan) -> Iterator[str]:
 
 
 class _Compare(Task[Difference | None]):
-    """Merge a tensor both ways and compare the results."""
+    """Merge a tensor both ways, and compare the results."""
 
     name: str
     ours: Task
@@ -271,13 +242,13 @@ class _Compare(Task[Difference | None]):
         return Difference(self.name, distance / norm if norm else distance, distance / change if change else distance)
 
 
-def compare(plan: MergePlan, exported: MergeConfiguration, options: MergeOptions) -> list[Difference]:
-    """Merge every tensor both ways, by the plan and by its `Export.config`, and write none: how far apart are they?"""
-    theirs = {tensor.name: tensor.task for tensor in plan_merge(exported, options).tensors}
+def compare(plan: MergePlan, exported: MergePlan, options: MergeOptions) -> list[Difference]:
+    """Merge every tensor both ways, and write none: how far apart are they?"""
+    ours = {tensor.name: tensor.task for tensor in plan.tensors}
     targets = [
-        _Compare(name=name, ours=task, exported=theirs[name], inputs=task.gather_tensors, base=task.base_model)
-        for name, task in ((tensor.name, tensor.task) for tensor in plan.tensors)
-        if name in theirs
+        _Compare(name=theirs.name, ours=task, exported=theirs.task, inputs=task.gather_tensors, base=task.base_model)
+        for theirs in exported.tensors
+        if (task := ours.get(theirs.name)) is not None
     ]
     executor = Executor(targets=targets, math_device=options.device, storage_device="cpu")
     return [difference for _, difference in executor.run(quiet=options.quiet) if difference is not None]

@@ -1,7 +1,6 @@
 """Plan a merge up to its first tensor, by mergekit's own planner."""
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,8 @@ from transformers import PretrainedConfig
 from mergekit_fim.config.file import validated
 from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.config.settings import check_config
-from mergekit_fim.errors import FimError, check_own_code, reason
-from mergekit_fim.models.checkpoint import model_config, tensor_index
+from mergekit_fim.errors import FimError
+from mergekit_fim.models.checkpoint import explained, model_config, tensor_index
 from mergekit_fim.prepass.result import PrePass
 
 
@@ -49,19 +48,12 @@ class PlannedTensor:
 
 @dataclass(frozen=True, eq=False)
 class MergePlan:
-    """A merge up to its first tensor.
+    """A merge up to its first tensor."""
 
-    Attributes:
-        config: the config, normalised to modules, slices and sources; with the merge coefficients.
-        output_config: the transformers config that the merged model will get.
-        tensors: the merged model's tensors, in order.
-        fim: the Fisher pre-pass; None for mergekit's own methods.
-    """
-
-    config: MergeConfiguration
-    output_config: PretrainedConfig
-    tensors: tuple[PlannedTensor, ...]
-    fim: PrePass | None
+    config: MergeConfiguration  # normalised to modules, slices and sources; with the merge coefficients
+    output_config: PretrainedConfig  # that the merged model will get
+    tensors: tuple[PlannedTensor, ...]  # in order
+    fim: PrePass | None  # None for mergekit's own methods
 
     @property
     def pre_pass(self) -> PrePass:
@@ -83,20 +75,6 @@ def check_config_and_models(config: MergeConfiguration, options: MergeOptions) -
         tensor_index(reference)
 
 
-@contextlib.contextmanager
-def one_line(what: str, remedy: str) -> Iterator[None]:
-    """Turn whatever goes wrong in mergekit's hands into a `FimError`: mergekit can't do `what`."""
-    try:
-        yield
-    except FimError:
-        raise
-    except Exception as error:  # mergekit, transformers and huggingface_hub each have their own
-        check_own_code(error)
-        if "No space left" in str(error):
-            remedy = "free some space, or write elsewhere"
-        raise FimError(f"mergekit can't {what} ({reason(error)}); {remedy}") from error
-
-
 def plan_merge(config: MergeConfiguration, options: MergeOptions) -> MergePlan:
     """Plan a merge of any method, its config left as it is; for this package's methods, run the pre-pass.
 
@@ -107,7 +85,7 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> MergePlan:
     output_config_of = getattr(mergekit_merge, "_model_out_config", None)
     if output_config_of is None:
         raise FimError("mergekit-fim supports mergekit>=0.1.5,<0.2, which this one isn't: install a supported mergekit")
-    with one_line("plan this merge", "change the config"):
+    with explained("mergekit can't plan this merge", "change the config"):
         config = config.model_copy(deep=True)  # mergekit normalises it in place
         architecture = get_architecture_info(config, options)
         output_config = output_config_of(config, architecture, trust_remote_code=options.trust_remote_code)
@@ -121,10 +99,6 @@ def plan_merge(config: MergeConfiguration, options: MergeOptions) -> MergePlan:
 
 def resolve(config: MergeConfiguration | dict[str, Any], options: MergeOptions | None = None) -> MergePlan:
     """Run everything of a merge by one of this package's methods up to its coefficients, and merge nothing.
-
-    Args:
-        config: the merge config, left as it is.
-        options: as for the merge.
 
     Returns:
         The plan: its `config` has the coefficients as mergekit's filtered per-model `alpha`, and its `pre_pass` the

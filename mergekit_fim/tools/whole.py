@@ -13,9 +13,10 @@ from mergekit_fim.config.parameters import METHODS
 from mergekit_fim.errors import reason
 from mergekit_fim.files import write_text
 from mergekit_fim.merging.output_folder import check_output, model_written_whole
+from mergekit_fim.models.checkpoint import explained
 from mergekit_fim.processes import launched
 from mergekit_fim.report.card import write_section
-from mergekit_fim.tools.plan import check_config_and_models, one_line
+from mergekit_fim.tools.plan import check_config_and_models
 
 LOG = logging.getLogger("mergekit_fim")
 
@@ -37,7 +38,8 @@ def merge_whole(config: MergeConfiguration, text: str | None, out_path: str, opt
     def whole() -> None:
         check_output(out_path, config)
         check_config_and_models(config, options)
-        with _one_line(options), model_written_whole(out_path) as folder:
+        one_line = explained("mergekit can't do this merge", "-v shows where it failed")
+        with contextlib.nullcontext() if options.verbosity else one_line, model_written_whole(out_path) as folder:
             # mergekit normalises a config in place.
             own = options.model_copy(update={"write_model_card": False})
             mergekit_merge.run_merge(config.model_copy(deep=True), folder, own)
@@ -45,10 +47,6 @@ def merge_whole(config: MergeConfiguration, text: str | None, out_path: str, opt
                 _write_card(config, text, folder)
 
     launched.by_all(whole)
-
-
-def _one_line(options: MergeOptions) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if options.verbosity else one_line("do this merge", "-v shows where it failed")
 
 
 def _write_card(config: MergeConfiguration, text: str, folder: str) -> None:

@@ -185,7 +185,7 @@ def test_a_cache_that_cannot_be_written(kind, pair, merge, cache_folder, measure
 
 
 def test_what_a_killed_process_left_is_removed(pair, merge, cache_folder):
-    old, new = cache_folder / f".a.json.1-2{PART}", cache_folder / f".b.json.1-2{PART}"
+    old, new = (cache_folder / f".{name}.json.{'0' * 8}-2-0123abcd{PART}" for name in "ab")
     for part in (old, new):
         part.write_text("{")
     os.utime(old, (time.time() - 7200,) * 2)

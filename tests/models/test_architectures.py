@@ -27,7 +27,7 @@ from mergekit_fim.fisher.measure import measure_checkpoint, measure_model
 from mergekit_fim.merging.gates import is_layout_known
 from mergekit_fim.models.inputs import open_model
 from mergekit_fim.report.table import render
-from mergekit_fim.tools.export import compare, export
+from mergekit_fim.tools.export import compare, export, losses
 
 SETTINGS = FisherSettings(samples=2, seq_len=8, seed=2)
 
@@ -351,11 +351,11 @@ def test_an_exported_merge_says_that_the_gates_half_is_not_protected(tmp_path):
         plan = resolve(config | {"parameters": {"gate_scale": scale, "norm_tolerance": 0}}, options)
         text = " ".join(render(plan.pre_pass).split())
         assert ("gate's half of 2 fused tensors such as model.layers.0.mlp.gate_up_proj.weight" in text) is lost
-        exported = export(plan, options)
-        losses = [loss for loss in exported.losses if "gate protection" in loss]
-        assert len(losses) == lost
-        assert all("model.layers.0.mlp.gate_up_proj.weight" in loss for loss in losses)
-        differences = {d.name: d.of_change for d in compare(plan, exported.config, options)}
+        _, exported = export(plan, options)
+        found = [loss for loss in losses(plan, exported) if "gate protection" in loss]
+        assert len(found) == lost
+        assert all("model.layers.0.mlp.gate_up_proj.weight" in loss for loss in found)
+        differences = {d.name: d.of_change for d in compare(plan, exported, options)}
         fused = {d for name, d in differences.items() if "gate_up_proj" in name}
         others = {d for name, d in differences.items() if "gate_up_proj" not in name}
         assert max(others) < 1e-5

@@ -415,8 +415,12 @@ def test_what_cannot_be_merged_is_refused(case, merge, tmp_path):
 def test_what_mergekit_cannot_merge_is_refused_by_name(merge, tmp_path):
     """Its definition of Qwen2-VL is of transformers before 5."""
     base, long, _ = saved("Qwen2VLForConditionalGeneration", tmp_path)
+    words = ("Qwen2VLForConditionalGeneration", "num_hidden_layers", "mergekit")
     out, result = merge(config_of(base, long))
-    ends_in_one_line(result, "Qwen2VLForConditionalGeneration", "num_hidden_layers", "mergekit", absent=out)
+    ends_in_one_line(result, *words, absent=out)
+    for arguments in (["fisher", base, "-o", tmp_path / "f.json"], ["delta", base, long]):
+        result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+        ends_in_one_line(result, *words, absent=tmp_path / "f.json")
 
 
 def test_without_other_modules_the_parameter_has_no_effect_and_says_so(pair, merge):
