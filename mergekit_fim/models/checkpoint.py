@@ -1,9 +1,10 @@
 """Read what a model's checkpoint says of its tensors, without their values."""
 
 import contextlib
+import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import safetensors
@@ -30,6 +31,7 @@ class TensorHeader:
     shape: tuple[int, ...]
     dtype: str  # as the file's format spells it
     path: str  # of the file
+    span: tuple[int, int] | None = None  # where its bytes begin and end in a safetensors file
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -55,8 +57,6 @@ def explained(what: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:  # transformers, huggingface_hub, peft, safetensors, torch and pydantic have their own
         check_own_code(error)
-        if "No space left" in str(error):
-            remedy = "free some space, or write elsewhere"
         raise FimError(f"{what} ({reason(error)}); {remedy}") from error
 
 
@@ -114,13 +114,27 @@ def read_headers(reference: ModelReference) -> dict[str, TensorHeader]:
         if not os.path.exists(path):
             raise FimError(f"{reference}: the checkpoint's file {path} is missing; download or save the model again")
         with explained(f"{reference}: can't read {path}", "download or save the model again"):
-            if path.endswith(".safetensors"):
-                with safetensors.safe_open(path, framework="pt") as file:
-                    tensors = {name: file.get_slice(name) for name in shard.contained_keys}
-                    headers |= {n: TensorHeader(tuple(t.get_shape()), t.get_dtype(), path) for n, t in tensors.items()}
-            else:
-                for name, tensor in torch.load(path, map_location="meta", weights_only=True).items():
-                    if isinstance(tensor, torch.Tensor):
-                        dtype = str(tensor.dtype).removeprefix("torch.")
-                        headers[name] = TensorHeader(tuple(tensor.shape), dtype, path)
+            is_safe = path.endswith(".safetensors")
+            headers |= _of_safetensors(path, shard.contained_keys) if is_safe else _of_pickle(path)
     return headers
+
+
+def _of_safetensors(path: str, names: Iterable[str]) -> dict[str, TensorHeader]:
+    headers = {}
+    with safetensors.safe_open(path, framework="pt") as file, open(path, "rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+        entries = json.loads(raw.read(length))
+        for name in names:
+            tensor = file.get_slice(name)  # of a file that has been checked, but this doesn't say where it begins
+            begin, end = (8 + length + offset for offset in entries[name]["data_offsets"])
+            headers[name] = TensorHeader(tuple(tensor.get_shape()), tensor.get_dtype(), path, (begin, end))
+    return headers
+
+
+def _of_pickle(path: str) -> dict[str, TensorHeader]:
+    tensors = torch.load(path, map_location="meta", weights_only=True)
+    return {
+        name: TensorHeader(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), path)
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor)
+    }

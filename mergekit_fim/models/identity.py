@@ -7,14 +7,15 @@ checkpoint is. docs/measurements.md says what it can miss.
 import hashlib
 import json
 import math
+import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-import safetensors
 import torch
 
 from mergekit_fim.measurements.record import ModelIdentity
-from mergekit_fim.models.checkpoint import IMMATERIAL, explained, tensor_index
+from mergekit_fim.models.checkpoint import IMMATERIAL, TensorHeader, explained, tensor_index
 from mergekit_fim.models.inputs import InputModel
 from mergekit_fim.models.language import is_tied
 
@@ -28,7 +29,11 @@ _OF_GENERATION = {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def identity(model: InputModel) -> ModelIdentity:
-    """Say which model one is that a merge uses, wherever it lies."""
+    """Say which model one is that a merge uses, wherever it lies.
+
+    Raises:
+        FimError: a file can't be read.
+    """
     return ModelIdentity(
         str(model.reference),
         model.reference.model.revision,
@@ -54,14 +59,12 @@ def fingerprint(model: InputModel) -> str:
     total = sum(math.prod(header.shape) for name, header in model.headers.items() if name not in tied)
     digests: dict[str, bytes] = {}
     for path in {header.path for header in model.headers.values()}:
+        read_tensors = _safetensors if path.endswith(".safetensors") else _pickled
         with explained(f"{model}: can't read {path}", "download or save the model again"):
-            for name, tensor in tensors_in(path):
-                header = model.headers.get(name)
-                if header is None or header.path != path:
-                    continue
+            for name, values in read_tensors(path, model.headers):
+                header = model.headers[name]
                 digest = hashlib.sha256(f"{header.torch_dtype} {list(header.shape)}\n".encode())
                 share = math.ceil(_BLOCKS * math.prod(header.shape) / max(1, total))
-                values = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
                 for start in _starts(len(values), max(_LEAST, share)):
                     digest.update(values[start : start + _BLOCK])
                 digests[name] = digest.digest()
@@ -70,11 +73,7 @@ def fingerprint(model: InputModel) -> str:
             del digests[head]
     named = "".join(f"{name} {digests[name].hex()}\n" for name in sorted(digests))
     weights = hashlib.sha256(named.encode()).hexdigest()[:32]
-    path = os.path.join(tensor_index(model.reference).base_path, "config.json")
-    with explained(f"{path}: can't be read", "download or save the model again"), open(path, encoding="utf-8") as file:
-        config = json.load(file)
-    material = {key: value for key, value in config.items() if key not in IMMATERIAL | _OF_GENERATION}
-    return f"{weights}-{hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()[:16]}"
+    return f"{weights}-{_config_digest(os.path.join(tensor_index(model.reference).base_path, 'config.json'))}"
 
 
 def _tied(model: InputModel) -> dict[str, str]:
@@ -94,14 +93,29 @@ def _starts(size: int, blocks: int) -> list[int]:
     return [(size - _BLOCK) * i // (blocks - 1) for i in range(blocks)]
 
 
-def tensors_in(path: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the tensors of a file, which is mapped where its format allows it, else read whole."""
-    if path.endswith(".safetensors"):
-        with safetensors.safe_open(path, framework="pt") as file:
-            yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
-        return
+def _safetensors(path: str, headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, Any]]:
+    """Map a file, and yield (name, bytes) of every tensor in it."""
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        if hasattr(mapped, "madvise"):
+            mapped.madvise(mmap.MADV_RANDOM)  # a few blocks are read: the system is not to read on
+        for name, header in headers.items():
+            if header.path == path and header.span is not None:
+                with memoryview(mapped) as whole, whole[slice(*header.span)] as view:
+                    yield name, view
+
+
+def _pickled(path: str, headers: Mapping[str, TensorHeader]) -> Iterator[tuple[str, Any]]:
+    """The same of a `.bin` file, mapped where its format allows it, else read whole."""
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError:  # the format from before torch 1.6
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    yield from tensors.items()
+    for name in headers.keys() & tensors.keys():
+        yield name, tensors[name].detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def _config_digest(path: str) -> str:
+    with explained(f"{path}: can't be read", "download or save the model again"), open(path, encoding="utf-8") as file:
+        config = json.load(file)
+    material = {key: value for key, value in config.items() if key not in IMMATERIAL | _OF_GENERATION}
+    return hashlib.sha256(json.dumps(material, sort_keys=True).encode()).hexdigest()[:16]
