@@ -9,7 +9,7 @@ import contextlib
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -135,16 +135,7 @@ def record_factors(
     *,
     running: torch.dtype | None = None,
 ) -> tuple[FactorsFile, dict[str, torch.Tensor]]:
-    """Load a model, record what its linear layers are given on tokens, and let it go.
-
-    Args:
-        base: the model.
-        identity: which model that is.
-        settings: what is recorded.
-        samples: the tokens.
-        dtype: the merge's dtype, or None for the checkpoint's own.
-        options: the merge's options, which say where it runs.
-        running: what to run it in.
+    """Load a model, record what its linear layers are given on tokens, and let it go; see `load_to_run`.
 
     Returns:
         What to write, and the inputs that it names.
@@ -154,15 +145,15 @@ def record_factors(
     """
 
     def work(loaded: LoadedModel, whole: bool) -> tuple[FactorsFile, dict[str, torch.Tensor]]:
-        model, layers, lines = loaded.model, loaded.layers, list[str]()
+        model, lines = loaded.model, list[str]()
         for module in model.modules():  # transformers' mixtures then take one expert after the other
             config: Any = getattr(module, "config", None)
             if hasattr(config, "_experts_implementation"):
                 config._experts_implementation = "eager"
-        steps = len(layers) * len(samples.input_ids)
+        steps = len(loaded.layers) * len(samples.input_ids)
         title = f"Recording factors of {base}, about {size(_expected_size(base, samples, model.dtype))}"
         with tqdm.tqdm(total=steps, desc=title, unit="step", disable=options.quiet) as progress:
-            given = (model, layers, samples, progress.update, loaded.weights, lines.append)
+            given = (model, loaded.layers, samples, progress.update, loaded.weights, lines.append)
             try:
                 watches = watch_layers(*given, _Watch)
             except NotSupportedError as error:
@@ -170,7 +161,7 @@ def record_factors(
                     raise
                 why = reason(error.__cause__ or error)
                 raise FimError(f"{base}: it can't be run on random tokens ({why}); check its config.json") from error
-        inputs, tensors, not_reached, without = _named(base, _shapes(model, layers), watches)
+        inputs, tensors, not_reached, without = _named(base, loaded, watches)
         found = FactorsFile(
             model=identity,
             settings=replace(settings, dtype=str(model.dtype).removeprefix("torch.")),
@@ -186,14 +177,6 @@ def record_factors(
     return found.model_copy(update={"warnings": (*warnings, *found.warnings)}), inputs
 
 
-def _shapes(model: nn.Module, layers: Sequence[nn.Module]) -> list[dict[str, torch.Size]]:
-    """The shapes of each decoder layer's matrices and stacks of them, by their parameters' names; no shared ones."""
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return [
-        {n: p.shape for n, p in layer.named_parameters() if p.ndim in (2, 3) and owners[id(p)] == 1} for layer in layers
-    ]
-
-
 def _expected_size(base: InputModel, samples: Samples, dtype: torch.dtype) -> int:
     """Estimate the bytes of factors by the layers' widths: attention and MLP each have a first and a last input."""
     text = base.text_config
@@ -204,26 +187,24 @@ def _expected_size(base: InputModel, samples: Samples, dtype: torch.dtype) -> in
 
 
 def _named(
-    base: InputModel, shapes: Sequence[Mapping[str, torch.Size]], watches: Sequence[_Watch]
+    base: InputModel, loaded: LoadedModel, watches: Sequence[_Watch]
 ) -> tuple[dict[str, torch.Tensor], dict[str, Linears], list[str], list[str]]:
-    """Find by mergekit's names: inputs, factors, experts that no token came to, and what has no factors.
-
-    Raises:
-        NotFiniteError: a value that isn't finite.
-    """
+    """Find by mergekit's names: inputs, factors, experts that no token came to, and what has no factors."""
     stored = {name: header.shape for name, header in base.headers.items()}
+    owners = Counter(id(parameter) for _, parameter in loaded.model.named_parameters(remove_duplicate=False))
     others = set().union(*(watch.others for watch in watches))
     inputs: dict[tuple[int, ...], tuple[str, torch.Tensor]] = {}
     found, not_reached, without = dict[str, Linears](), list[str](), list[str]()
-    for index, layer in enumerate(base.layout.layers):
-        counts: set[Any] = {shape[0] for shape in shapes[index].values() if len(shape) == 3}
+    for index, (layer, module) in enumerate(zip(base.layout.layers, loaded.layers, strict=True)):
+        shapes = {n: p.shape for n, p in module.named_parameters() if p.ndim in (2, 3) and owners[id(p)] == 1}
+        counts: set[Any] = {shape[0] for shape in shapes.values() if len(shape) == 3}
         counts |= {getattr(base.text_config, name, None) for name in _EXPERTS}
         for name in (tensor.name for tensor in layer.tensors if tensor.name not in base.absent):
             is_whole = base.loading.is_whole(name)
             place = None if is_whole else base.loading.place(name, stored)
             keys = base.loading.keys_of(name) if is_whole else [place.key] if place else []
             local = local_name(keys[0], index) if len(keys) == 1 else ""
-            shape: Sequence[int] = shapes[index].get(local, ())
+            shape: Sequence[int] = shapes.get(local, ())
             is_router = len(shape) == 2 and _ROUTER.search(local) and not counts.isdisjoint(shape)
             numbers: Sequence[int | None] = range(shape[0]) if len(shape) == 3 else [None]
             linears: Linears = ()
@@ -247,11 +228,8 @@ def _linear(
 ) -> LinearFactors | None:
     """Join the factors of a matrix on all micro-batches; None for one that no token came to.
 
-    Args:
-        model: for the error.
-        key: the matrix.
-        watches: of each micro-batch.
-        inputs: by the ids of their parts, name and values, [token, d_in]; gets this matrix's, unless it shares others'.
+    `inputs` has names and values, [token, d_in], by the ids of their parts; it gets this matrix's, unless it shares
+    others'.
     """
     uses = [use for watch in watches for use in watch.uses.get(key, ())]
     if not uses:

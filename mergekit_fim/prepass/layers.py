@@ -8,7 +8,6 @@ from functools import partial
 from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference
 from mergekit.config import InputModelDefinition, MergeConfiguration, evaluate_setting
-from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
@@ -91,9 +90,7 @@ def _measure(
             result = measured(
                 lambda: base, settings.fisher, dtype, own_options, cache=settings.cache, beside=sweep, state=state
             )
-        norms = sweep.norms(quiet=own_options.quiet)
-        LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
-        return result, {model.reference: its for model, its in norms.items()}
+        return result, sweep.norms(quiet=own_options.quiet)
 
     key = (base.reference, dtype, settings.fisher, settings.saved, *((m.reference, *p) for m, p in pairs.items()))
     return once(key, measure)

@@ -8,11 +8,11 @@ from mergekit.common import ModelReference
 from mergekit.config import ConditionalParameter, ConfigReader, InputSliceDefinition, MergeConfiguration
 
 from mergekit_fim.config.settings import Settings, settings_of
+from mergekit_fim.measurements.factors import FactorsFile
 from mergekit_fim.measurements.record import FisherMeasurement, Measurement
 from mergekit_fim.merging.kron import Spread
 from mergekit_fim.merging.output_config import ConfigDifference
 from mergekit_fim.models.inputs import InputModel
-from mergekit_fim.prepass.factors import MeasuredFactors
 from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorNorms
 
 
@@ -118,21 +118,14 @@ class BaseCoefficients:
 
 @dataclass(frozen=True)
 class KronLayer:
-    """What `fim_kron` does with a decoder layer of a fine-tuned model.
+    """What `fim_kron` does with a decoder layer of a fine-tuned model."""
 
-    Attributes:
-        pair: the layer, and the base's layer that it is merged into.
-        sq_norm: the squared norm of its task vector.
-        alpha: the mean of its tensors' α.
-        beta: the mean of α × the model's share of the weights, the coefficient of tensors without factors.
-        spreads: how the directions' coefficients spread over all matrices with factors, in the parts `attention`
-            (whatever mixes tokens) and `mlp` that have any.
-    """
-
-    pair: LayerPair
-    sq_norm: float
-    alpha: float
-    beta: float
+    pair: LayerPair  # the layer, and the base's layer that it is merged into
+    sq_norm: float  # of its task vector
+    alpha: float  # the mean of its tensors' α
+    beta: float  # the mean of α × the model's share of the weights, the coefficient of tensors without factors
+    # How the directions' coefficients spread over all matrices with factors, in the parts `attention` (whatever mixes
+    # tokens) and `mlp` that have any.
     spreads: Mapping[str, Spread]
 
 
@@ -148,14 +141,9 @@ class KronModel:
 
 @dataclass(frozen=True)
 class Kron:
-    """What the pre-pass of `fim_kron` found.
+    """What the pre-pass of `fim_kron` found: the factors of every model, and the fine-tuned models."""
 
-    Attributes:
-        factors: of every model.
-        models: the fine-tuned models.
-    """
-
-    factors: Mapping[InputModel, MeasuredFactors]
+    factors: Mapping[InputModel, FactorsFile]
     models: tuple[KronModel, ...]
 
 

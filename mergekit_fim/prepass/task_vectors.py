@@ -8,6 +8,7 @@ import torch
 import tqdm
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.models.inputs import InputModel
@@ -87,7 +88,7 @@ class TaskVectorSweep:
         # All or none of them, so that a tensor is measured again if memory ran out.
         self._found[tensor.name] = [self._distance(values, *its) for its in work.tuned]
 
-    def norms(self, *, quiet: bool) -> dict[InputModel, TaskVectorNorms]:
+    def norms(self, *, quiet: bool) -> dict[ModelReference, TaskVectorNorms]:
         """Measure what is left, with a progress bar unless `quiet`, and return each model's squared norms.
 
         Raises:
@@ -107,7 +108,8 @@ class TaskVectorSweep:
                     sums[model][pair] += distance or 0.0
                 else:
                     other[model] = None if distance is None or so_far is None else so_far + distance
-        return {model: TaskVectorNorms(layers, other[model]) for model, layers in sums.items()}
+        LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
+        return {model.reference: TaskVectorNorms(layers, other[model]) for model, layers in sums.items()}
 
     def _read(self, work: "_Comparison") -> None:
         values = self._base.load(work.tensor, self._dtype)
