@@ -59,16 +59,16 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.uses: dict[_Key, list[tuple[torch.Tensor, bool]]] = {}
         self.others: set[tuple[int, str]] = set()
+        self._copies: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextlib.contextmanager
     def __call__(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watch a decoder layer while it runs forward."""
         matrices = [(p.data_ptr(), name, p) for name, p in layer.named_parameters() if p.ndim in (2, 3)]
         self._index, self._held = index, sorted(matrices, key=lambda its: its[:2])
-        self._copies: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
         with self:
             yield
-        self._copies = {}
+        self._copies.clear()
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -193,7 +193,7 @@ def _named(
     stored = {name: header.shape for name, header in base.headers.items()}
     owners = Counter(id(parameter) for _, parameter in loaded.model.named_parameters(remove_duplicate=False))
     others = set().union(*(watch.others for watch in watches))
-    inputs: dict[tuple[int, ...], tuple[str, torch.Tensor]] = {}
+    inputs: dict[tuple[int, ...], tuple[str, torch.Tensor]] = {}  # by the ids of its parts: name, [token, d_in]
     found, not_reached, without = dict[str, Linears](), list[str](), list[str]()
     for index, (layer, module) in enumerate(zip(base.layout.layers, loaded.layers, strict=True)):
         shapes = {n: p.shape for n, p in module.named_parameters() if p.ndim in (2, 3) and owners[id(p)] == 1}
@@ -226,11 +226,7 @@ def _named(
 def _linear(
     model: str, key: _Key, watches: Sequence[_Watch], inputs: dict[tuple[int, ...], tuple[str, torch.Tensor]]
 ) -> LinearFactors | None:
-    """Join the factors of a matrix on all micro-batches; None for one that no token came to.
-
-    `inputs` has names and values, [token, d_in], by the ids of their parts; it gets this matrix's, unless it shares
-    others'.
-    """
+    """Join the factors of a matrix on all micro-batches; None for one that no token came to."""
     uses = [use for watch in watches for use in watch.uses.get(key, ())]
     if not uses:
         return None

@@ -10,14 +10,14 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import Any
+from statistics import fmean
 
 import torch
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration, evaluate_setting
 from mergekit.options import MergeOptions
 
-from mergekit_fim.config.parameters import PARAMETERS, FisherSettings
+from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.config.settings import Settings
 from mergekit_fim.errors import FimError, shown
 from mergekit_fim.fisher import loading
@@ -93,7 +93,7 @@ def run(
             parts = _spreads(group, here, where.device)
             for number, source in enumerate(group):
                 pair, (base, model) = source.pairs()[index], source.ends
-                beta = math.fsum(betas[number] for _, _, betas in here) / len(here)
+                beta = fmean(betas[number] for _, _, betas in here)
                 norm, alpha = norms[base][model].layers[pair], alphas[id(source)][pair]
                 layers[base, model][pair] = KronLayer(pair, norm, alpha, beta, parts[number])
     weighed = (KronModel(*ends, tuple(its[p] for p in sorted(its)), others[ends]) for ends, its in layers.items())
@@ -114,7 +114,7 @@ def _write_alphas(
     others = {}
     for ends in dict.fromkeys(s.ends for s in sources):
         own = [a for s in sources if s.ends == ends for a in alphas[id(s)].values()] or [alpha]
-        others[ends] = math.fsum(own) / len(own) if settings.alpha_other is None else settings.alpha_other
+        others[ends] = fmean(own) if settings.alpha_other is None else settings.alpha_other
     for source in sources:
         write_alpha(source, inputs[source.source.model], dict.fromkeys(source.pairs(), alpha), others[source.ends])
     return alphas, others
@@ -126,18 +126,11 @@ def _tensors(group: Sequence[SourceSlice], inputs: Models, kept: Container[str])
     Raises:
         FimError: coefficients that leave the base less than nothing.
     """
-
-    def values(names: Sequence[str], t: float, parameter: str, kind: type) -> list[Any]:
-        default = PARAMETERS[parameter].default_for("fim_kron")
-        found = (
-            evaluate_setting(n, s.settings(parameter), t, validate=kind) for n, s in zip(names, group, strict=True)
-        )
-        return [default if value is None else value for value in found]
-
     for index, names in merged_tensors(group, inputs, kept):
-        given = names, 0.0 if index is None else group[0].gradient(index)
-        parts = shares(values(*given, "weight", float), values(*given, "normalize", bool)[0])
-        betas = tuple(part * alpha for part, alpha in zip(parts, values(*given, "alpha", float), strict=True))
+        t = 0.0 if index is None else group[0].gradient(index)
+        weights = [source.value("weight", name, t) for source, name in zip(group, names, strict=True)]
+        parts = shares(weights, group[0].value("normalize", names[0], t))
+        betas = tuple(p * s.value("alpha", n, t) for p, s, n in zip(parts, group, names, strict=True))
         try:
             check_betas(betas)
         except ValueError as error:
@@ -156,7 +149,7 @@ def _factors(
     Raises:
         FimError: a file can't be used, is of none of the models, or was recorded on other tokens than the merge's.
     """
-    names = [name.strip() for name in settings.saved.split(",")] if settings.saved is not None else []
+    names = [name.strip() for name in settings.saved.split(",")] if settings.saved else []
     if not all(names):
         raise FimError(f"fisher: expected files of factors, separated by commas, found {shown(settings.saved)}")
     where = {"kind": "factors", "default": DEFAULT_NAME_OF_FACTORS}
@@ -185,8 +178,7 @@ def _factors(
         found |= dict.fromkeys(own, file.model_copy(update={"origin": f"from {file.path}"}))
 
     def record(model: InputModel) -> FactorsFile:
-        own_options = launched.options_of_process(options)
-        asked = settings.fisher, dtype, own_options
+        asked = settings.fisher, dtype, launched.options_of_process(options)
         return measured_factors(lambda: model, *asked, vocab_size=vocab_size, cache=settings.cache)
 
     for model in models:
@@ -234,11 +226,10 @@ def _spreads(group: Sequence[SourceSlice], tensors: Sequence[_Tensor], device: t
 
 def _together(spreads_: Sequence[Spread]) -> Spread:
     """Join several matrices' spreads: each matrix counts alike, and the number of directions is the mean one."""
-    count = len(spreads_)
-    mean = math.fsum(s.mean for s in spreads_) / count
-    square = math.fsum(s.std**2 + (s.mean - mean) ** 2 for s in spreads_) / count
-    number = math.fsum(s.directions for s in spreads_) / count
-    return Spread(mean, math.sqrt(square), min(s.least for s in spreads_), max(s.largest for s in spreads_), number)
+    mean = fmean(s.mean for s in spreads_)
+    square = fmean(s.std**2 + (s.mean - mean) ** 2 for s in spreads_)
+    ends = min(s.least for s in spreads_), max(s.largest for s in spreads_)
+    return Spread(mean, math.sqrt(square), *ends, fmean(s.directions for s in spreads_))
 
 
 def _warnings(factors: Mapping[InputModel, FactorsFile]) -> Iterator[str]:

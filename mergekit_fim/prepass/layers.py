@@ -7,7 +7,7 @@ from functools import partial
 
 from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference
-from mergekit.config import InputModelDefinition, MergeConfiguration, evaluate_setting
+from mergekit.config import InputModelDefinition, MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
@@ -38,7 +38,10 @@ def by_layer(
         The settings, with those of a saved measurement; the coefficients; what the user should know.
     """
     warnings: list[str] = []
-    automatic = [s for s in sources if not _is_set_by_hand(s, inputs, kept)]
+    # Those whose `alpha` the user's settings don't give for every tensor that is merged.
+    automatic = [
+        s for s in sources if any(s.value("alpha", name) is None for _, (name,) in merged_tensors([s], inputs, kept))
+    ]
     # All slices of a model that needs the pre-pass in one of them, so that the report can say what each layer gets.
     needed = {k: own for k, own in by_model(sources, inputs).items() if any(s in automatic for s in own)}
     bases = list(dict.fromkeys(base for base, _ in needed))
@@ -61,13 +64,6 @@ def by_layer(
     warnings += _without_information(coefficients)
     write_alphas(sources, automatic, coefficients)
     return settings, tuple(coefficients), warnings
-
-
-def _is_set_by_hand(source: SourceSlice, inputs: Mapping[ModelReference, InputModel], kept: Container[str]) -> bool:
-    """Whether the user's `alpha` settings cover every tensor of the slice, but for kept ones."""
-    by_hand = source.settings("alpha")
-    names = (name for _, (name,) in merged_tensors([source], inputs, kept))
-    return all(evaluate_setting(name, by_hand, validate=float) is not None for name in names)
 
 
 def _measure(

@@ -1,7 +1,7 @@
 """Normalised config -> which layers are merged into which, and which tensors stay as they are."""
 
-import math
 from collections.abc import Container, Iterator, Mapping, Sequence
+from statistics import fmean
 
 from mergekit.common import ModelReference
 from mergekit.config import ConfigReader, MergeConfiguration, OutputSliceDefinition, evaluate_setting
@@ -110,11 +110,11 @@ def population(sources: Sequence[SourceSlice], num_layers: int) -> list[LayerPai
 
 def alphas_of(source: SourceSlice, model: InputModel, computed: Mapping[LayerPair, float]) -> dict[LayerPair, float]:
     """What a slice's layers get: α or, where the user set it by hand, the mean over the layer's tensors."""
-    by_hand, used = source.settings("alpha"), {}
+    used = {}
     for index, pair in enumerate(source.pairs()):
-        tensors = model.layout.layers[pair.source_layer].tensors
-        values = [evaluate_setting(t.name, by_hand, source.gradient(index), validate=float) for t in tensors]
-        used[pair] = math.fsum(computed[pair] if v is None else v for v in values) / len(values)
+        names = [tensor.name for tensor in model.layout.layers[pair.source_layer].tensors]
+        values = [source.value("alpha", name, source.gradient(index)) for name in names]
+        used[pair] = fmean(computed[pair] if value is None else value for value in values)
     return used
 
 

@@ -58,9 +58,7 @@ def as_json(kron: Kron) -> dict[str, Any]:
                 "model": str(model),
                 "fingerprint": file.model.fingerprint,
                 "bytes": file.size,
-                "settings": dict(vars(file.settings)),
-                "not_reached": list(file.not_reached),
-                "without": list(file.without),
+                **file.model_dump(mode="json", include={"settings", "not_reached", "without"}),
             }
             for model, file in kron.factors.items()
         ],
