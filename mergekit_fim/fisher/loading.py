@@ -145,12 +145,10 @@ def load_to_run(
     model = _without_weights(base, running or default_dtype(base, dtype, where.device), options.trust_remote_code)
     layers = decoder_layers(model, base)
     tensors = CheckpointTensors(base, model, dtype, options, beside)
-    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    has_rows = type(ends[1]) is nn.Linear and isinstance(ends[0], nn.Embedding)
-    if where.streamed and has_rows:
+    has_rows = isinstance(model.get_input_embeddings(), nn.Embedding)
+    if where.streamed and has_rows and type(model.get_output_embeddings()) is nn.Linear:
         return _streamed(model, layers, tensors, where, rows)
-    devices = where.devices()
-    on_cpu = where.device.type == "cpu"
+    devices, on_cpu = where.devices(), where.device.type == "cpu"
     plan = DevicePlan((0,), {"": 0}) if on_cpu else plan_devices(model, layers, _free(devices))
     first = devices[plan.devices[0]]
     if not plan.device_map:
@@ -164,11 +162,7 @@ def load_to_run(
 
 
 def device_plan(base: InputModel, dtype: str | None, options: MergeOptions) -> DevicePlan | None:
-    """Say what `load_to_run` will choose, with the memory that is free now; None on the CPU.
-
-    Raises:
-        FimError: an accelerator was asked for that torch doesn't see.
-    """
+    """Say what `load_to_run` will choose, with the memory that is free now; None on the CPU."""
     where = placement(options)
     if where.device.type == "cpu":
         return None
@@ -181,9 +175,7 @@ def _streamed(
 ) -> LoadedModel:
     """Load what is outside the decoder layers, without the head and, with `rows`, the embeddings."""
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    by_rows = {id(end.weight) for end in ends if end is not None}
-    if not rows:
-        by_rows -= {id(ends[0].weight)}
+    by_rows = {id(end.weight) for end in ends if end is not None} - (set() if rows else {id(ends[0].weight)})
     _fill(model, tensors, where.device, skip=by_rows | {id(p) for layer in layers for p in layer.parameters()})
     for name, parameter in model.named_parameters():
         if tensors.beside is not None and id(parameter) in by_rows:
@@ -200,9 +192,9 @@ def _without_weights(base: InputModel, dtype: torch.dtype, trust_remote_code: bo
     model.tie_weights()
     for name in outside(model):  # towers and projectors, which tokens alone don't come to
         part, _, own = name.rpartition(".")
-        owner = model.get_submodule(part)
-        if own in owner._parameters:
-            owner._parameters[own] = None
+        parameters = model.get_submodule(part)._parameters
+        if own in parameters:
+            parameters[own] = None
     in_float32 = model._get_dtype_plan(dtype)  # what a model insists on, as from_pretrained has it
     for name, parameter in model.named_parameters():
         if any(fnmatch.fnmatch(f".{name}.", f"*.{pattern}.*") for pattern in in_float32):
@@ -224,7 +216,7 @@ def _fill(
     skip: Set[int] = frozenset(),
     quiet: bool = True,
 ) -> None:
-    """Load all parameters but those with an id in `skip`, and put the buffers on their devices.
+    """Load all parameters but those with an id in `skip`, and the buffers.
 
     Modules go to their devices in `device_map`, with all that is in them, and the others to `device`.
     """
