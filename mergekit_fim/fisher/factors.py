@@ -21,9 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from mergekit_fim.errors import FimError, reason
 from mergekit_fim.fisher.batched import watch_layers
-from mergekit_fim.fisher.engine import NotSupportedError
 from mergekit_fim.fisher.loading import LoadedModel
 from mergekit_fim.fisher.measure import NotFiniteError, with_model
 from mergekit_fim.fisher.samples import Samples
@@ -48,17 +46,13 @@ _Key = tuple[int, str, int | None]
 
 
 class _Watch(TorchFunctionMode):
-    """What is seen of one micro-batch.
-
-    Attributes:
-        uses: by matrix, the inputs [token, d_in] of each use, and whether the weight is [d_in, d_out] in it.
-        others: the parameters that are used in another way, by layer and name.
-    """
+    """What is seen of one micro-batch."""
 
     def __init__(self) -> None:
         super().__init__()
+        # By matrix, the inputs [token, d_in] of each use, and whether the weight is [d_in, d_out] in it.
         self.uses: dict[_Key, list[tuple[torch.Tensor, bool]]] = {}
-        self.others: set[tuple[int, str]] = set()
+        self.others: set[tuple[int, str]] = set()  # the parameters that are used in another way, by layer and name
         self._copies: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextlib.contextmanager
@@ -144,7 +138,7 @@ def record_factors(
         FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
 
-    def work(loaded: LoadedModel, whole: bool) -> tuple[FactorsFile, dict[str, torch.Tensor]]:
+    def work(loaded: LoadedModel, _whole: bool) -> tuple[FactorsFile, dict[str, torch.Tensor]]:
         model, lines = loaded.model, list[str]()
         for module in model.modules():  # transformers' mixtures then take one expert after the other
             config: Any = getattr(module, "config", None)
@@ -154,24 +148,11 @@ def record_factors(
         title = f"Recording factors of {base}, about {size(_expected_size(base, samples, model.dtype))}"
         with tqdm.tqdm(total=steps, desc=title, unit="step", disable=options.quiet) as progress:
             given = (model, loaded.layers, samples, progress.update, loaded.weights, lines.append)
-            try:
-                watches = watch_layers(*given, _Watch)
-            except NotSupportedError as error:
-                if not whole:
-                    raise
-                why = reason(error.__cause__ or error)
-                raise FimError(f"{base}: it can't be run on random tokens ({why}); check its config.json") from error
-        inputs, tensors, not_reached, without = _named(base, loaded, watches)
-        found = FactorsFile(
-            model=identity,
-            settings=replace(settings, dtype=str(model.dtype).removeprefix("torch.")),
-            tensors=tensors,
-            not_reached=tuple(not_reached),
-            without=tuple(without),
-            warnings=tuple(f"{base}: {line}" for line in lines),
-            versions=versions(),
-        )
-        return found, inputs
+            watches = watch_layers(*given, _Watch)
+        inputs, named = _named(base, loaded, watches)
+        ran_as = replace(settings, dtype=str(model.dtype).removeprefix("torch."))
+        warnings = tuple(f"{base}: {line}" for line in lines)
+        return FactorsFile(model=identity, settings=ran_as, warnings=warnings, versions=versions(), **named), inputs
 
     (found, inputs), warnings = with_model(base, settings.seq_len, dtype, options, work, running=running)
     return found.model_copy(update={"warnings": (*warnings, *found.warnings)}), inputs
@@ -188,8 +169,8 @@ def _expected_size(base: InputModel, samples: Samples, dtype: torch.dtype) -> in
 
 def _named(
     base: InputModel, loaded: LoadedModel, watches: Sequence[_Watch]
-) -> tuple[dict[str, torch.Tensor], dict[str, Linears], list[str], list[str]]:
-    """Find by mergekit's names: inputs, factors, experts that no token came to, and what has no factors."""
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Find the inputs, and by mergekit's names what `FactorsFile` says of tensors."""
     stored = {name: header.shape for name, header in base.headers.items()}
     owners = Counter(id(parameter) for _, parameter in loaded.model.named_parameters(remove_duplicate=False))
     others = set().union(*(watch.others for watch in watches))
@@ -220,7 +201,7 @@ def _named(
                 found[name] = linears
             idle = [number for number, linear in enumerate(linears) if linear is None]
             not_reached += [name if len(linears) == 1 else f"{name}[{number}]" for number in idle]
-    return dict(inputs.values()), found, not_reached, without
+    return dict(inputs.values()), {"tensors": found, "not_reached": tuple(not_reached), "without": tuple(without)}
 
 
 def _linear(

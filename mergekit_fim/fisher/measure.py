@@ -187,6 +187,9 @@ class _Attempt:
                 f"{str(wider).removeprefix('torch.')}; a `dtype:` of bfloat16 or float32 merges it more safely"
             )
             return replace(self, running=wider, why=why)
+        if isinstance(error, NotSupportedError) and self.whole:
+            why = reason(error.__cause__ or error)
+            raise FimError(f"{base}: it can't be run on random tokens ({why}); check its config.json") from error
         if isinstance(error, NotSupportedError) and self.rows and streamed:  # Gemma 4's code looks into them
             return replace(self, rows=False, why=None)
         if isinstance(error, NotSupportedError):

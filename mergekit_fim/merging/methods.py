@@ -67,13 +67,10 @@ class FimMerge(GroupMergeMethod):
 
     @torch.no_grad()
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
-        """Merge one tensor of all models.
+        """Merge one tensor of all models, which have it in one shape and dtype.
 
-        Arithmetic is in float32 (float64 for float64 inputs), the result in the inputs' dtype.
-
-        Args:
-            group: the base's tensor and those of the fine-tuned models, of one shape and dtype.
-            parameters: those of `spec`, per-model ones as mappings from the models' ids.
+        Arithmetic is in float32 (float64 for float64 inputs), the result in the inputs' dtype. The `parameters` are
+        those of `spec`, per-model ones as mappings from the models' ids.
 
         Raises:
             FimError: the result isn't finite.
@@ -166,9 +163,7 @@ class FimKron(FimMerge):
         base, entries, name = group.base.tensor, group.non_base, group.metadata.name or ""
         merges = parameters["other_modules"] == "merge" and bool(entries)
         told = [parameters[SOURCE][entry.id] for entry in entries]
-        places: list[directions.Place | None] = []
-        if merges and all(told) and base.ndim > 1:
-            places = directions.places(name, told)
+        places = directions.places(name, told) if merges and base.ndim > 1 else []
         if not any(places) and (parameters["density"] == 1 or not merges):
             return super().merge_group(group, **parameters)
         parts = shares([parameters["weight"][entry.id] for entry in entries], parameters["normalize"])

@@ -82,10 +82,10 @@ def run(
     settings, factors = _factors(models, dtype, settings, options)
     _write_sources(sources, inputs, factors, settings)
 
-    norms = {
-        base: once(("norms", base, dtype, sweep.pairs), partial(sweep.norms, quiet=options.quiet))
-        for base, sweep in sweeps.items()
-    }
+    norms = {}
+    for base, sweep in sweeps.items():
+        key = ("norms", base, dtype, *((model.reference, *its) for model, its in pairs[base].items()))
+        norms[base] = once(key, partial(sweep.norms, quiet=options.quiet))
     layers: dict[_Ends, dict[LayerPair, KronLayer]] = {ends: {} for ends in others}
     for group, its in zip(groups, tensors, strict=True):
         for index in range(len(group[0].pairs())):

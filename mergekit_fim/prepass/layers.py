@@ -1,13 +1,12 @@
 """`fim_ties` and `fim_ta`: opened models -> measurements and task vectors -> a merge coefficient for each layer."""
 
-import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 
-from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference
-from mergekit.config import InputModelDefinition, MergeConfiguration
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
@@ -15,7 +14,7 @@ from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.config.settings import Settings
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.measure import check_measurable
-from mergekit_fim.models.inputs import InputModel, open_models
+from mergekit_fim.models.inputs import InputModel, open_model
 from mergekit_fim.prepass.measured import Measured, measured, once, saved_measurement
 from mergekit_fim.prepass.result import BaseCoefficients, ModelCoefficients, SourceSlice
 from mergekit_fim.prepass.slices import alphas_of, by_model, merged_tensors, population
@@ -93,18 +92,9 @@ def _measure(
 
 
 def take_part(reference: ModelReference, dtype: str | None, settings: FisherSettings, options: MergeOptions) -> None:
-    """Do the part of a process that isn't the main one in the measurement of a base.
-
-    Raises:
-        SharedError: the base can't be opened or measured.
-    """
+    """Do the part of a process that isn't the main one in the measurement of a base."""
     own_options = launched.options_of_process(options)
-
-    def open_base() -> InputModel:
-        alone = MergeConfiguration(merge_method="linear", models=[InputModelDefinition(model=reference)])
-        architecture = get_architecture_info(alone, own_options)
-        return open_models([reference], architecture, own_options.trust_remote_code)[reference]
-
+    open_base = partial(open_model, str(reference), None, own_options)
     measured(open_base, settings, dtype, own_options, state=launched.sharing())
 
 
@@ -115,7 +105,7 @@ def _weigh(
     norms: TaskVectorNorms,
     settings: Settings,
 ) -> ModelCoefficients:
-    """Weigh a model's layers. `fisher`: [base layer], the Fisher information."""
+    """Weigh a model's layers; `fisher` is [base layer], the Fisher information."""
     scores = importance_scores([fisher[pair.base_layer] for pair in norms.layers], list(norms.layers.values()))
     alphas = merge_coefficients(scores, settings.mapping)
     computed = dict(zip(norms.layers, alphas, strict=True))
@@ -125,7 +115,7 @@ def _weigh(
     used = list(of_pairs.values())
     # A layer without a score isn't part of the mean: without a task vector its α means nothing.
     scored = [alpha for alpha, score in zip(used, scores, strict=True) if score > 0] or used
-    other = settings.alpha_other if settings.alpha_other is not None else math.fsum(scored) / len(scored)
+    other = fmean(scored) if settings.alpha_other is None else settings.alpha_other
     return ModelCoefficients(model, norms, tuple(scores), tuple(alphas), tuple(used), other)
 
 

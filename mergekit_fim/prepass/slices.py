@@ -1,5 +1,6 @@
 """Normalised config -> which layers are merged into which, and which tensors stay as they are."""
 
+from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from statistics import fmean
 
@@ -68,9 +69,9 @@ def by_model(
     sources: Sequence[SourceSlice], inputs: Mapping[ModelReference, InputModel]
 ) -> dict[tuple[InputModel, InputModel], list[SourceSlice]]:
     """The slices of each fine-tuned model, by (base, model)."""
-    slices: dict[tuple[InputModel, InputModel], list[SourceSlice]] = {}
+    slices = defaultdict(list)
     for source in sources:
-        slices.setdefault((inputs[source.base], inputs[source.source.model]), []).append(source)
+        slices[inputs[source.base], inputs[source.source.model]].append(source)
     return slices
 
 
@@ -123,12 +124,7 @@ def merged_tensors(
 ) -> Iterator[tuple[int | None, tuple[str, ...]]]:
     """List the tensors that an output slice merges: which of its layers each is in, its name in each fine-tuned model.
 
-    Those outside the layers come first, with None for the layer.
-
-    Args:
-        group: the sources of the slice.
-        inputs: every model.
-        kept: the names of tensors that aren't merged.
+    Those outside the layers come first, with None for the layer. `kept` has the names of tensors that aren't merged.
     """
     models = [inputs[source.source.model] for source in group]
     for tensor in models[0].layout.modules[group[0].module]:

@@ -39,11 +39,9 @@ def write_alpha(source: SourceSlice, model: InputModel, alphas: Mapping[LayerPai
 def write_kept(config: MergeConfiguration, base: InputModel, kept: Mapping[str, str]) -> None:
     """Set `other_modules` at the highest precedence, for exactly the tensors that are kept."""
     names = [tensor.name for tensor in base.layout.all_tensors() if any(part in tensor.name for part in kept)]
-    # A filter matches any part of a name, so that longer names come first.
-    values = [
-        *(ConditionalParameter(filter=name, value=kept.get(name, "merge")) for name in sorted(names, key=len)[::-1]),
-        ConditionalParameter(value="merge"),
-    ]
+    names.sort(key=len)  # a filter matches any part of a name, so that longer names come first
+    values = [ConditionalParameter(filter=name, value=kept.get(name, "merge")) for name in names[::-1]]
+    values.append(ConditionalParameter(value="merge"))
     for _, out_slice, _ in output_slices(config):
         out_slice.parameters = {**(out_slice.parameters or {}), "other_modules": values}
 
