@@ -129,13 +129,10 @@ def record_factors(
     *,
     running: torch.dtype | None = None,
 ) -> tuple[FactorsFile, dict[str, torch.Tensor]]:
-    """Load a model, record what its linear layers are given on tokens, and let it go; see `load_to_run`.
+    """Load a model, record what its linear layers are given on tokens, and let it go; see `with_model`.
 
     Returns:
         What to write, and the inputs that it names.
-
-    Raises:
-        FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
 
     def work(loaded: LoadedModel, _whole: bool) -> tuple[FactorsFile, dict[str, torch.Tensor]]:

@@ -151,12 +151,7 @@ def measure_checkpoint(
     running: torch.dtype | None = None,
     beside: Beside | None = None,
 ) -> FisherMeasurement:
-    """Load the base model, measure it, and let it go; see `measure_model` for the engines, `load_to_run` for the rest.
-
-    Raises:
-        FimError: it can't be loaded, doesn't fit, or a value isn't finite.
-    """
-
+    """Load the base model, measure it, and let it go; see `measure_model` and, for the rest, `with_model`."""
     measure = partial(measure_model, reference=reference, name=str(base), quiet=options.quiet)
 
     def work(its: LoadedModel, whole: bool) -> FisherMeasurement:

@@ -36,15 +36,14 @@ def source(base: tuple[str, str], model: tuple[str, str], damping: float) -> str
 
 
 def places(name: str, sources: Sequence[str]) -> list[Place | None]:
-    """Find the factors of a tensor.
+    """Find the factors of a tensor by its name in the merged model, or in any other one.
 
     Args:
-        name: in the merged model, or in any other one.
+        name: the name.
         sources: of each fine-tuned model, see `source`; empty ones for a tensor outside the decoder layers.
 
     Returns:
-        One for a matrix, one for each expert's of a stack; None for one of which a model has no factors. Empty where
-        the tensor has none at all.
+        One for a matrix, one for each of a stack; None where a model has no factors of it. Empty where none has any.
     """
     if not all(sources):
         return []

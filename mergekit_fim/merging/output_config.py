@@ -34,18 +34,13 @@ def adapt_output_config(
       isn't its embedding. (A tied base beside an untied fine-tuned model: its embedding is merged as its head.)
     - `max_position_embeddings` becomes the longest of the inputs', provided that all of them use the same rotary
       position parameters; otherwise the base's stays, as its rotary parameters do.
-    - `num_hidden_layers` and the lists with one entry per decoder layer (`layer_types` and others) follow the base's
-      layers that slices keep, drop or repeat.
-    - `vocab_size` becomes the number of rows that `--unsafe-truncate-embeddings` leaves.
-
-    Args:
-        output: mergekit's config for the merged model, made from the base's.
-        inputs: the models, the base first.
-        base_layers: the base's decoder layers in the order of the output's.
-        truncated: whether embeddings are truncated to the smallest vocabulary.
+    - `num_hidden_layers` and the lists with one entry per decoder layer (`layer_types` and others) follow
+      `base_layers`, the base's layers that slices keep, drop or repeat, in the output's order.
+    - `vocab_size` becomes the number of rows that `--unsafe-truncate-embeddings` leaves, where embeddings are
+      `truncated`.
 
     Returns:
-        The keys in which the inputs differ.
+        The keys in which the inputs, the base first, differ.
     """
     base, text = inputs[0], output.get_text_config()
     if any(_has_own_head(model) for model in inputs):

@@ -49,15 +49,12 @@ def measured_factors(
 ) -> FactorsFile:
     """Find a model's factors, or record them: the main process does so while the others wait.
 
+    See `measured` for the other arguments.
+
     Args:
-        open_model: opens the model.
-        settings: how many tokens, and which.
-        dtype: what its weights are read as, as a merge with this `dtype` does; None for the checkpoint's own.
-        options: mergekit's, for the device and for loading.
         vocab_size: how many tokens the random ones are drawn from, which all models of a merge must share; by default
             this model's.
         cache: use factors that were kept, and keep these; else they are in a temporary folder.
-        state: the processes that share the work.
 
     Raises:
         FimError: the model can't be opened or run; a `SharedError` where all the processes know of it.

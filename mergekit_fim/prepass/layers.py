@@ -122,8 +122,7 @@ def _weigh(
 def _without_information(coefficients: Sequence[BaseCoefficients]) -> Iterator[str]:
     """Say which layers have no score."""
     for its in coefficients:
-        dead = [str(layer.index) for layer in its.fisher.layers if layer.fisher == 0]
-        if dead:
+        if dead := [str(layer.index) for layer in its.fisher.layers if layer.fisher == 0]:
             yield (
                 f"{its.base} has no Fisher information in decoder layer {', '.join(dead)}: no gradient reaches "
                 "its weights; it takes no part in the mapping, and gets alpha_max"

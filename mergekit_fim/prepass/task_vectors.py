@@ -84,11 +84,7 @@ class TaskVectorSweep:
         self._found[tensor.name] = [self._distance(values, *its) for its in work.tuned]
 
     def norms(self, *, quiet: bool) -> dict[ModelReference, TaskVectorNorms]:
-        """Measure what is left, with a progress bar unless `quiet`, and return each model's squared norms.
-
-        Raises:
-            FimError: a task vector isn't finite.
-        """
+        """Measure what is left, with a progress bar unless `quiet`, and return each model's squared norms."""
         left = [work for name, work in self._work.items() if name not in self._found]
         measuring = in_threads(readers(self._devices), self._read, left)
         bar = {"desc": "Measuring task vectors", "unit": "tensor", "total": len(left), "disable": quiet or not left}

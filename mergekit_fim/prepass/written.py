@@ -64,13 +64,10 @@ def leave_unknown_gates(config: MergeConfiguration, base: InputModel) -> None:
 
     These are fused tensors in which it isn't known where the gate is, and gates outside the language model.
     """
-    names = {
-        layer.local(tensor.name)
-        for layer in base.layout.layers
-        for tensor in layer.tensors
-        if is_fused(tensor.name) and not is_layout_known(tensor.name, base.text_config.model_type)
-    }
-    names |= {name for name in base.other_modules if is_gate_projection(name) or is_fused(name)}
+    names = {name for name in base.other_modules if is_gate_projection(name) or is_fused(name)}
+    for layer in base.layout.layers:
+        fused = (tensor.name for tensor in layer.tensors if is_fused(tensor.name))
+        names |= {layer.local(name) for name in fused if not is_layout_known(name, base.text_config.model_type)}
     if not names:
         return
     exceptions = [ConditionalParameter(filter=name, value=1.0) for name in sorted(names)]
