@@ -294,12 +294,8 @@ def _norm_factor(
     (1 − α)‖θ0‖ + α‖θ1‖. That a merged tensor off by more than 5 % is rescaled is the paper's (arXiv 2603.21705, as
     summarised). The target, and that it is per tensor, are this project's. A target that isn't positive is left alone.
 
-    Args:
-        norm: the squared norm of the merged tensor's spans.
-        inputs: θ0 and every θ_m, [entry].
-        spans: the entries that count.
-        moves: [model], c_m.
-        tolerance: a part of the target.
+    `norm` is the squared norm of the merged tensor's spans, `inputs` are θ0 and every θ_m, [entry], `moves` is [model],
+    c_m, and `tolerance` a part of the target.
     """
     root = float(norm) ** 0.5
     norm0, *tuned = (math.fsum(float(squared_norm(tensor[span])) for span in spans) ** 0.5 for tensor in inputs)
