@@ -8,7 +8,7 @@ docs/scale.md has them.
 
 from dataclasses import dataclass
 
-from mergekit_fim.fisher.devices import RESERVE, RESERVED_PART
+from mergekit_fim.fisher.loading import RESERVE, RESERVED_PART
 from mergekit_fim.tools.explain import PRE_PASS_MEMORY, PROGRAM_MEMORY, activation_memory
 
 GB = 1e9

@@ -94,7 +94,7 @@ def measure_factors(
     options, settings = options or MergeOptions(quiet=True), settings or FisherSettings(KRON_SAMPLES, KRON_SEQ_LEN)
     opened = functools.partial(open_model, os.fspath(model), revision, options)
     factors = measured_factors(opened, settings, dtype, options, vocab_size=vocab_size, cache=cache)
-    copy_whole(factors.file.path, os.fspath(path))
+    copy_whole(factors.path, os.fspath(path))
     return FactorsFile.open(path, check=False)
 
 

@@ -252,7 +252,7 @@ def _write_measurement(result: Any, model: str, output: str) -> str:
 
 def _write_factors(result: Any, model: str, output: str) -> str:
     """Write factors, and say what they are."""
-    file = result.file
+    file = result
     copy_whole(file.path, output)
     _warn(file.warnings)
     if file.not_reached:

@@ -68,11 +68,10 @@ def watch_layers(
     warn: Callable[[str], object],
     watcher: Callable[[], W],
 ) -> list[W]:
-    """Run the decoder layers forward, one by one, and have them watched; see `batched_engine` for the other arguments.
+    """Run the decoder layers forward, one by one, and have them watched.
 
-    Args:
-        progress: called with the number of steps that are done, one per layer and sequence.
-        watcher: makes what watches one micro-batch. It is entered around each layer's forward pass.
+    `watcher` makes what watches one micro-batch; it is entered around each layer's forward pass. See `FisherEngine` for
+    the other arguments; a step is here one layer's forward pass for one sequence.
 
     Returns:
         The watchers of all micro-batches, in the order of the sequences.
@@ -113,8 +112,7 @@ def _by_micro_batches(
     device = weights.rows(model.get_input_embeddings(), slice(0, 1)).device
     size = wanted = micro_batch(count, length, device.type)
     model.requires_grad_(False)
-    parts: list[T] = []
-    start = 0
+    parts, start = list[T](), 0
     while start < count:
         try:
             parts.append(work(samples.part(start, start + size), device))
@@ -143,11 +141,7 @@ def micro_batch(sequences: int, length: int, device_type: str) -> int:
 
 
 class _Run:
-    """The measurement of one model, a micro-batch at a time.
-
-    Its layers write into `norms`, [sequence, layer] of the micro-batch that is under way, and into `has_rules`, which
-    says of a kind of layer whether the rules hold for it, once that has been checked.
-    """
+    """The measurement of one model, a micro-batch at a time."""
 
     def __init__(
         self, model: PreTrainedModel, layers: Sequence[nn.Module], weights: Weights, progress: Callable[[int], object]
@@ -161,8 +155,9 @@ class _Run:
         ids = [id(parameter) for layer in layers for parameter in layer.parameters()]
         if len(set(ids)) < len(ids):
             raise NotSupportedError  # layers share a parameter
-        self.has_rules: dict[object, bool] = {}
-        self.norms = torch.empty(0)
+        # The layers write into these two.
+        self.has_rules: dict[object, bool] = {}  # whether the rules hold for a kind of layer, once that was checked
+        self.norms = torch.empty(0)  # [sequence, layer] of the micro-batch that is under way
         self.layers = [_Layer(self, index, layer) for index, layer in enumerate(layers)]
 
     def measure(self, samples: Samples, device: torch.device) -> torch.Tensor:
@@ -183,7 +178,6 @@ class _Run:
             # With a model over several devices the head may be on another one than what comes before it.
             before = hidden.detach()[:, :-1].to(head.device)
             gradient[:, :-1] = loss_gradient(head, tail, before, labels, samples.uniforms)
-            del output
             hidden.backward(gradient)
         if (self.norms < 0).any():
             raise NotSupportedError  # no gradient came to some layer
@@ -265,8 +259,7 @@ class _LayerCall:
         before = tree_leaves((args, kwargs))
         versions = [tensor._version for tensor in tensors]
         results = forward(*args, **kwargs)
-        after = tree_leaves((args, kwargs))
-        if len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True)):
+        if [*map(id, tree_leaves((args, kwargs)))] != [*map(id, before)]:
             raise NotSupportedError  # something was handed on in a container
         if versions != [tensor._version for tensor in tensors]:
             raise NotSupportedError  # an input was overwritten, so that the layer can't be run again
@@ -338,8 +331,7 @@ class _Layer:
         has_rules = self.run.has_rules.get(self.kind)
         norms = None if has_rules is False else self._by_rules(back)
         if has_rules is None:  # the first layer of a kind is checked against autograd
-            if norms is not None and not self._agrees(norms, back):
-                norms = None
+            norms = norms if norms is not None and self._agrees(norms, back) else None
             self.run.has_rules[self.kind] = norms is not None
         if norms is None:
             for tensor in back.inputs:
@@ -356,10 +348,7 @@ class _Layer:
         return bool(abs(norms[0] - first) <= tolerance * first) or not bool(first.isfinite())
 
     def _by_rules(self, back: _Return) -> torch.Tensor | None:
-        """Take the norms of all sequences at once: [sequence], or None where a module isn't used as its rule expects.
-
-        Leave the inputs' gradients in their `.grad`.
-        """
+        """Take the norms of all sequences at once, [sequence]; None where a module isn't used as its rule expects."""
         with torch.enable_grad(), self.run.weights.layer(self.module):
             with Recorder(self.rules, len(self.run.norms)) as recorder:
                 results = back.call.run(self.forward, back.inputs)
@@ -384,16 +373,12 @@ class _Layer:
                 _Return(back.call, parts, gradients).backward(results)
                 norms[n] = sum(float(square) for square in squares)
                 squares.clear()
-                if not first_only:
-                    self._collect(back.inputs, parts, n)
+                for whole, part in zip(back.inputs, parts, strict=True):
+                    if part.grad is not None and not first_only:
+                        if whole.grad is None:
+                            whole.grad = torch.zeros_like(whole)
+                        self._sequence(whole.grad, n).add_(part.grad)
         return norms
-
-    def _collect(self, inputs: list[torch.Tensor], parts: list[torch.Tensor], n: int) -> None:
-        for whole, part in zip(inputs, parts, strict=True):
-            if part.grad is not None:
-                if whole.grad is None:
-                    whole.grad = torch.zeros_like(whole)
-                self._sequence(whole.grad, n).add_(part.grad)
 
     @contextlib.contextmanager
     def _differentiable(self) -> Iterator[list[torch.Tensor]]:
@@ -425,11 +410,11 @@ class _Layer:
         Raises:
             NotSupportedError: it doesn't, or isn't.
         """
-        if len(self.run.norms) == 1:
+        last = len(self.run.norms) - 1
+        if last == 0:
             return
         with torch.no_grad(), self.run.weights.layer(self.module):
             together = back.call.run(self.forward, back.inputs)
-            last = len(self.run.norms) - 1
             alone = back.call.run(self.forward, [self._sequence(t, last) for t in back.inputs])
         if any(t.requires_grad and t.shape[:1] != (len(self.run.norms),) for t in back.inputs):
             raise NotSupportedError  # positions come first, as in XLNet

@@ -9,7 +9,7 @@ import contextlib
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,9 +21,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from mergekit_fim.errors import FimError, reason
 from mergekit_fim.fisher.batched import watch_layers
-from mergekit_fim.fisher.engine import NotSupportedError
 from mergekit_fim.fisher.loading import LoadedModel
 from mergekit_fim.fisher.measure import NotFiniteError, with_model
 from mergekit_fim.fisher.samples import Samples
@@ -48,27 +46,23 @@ _Key = tuple[int, str, int | None]
 
 
 class _Watch(TorchFunctionMode):
-    """What is seen of one micro-batch.
-
-    Attributes:
-        uses: by matrix, the inputs [token, d_in] of each use, and whether the weight is [d_in, d_out] in it.
-        others: the parameters that are used in another way, by layer and name.
-    """
+    """What is seen of one micro-batch."""
 
     def __init__(self) -> None:
         super().__init__()
+        # By matrix, the inputs [token, d_in] of each use, and whether the weight is [d_in, d_out] in it.
         self.uses: dict[_Key, list[tuple[torch.Tensor, bool]]] = {}
-        self.others: set[tuple[int, str]] = set()
+        self.others: set[tuple[int, str]] = set()  # the parameters that are used in another way, by layer and name
+        self._copies: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextlib.contextmanager
     def __call__(self, index: int, layer: nn.Module) -> Iterator[None]:
         """Watch a decoder layer while it runs forward."""
         matrices = [(p.data_ptr(), name, p) for name, p in layer.named_parameters() if p.ndim in (2, 3)]
         self._index, self._held = index, sorted(matrices, key=lambda its: its[:2])
-        self._copies: dict[object, tuple[torch.Tensor, torch.Tensor]] = {}
         with self:
             yield
-        self._copies = {}
+        self._copies.clear()
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -135,63 +129,30 @@ def record_factors(
     *,
     running: torch.dtype | None = None,
 ) -> tuple[FactorsFile, dict[str, torch.Tensor]]:
-    """Load a model, record what its linear layers are given on tokens, and let it go.
-
-    Args:
-        base: the model.
-        identity: which model that is.
-        settings: what is recorded.
-        samples: the tokens.
-        dtype: the merge's dtype, or None for the checkpoint's own.
-        options: the merge's options, which say where it runs.
-        running: what to run it in.
+    """Load a model, record what its linear layers are given on tokens, and let it go; see `with_model`.
 
     Returns:
         What to write, and the inputs that it names.
-
-    Raises:
-        FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
 
-    def work(loaded: LoadedModel, whole: bool) -> tuple[FactorsFile, dict[str, torch.Tensor]]:
-        model, layers, lines = loaded.model, loaded.layers, list[str]()
+    def work(loaded: LoadedModel, _whole: bool) -> tuple[FactorsFile, dict[str, torch.Tensor]]:
+        model, lines = loaded.model, list[str]()
         for module in model.modules():  # transformers' mixtures then take one expert after the other
             config: Any = getattr(module, "config", None)
             if hasattr(config, "_experts_implementation"):
                 config._experts_implementation = "eager"
-        steps = len(layers) * len(samples.input_ids)
+        steps = len(loaded.layers) * len(samples.input_ids)
         title = f"Recording factors of {base}, about {size(_expected_size(base, samples, model.dtype))}"
         with tqdm.tqdm(total=steps, desc=title, unit="step", disable=options.quiet) as progress:
-            given = (model, layers, samples, progress.update, loaded.weights, lines.append)
-            try:
-                watches = watch_layers(*given, _Watch)
-            except NotSupportedError as error:
-                if not whole:
-                    raise
-                why = reason(error.__cause__ or error)
-                raise FimError(f"{base}: it can't be run on random tokens ({why}); check its config.json") from error
-        inputs, tensors, not_reached, without = _named(base, _shapes(model, layers), watches)
-        found = FactorsFile(
-            model=identity,
-            settings=replace(settings, dtype=str(model.dtype).removeprefix("torch.")),
-            tensors=tensors,
-            not_reached=tuple(not_reached),
-            without=tuple(without),
-            warnings=tuple(f"{base}: {line}" for line in lines),
-            versions=versions(),
-        )
-        return found, inputs
+            given = (model, loaded.layers, samples, progress.update, loaded.weights, lines.append)
+            watches = watch_layers(*given, _Watch)
+        inputs, named = _named(base, loaded, watches)
+        ran_as = replace(settings, dtype=str(model.dtype).removeprefix("torch."))
+        warnings = tuple(f"{base}: {line}" for line in lines)
+        return FactorsFile(model=identity, settings=ran_as, warnings=warnings, versions=versions(), **named), inputs
 
     (found, inputs), warnings = with_model(base, settings.seq_len, dtype, options, work, running=running)
     return found.model_copy(update={"warnings": (*warnings, *found.warnings)}), inputs
-
-
-def _shapes(model: nn.Module, layers: Sequence[nn.Module]) -> list[dict[str, torch.Size]]:
-    """The shapes of each decoder layer's matrices and stacks of them, by their parameters' names; no shared ones."""
-    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return [
-        {n: p.shape for n, p in layer.named_parameters() if p.ndim in (2, 3) and owners[id(p)] == 1} for layer in layers
-    ]
 
 
 def _expected_size(base: InputModel, samples: Samples, dtype: torch.dtype) -> int:
@@ -204,26 +165,24 @@ def _expected_size(base: InputModel, samples: Samples, dtype: torch.dtype) -> in
 
 
 def _named(
-    base: InputModel, shapes: Sequence[Mapping[str, torch.Size]], watches: Sequence[_Watch]
-) -> tuple[dict[str, torch.Tensor], dict[str, Linears], list[str], list[str]]:
-    """Find by mergekit's names: inputs, factors, experts that no token came to, and what has no factors.
-
-    Raises:
-        NotFiniteError: a value that isn't finite.
-    """
+    base: InputModel, loaded: LoadedModel, watches: Sequence[_Watch]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Find the inputs, and by mergekit's names what `FactorsFile` says of tensors."""
     stored = {name: header.shape for name, header in base.headers.items()}
+    owners = Counter(id(parameter) for _, parameter in loaded.model.named_parameters(remove_duplicate=False))
     others = set().union(*(watch.others for watch in watches))
-    inputs: dict[tuple[int, ...], tuple[str, torch.Tensor]] = {}
+    inputs: dict[tuple[int, ...], tuple[str, torch.Tensor]] = {}  # by the ids of its parts: name, [token, d_in]
     found, not_reached, without = dict[str, Linears](), list[str](), list[str]()
-    for index, layer in enumerate(base.layout.layers):
-        counts: set[Any] = {shape[0] for shape in shapes[index].values() if len(shape) == 3}
+    for index, (layer, module) in enumerate(zip(base.layout.layers, loaded.layers, strict=True)):
+        shapes = {n: p.shape for n, p in module.named_parameters() if p.ndim in (2, 3) and owners[id(p)] == 1}
+        counts: set[Any] = {shape[0] for shape in shapes.values() if len(shape) == 3}
         counts |= {getattr(base.text_config, name, None) for name in _EXPERTS}
         for name in (tensor.name for tensor in layer.tensors if tensor.name not in base.absent):
             is_whole = base.loading.is_whole(name)
             place = None if is_whole else base.loading.place(name, stored)
             keys = base.loading.keys_of(name) if is_whole else [place.key] if place else []
             local = local_name(keys[0], index) if len(keys) == 1 else ""
-            shape: Sequence[int] = shapes[index].get(local, ())
+            shape: Sequence[int] = shapes.get(local, ())
             is_router = len(shape) == 2 and _ROUTER.search(local) and not counts.isdisjoint(shape)
             numbers: Sequence[int | None] = range(shape[0]) if len(shape) == 3 else [None]
             linears: Linears = ()
@@ -239,20 +198,13 @@ def _named(
                 found[name] = linears
             idle = [number for number, linear in enumerate(linears) if linear is None]
             not_reached += [name if len(linears) == 1 else f"{name}[{number}]" for number in idle]
-    return dict(inputs.values()), found, not_reached, without
+    return dict(inputs.values()), {"tensors": found, "not_reached": tuple(not_reached), "without": tuple(without)}
 
 
 def _linear(
     model: str, key: _Key, watches: Sequence[_Watch], inputs: dict[tuple[int, ...], tuple[str, torch.Tensor]]
 ) -> LinearFactors | None:
-    """Join the factors of a matrix on all micro-batches; None for one that no token came to.
-
-    Args:
-        model: for the error.
-        key: the matrix.
-        watches: of each micro-batch.
-        inputs: by the ids of their parts, name and values, [token, d_in]; gets this matrix's, unless it shares others'.
-    """
+    """Join the factors of a matrix on all micro-batches; None for one that no token came to."""
     uses = [use for watch in watches for use in watch.uses.get(key, ())]
     if not uses:
         return None

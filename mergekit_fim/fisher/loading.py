@@ -20,7 +20,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from mergekit_fim.errors import FimError
-from mergekit_fim.fisher.devices import DevicePlan, plan_devices
 from mergekit_fim.fisher.weights import Beside, CheckpointTensors, ResidentWeights, StreamedWeights, Weights, put
 from mergekit_fim.models.completion import key_prefixes
 from mergekit_fim.models.inputs import InputModel
@@ -30,6 +29,10 @@ from mergekit_fim.models.parallel import in_threads, readers
 # On the CPU a 16-bit dtype must be this many times faster than float32 to be worth its lost digits. The known CPUs are
 # far from it on either side: 0.002 and 0.6 without matrix units, 3 and more with them.
 _WORTH_IT = 1.5
+
+# What an accelerator needs beside the weights, for activations and chunks of logits, in bytes and as a part of the
+# weights. Where it turns out to be more, the measurement starts again with streamed weights.
+RESERVE, RESERVED_PART = 1 << 30, 0.1
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,45 @@ def default_dtype(base: InputModel, dtype: str | None, device: torch.device) -> 
     return running_dtype(dtype_from_name(dtype) or base.stored_dtype(), device)
 
 
+@dataclass(frozen=True)
+class DevicePlan:
+    """Which devices get a base model."""
+
+    devices: tuple[int, ...]  # counted from 0
+    device_map: Mapping[str, int]  # accelerate's map of the modules; where it is empty, the model is streamed
+
+    def __str__(self) -> str:
+        if len(self.devices) > 1:
+            several = ", ".join(map(str, self.devices))
+            return f"accelerators {several} hold the base together, by a device map, and run it in turn"
+        if self.device_map:
+            return f"accelerator {self.devices[0]} holds the base whole and measures all sequences"
+        return f"accelerator {self.devices[0]} gets the base streamed, a decoder layer at a time"
+
+
+def plan_devices(model: nn.Module, layers: Sequence[nn.Module], free: Sequence[int]) -> DevicePlan:
+    """Choose which devices hold a model, whose weights may be on the meta device.
+
+    Several devices hold it together, in parts as even as whole decoder layers allow, even where one of them has room
+    for all of it: what is read then goes over all their buses at once. Where together they lack the room, one device
+    holds the model, or has it streamed. `free` is the number of bytes that are free on each device.
+    """
+    rooms = {device: max(0, int((size - RESERVE) / (1 + RESERVED_PART))) for device, size in enumerate(free)}
+    if len(free) > 1:
+        undivided = sorted({type(layer).__name__ for layer in layers})
+        # Where even parts are too small for what isn't divided, each device takes as much as it has room for.
+        for memory in (accelerate.utils.get_balanced_memory(model, rooms, undivided), rooms):
+            try:
+                device_map = accelerate.infer_auto_device_map(model, memory, undivided, offload_buffers=True)
+            except IndexError:  # accelerate 1.15 fails at a tied bias in a part that it has divided, as RoBERTa's
+                continue
+            if "disk" not in device_map.values():
+                return DevicePlan(tuple(sorted(set(device_map.values()))), device_map)
+    roomiest = max(rooms, key=free.__getitem__)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    return DevicePlan((roomiest,), {"": roomiest} if size <= rooms[roomiest] else {})
+
+
 @dataclass(frozen=True, eq=False)
 class LoadedModel:
     """A model that can be run, in evaluation mode."""
@@ -133,7 +175,7 @@ def load_to_run(
         base: the model.
         dtype: the merge's, in which every tensor is read, or None for the checkpoint's own.
         options: the merge's.
-        where: the device, and whether to stream. Weights are also streamed where the accelerators don't hold them.
+        where: the device, and whether to stream, which is also done where the accelerators don't hold the weights.
         running: what to run it in, by default the `default_dtype`.
         rows: whether streaming may leave out the input embeddings, of which the engine loads the rows that occur.
         beside: is shown every tensor that is read whole, on the device that it is for; from several threads.
@@ -145,12 +187,10 @@ def load_to_run(
     model = _without_weights(base, running or default_dtype(base, dtype, where.device), options.trust_remote_code)
     layers = decoder_layers(model, base)
     tensors = CheckpointTensors(base, model, dtype, options, beside)
-    ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    has_rows = type(ends[1]) is nn.Linear and isinstance(ends[0], nn.Embedding)
-    if where.streamed and has_rows:
+    has_rows = isinstance(model.get_input_embeddings(), nn.Embedding)
+    if where.streamed and has_rows and type(model.get_output_embeddings()) is nn.Linear:
         return _streamed(model, layers, tensors, where, rows)
-    devices = where.devices()
-    on_cpu = where.device.type == "cpu"
+    devices, on_cpu = where.devices(), where.device.type == "cpu"
     plan = DevicePlan((0,), {"": 0}) if on_cpu else plan_devices(model, layers, _free(devices))
     first = devices[plan.devices[0]]
     if not plan.device_map:
@@ -164,11 +204,7 @@ def load_to_run(
 
 
 def device_plan(base: InputModel, dtype: str | None, options: MergeOptions) -> DevicePlan | None:
-    """Say what `load_to_run` will choose, with the memory that is free now; None on the CPU.
-
-    Raises:
-        FimError: an accelerator was asked for that torch doesn't see.
-    """
+    """Say what `load_to_run` will choose, with the memory that is free now; None on the CPU."""
     where = placement(options)
     if where.device.type == "cpu":
         return None
@@ -181,9 +217,7 @@ def _streamed(
 ) -> LoadedModel:
     """Load what is outside the decoder layers, without the head and, with `rows`, the embeddings."""
     ends: list[Any] = [model.get_input_embeddings(), model.get_output_embeddings()]
-    by_rows = {id(end.weight) for end in ends if end is not None}
-    if not rows:
-        by_rows -= {id(ends[0].weight)}
+    by_rows = {id(end.weight) for end in ends if end is not None} - (set() if rows else {id(ends[0].weight)})
     _fill(model, tensors, where.device, skip=by_rows | {id(p) for layer in layers for p in layer.parameters()})
     for name, parameter in model.named_parameters():
         if tensors.beside is not None and id(parameter) in by_rows:
@@ -200,9 +234,9 @@ def _without_weights(base: InputModel, dtype: torch.dtype, trust_remote_code: bo
     model.tie_weights()
     for name in outside(model):  # towers and projectors, which tokens alone don't come to
         part, _, own = name.rpartition(".")
-        owner = model.get_submodule(part)
-        if own in owner._parameters:
-            owner._parameters[own] = None
+        parameters = model.get_submodule(part)._parameters
+        if own in parameters:
+            parameters[own] = None
     in_float32 = model._get_dtype_plan(dtype)  # what a model insists on, as from_pretrained has it
     for name, parameter in model.named_parameters():
         if any(fnmatch.fnmatch(f".{name}.", f"*.{pattern}.*") for pattern in in_float32):
@@ -224,7 +258,7 @@ def _fill(
     skip: Set[int] = frozenset(),
     quiet: bool = True,
 ) -> None:
-    """Load all parameters but those with an id in `skip`, and put the buffers on their devices.
+    """Load all parameters but those with an id in `skip`, and the buffers.
 
     Modules go to their devices in `device_map`, with all that is in them, and the others to `device`.
     """

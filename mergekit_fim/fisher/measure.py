@@ -5,6 +5,7 @@ import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -38,11 +39,7 @@ class NotFiniteError(FimError):
 
 @contextlib.contextmanager
 def _prepared(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Set evaluation mode, without gradients but those that the engine asks for, and undo it at the end.
-
-    Raises:
-        FimError: the model's own code fails, with the model's name.
-    """
+    """Set evaluation mode, without gradients but those that the engine asks for, and undo it at the end."""
     training = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
@@ -71,21 +68,20 @@ def measure_model(
     name: str = "the base model",
     quiet: bool = False,
 ) -> FisherMeasurement:
-    """Measure the Fisher information of every decoder layer on random tokens.
+    """Measure the Fisher information of every decoder layer of a causal language model on random tokens.
 
-    The model is a causal language model, with its decoder layers in order. It is left as it was. `engine` computes the
-    gradient norms, or `reference` if `engine` can't run the model. The weights are by default in the model. Errors call
-    it by its `name`.
+    The model is left as it was. `engine` computes the gradient norms, or `reference` if `engine` can't run the model.
+    The weights are by default in the model. Errors call it by its `name`.
 
     Raises:
         NotFiniteError: a value that isn't finite, naming the layer.
         NotSupportedError: the engine can't run this model, and its weights are not in memory for `reference`.
+        FimError: the model's own code fails.
     """
     vocab_size = model.config.get_text_config().vocab_size
     weights = weights or ResidentWeights()
     samples = draw_samples(settings, vocab_size)
-    warnings: list[str] = []
-    experts = ReachedExperts(layers)
+    warnings, experts = list[str](), ReachedExperts(layers)
     steps = 2 * len(layers) * len(samples.input_ids)
     with (
         tqdm.tqdm(total=steps, desc="Measuring Fisher information", unit="step", disable=quiet) as progress,
@@ -155,26 +151,11 @@ def measure_checkpoint(
     running: torch.dtype | None = None,
     beside: Beside | None = None,
 ) -> FisherMeasurement:
-    """Load the base model, measure it, and let it go.
+    """Load the base model, measure it, and let it go; see `measure_model` and, for the rest, `with_model`."""
+    measure = partial(measure_model, reference=reference, name=str(base), quiet=options.quiet)
 
-    See `measure_model` for the engines, of which `reference` has all of the model in memory. See `load_to_run` for the
-    rest.
-
-    Raises:
-        FimError: it can't be loaded, doesn't fit, or a value isn't finite.
-    """
-
-    def work(loaded: LoadedModel, whole: bool) -> FisherMeasurement:
-        return measure_model(
-            loaded.model,
-            loaded.layers,
-            settings,
-            engine=reference if whole else engine,
-            reference=reference,
-            weights=loaded.weights,
-            name=str(base),
-            quiet=options.quiet,
-        )
+    def work(its: LoadedModel, whole: bool) -> FisherMeasurement:
+        return measure(its.model, its.layers, settings, engine=reference if whole else engine, weights=its.weights)
 
     measured, warnings = with_model(base, settings.seq_len, dtype, options, work, running=running, beside=beside)
     return replace(measured, warnings=(*warnings, *measured.warnings))
@@ -201,6 +182,9 @@ class _Attempt:
                 f"{str(wider).removeprefix('torch.')}; a `dtype:` of bfloat16 or float32 merges it more safely"
             )
             return replace(self, running=wider, why=why)
+        if isinstance(error, NotSupportedError) and self.whole:
+            why = reason(error.__cause__ or error)
+            raise FimError(f"{base}: it can't be run on random tokens ({why}); check its config.json") from error
         if isinstance(error, NotSupportedError) and self.rows and streamed:  # Gemma 4's code looks into them
             return replace(self, rows=False, why=None)
         if isinstance(error, NotSupportedError):
@@ -232,7 +216,7 @@ def with_model(
 
     Args:
         seq_len: how many tokens it is run on at a time.
-        work: is given the model, and whether all of it is in memory because it can't be run layer by layer; raises
+        work: is given the model, and whether it is all in memory as it can't be run layer by layer; raises
             `NotSupportedError` where it can't be, and `NotFiniteError`.
 
     Returns:
@@ -241,9 +225,8 @@ def with_model(
     Raises:
         FimError: it can't be loaded, doesn't fit, or a value isn't finite.
     """
-    first = loading.placement(options)
+    first, loaded = loading.placement(options), None
     attempts = [_Attempt(first, running)]
-    loaded = None
     try:
         for this in attempts:  # one that fails adds the next
             try:

@@ -10,15 +10,11 @@ from mergekit_fim.config.parameters import FisherSettings
 
 @dataclass(frozen=True)
 class Samples:
-    """What the model is measured on.
+    """What the model is measured on."""
 
-    Attributes:
-        input_ids: [sequence, position], int64, on the CPU.
-        uniforms: [sequence, position − 1] in [0, 1), float64: where labels are sampled, the quantiles at which they are
-            drawn from the model's own distribution. None where the next input token is the label.
-    """
-
-    input_ids: torch.Tensor
+    input_ids: torch.Tensor  # [sequence, position], int64, on the CPU
+    # [sequence, position − 1] in [0, 1), float64: the quantiles at which labels are drawn from the model's own
+    # distribution; None where the next input token is the label.
     uniforms: torch.Tensor | None
 
     def part(self, start: int, end: int) -> "Samples":

@@ -78,9 +78,9 @@ class ResidentWeights:
 
     def rows(self, module: nn.Module, index: torch.Tensor | slice) -> torch.Tensor:
         """Take rows of the weight of an embedding or the output head, as stored, on the module's device."""
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        return weight.detach()[index]
+        weight: Any = module.weight
+        rows: torch.Tensor = weight.detach()[index]
+        return rows
 
 
 class StreamedWeights:

@@ -5,7 +5,6 @@ A layer y = W x has the inputs X [token, d_in]. Its factor A = XᵀX / token (K-
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +12,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
+from safetensors import SafetensorError, safe_open
 
-from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.errors import FimError, reason
 from mergekit_fim.files import written_whole
 from mergekit_fim.measurements.record import ModelIdentity
@@ -28,17 +27,11 @@ _AGAIN = "record them again with `mergekit-fim fisher --factors`"
 
 @dataclass(frozen=True)
 class LinearFactors:
-    """The factors of one matrix.
+    """The factors of one matrix."""
 
-    Attributes:
-        layer: the decoder layer that it is in, from 0.
-        inputs: which of the file's tensors has its inputs; the same for matrices that are given the same.
-        transposed: whether the checkpoint stores the matrix as [d_in, d_out].
-    """
-
-    layer: int
-    inputs: str
-    transposed: bool
+    layer: int  # the decoder layer that it is in, from 0
+    inputs: str  # which of the file's tensors has its inputs; matrices that are given the same share it
+    transposed: bool  # whether the checkpoint stores the matrix as [d_in, d_out]
 
 
 # Of a matrix one, of a stack of experts one for each; None for an expert that no token came to.
@@ -47,48 +40,30 @@ Linears = tuple[LinearFactors | None, ...]
 
 @dataclass(frozen=True)
 class FactorsSettings:
-    """What determines factors, besides the model.
+    """What determines factors, besides the model."""
 
-    Attributes:
-        samples: the number of sequences.
-        seq_len: the tokens per sequence.
-        seed: of the random tokens.
-        tokens: a digest of the tokens: the same for models that saw the same.
-        dtype: what the model ran in: a wider one than was wanted, where that overflows.
-    """
-
-    samples: int
-    seq_len: int
-    seed: int
-    tokens: str
-    dtype: str = field(compare=False)
+    samples: int  # the number of sequences
+    seq_len: int  # the tokens per sequence
+    seed: int  # of the random tokens
+    tokens: str  # a digest of the tokens: the same for models that saw the same
+    dtype: str = field(compare=False)  # what the model ran in: a wider one than was wanted, where that overflows
 
     def __str__(self) -> str:
         return f"{self.samples} × {self.seq_len} random tokens, seed {self.seed}"
 
 
 class FactorsFile(BaseModel, frozen=True):
-    """What a file of factors says; the inputs are read when they are asked for.
+    """What a file of factors says; the inputs are read when they are asked for."""
 
-    Attributes:
-        path: the file; empty before it is written.
-        model: of which model.
-        settings: how they were recorded.
-        tensors: the factors by the names of the model's tensors.
-        not_reached: experts' tensors that no token came to, in a stack with their number: `experts.down_proj[3]`.
-        without: the layers' other matrices that have no factors.
-        warnings: what was out of the ordinary, a line each.
-        versions: the packages that recorded them.
-    """
-
-    path: str = ""
+    path: str = ""  # empty before it is written
+    origin: str = ""  # where it comes from, in words; empty where it was recorded just now
     model: ModelIdentity
     settings: FactorsSettings
-    tensors: dict[str, Linears]
-    not_reached: tuple[str, ...]
-    without: tuple[str, ...]
-    warnings: tuple[str, ...]
-    versions: dict[str, str]
+    tensors: dict[str, Linears]  # by the names of the model's tensors
+    not_reached: tuple[str, ...]  # experts' tensors that no token came to, in a stack as `experts.down_proj[3]`
+    without: tuple[str, ...]  # the layers' other matrices that have no factors
+    warnings: tuple[str, ...]  # what was out of the ordinary, a line each
+    versions: dict[str, str]  # of the packages that recorded them
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, check: bool = True) -> "FactorsFile":
@@ -97,11 +72,9 @@ class FactorsFile(BaseModel, frozen=True):
         Raises:
             FimError: there is none, or it isn't one that this version can use.
         """
-        import safetensors
-
         where = os.fspath(path)
         try:
-            with safetensors.safe_open(where, framework="pt") as file:
+            with safe_open(where, framework="pt") as file:
                 text = (file.metadata() or {}).get(FORMAT)
                 if text is None:
                     raise FimError(f"expected factors (format {FORMAT}), found another file; {_AGAIN}")
@@ -118,10 +91,6 @@ class FactorsFile(BaseModel, frozen=True):
                 used = {linear.inputs for its in found.tensors.values() for linear in its if linear}
                 if any(len(file.get_slice(name).get_shape()) != 2 for name in used):
                     raise FimError(f"expected inputs of two axes, token and feature, found others; {_AGAIN}")
-                FisherSettings(found.settings.samples, found.settings.seq_len, found.settings.seed)
-                for name in sorted(used) if check else ():
-                    if not all(math.isfinite(end) for end in file.get_tensor(name).aminmax()):
-                        raise FimError(f"expected finite numbers, found others in {name}; {_AGAIN}")
         except FimError as error:
             raise FimError(f"{where}: {error}") from None
         except Exception as error:  # safetensors, pydantic and torch have their own
@@ -129,20 +98,15 @@ class FactorsFile(BaseModel, frozen=True):
         return found
 
     def write(self, path: str, inputs: Mapping[str, "Tensor"]) -> None:
-        """Write it atomically: no reader ever sees half of it.
-
-        Args:
-            path: the file.
-            inputs: by the names that `tensors` has for them, [token, d_in].
+        """Write it atomically, with the inputs that `tensors` names, [token, d_in].
 
         Raises:
             FimError: the file can't be written.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         stored = {name: rows.contiguous() for name, rows in inputs.items()}
-        content = {"version": VERSION, **self.model_dump(mode="json", exclude={"path"})}
+        content = {"version": VERSION, **self.model_dump(mode="json", exclude={"path", "origin"})}
         content["checksum"] = _checksum(content, stored, stored.__getitem__)
         with written_whole(path) as part:
             try:  # one entry: safetensors writes several in another order each time
@@ -157,9 +121,7 @@ class FactorsFile(BaseModel, frozen=True):
 
     @cached_property
     def _file(self) -> Any:
-        import safetensors
-
-        return safetensors.safe_open(self.path, framework="pt")
+        return safe_open(self.path, framework="pt")
 
     def inputs(self, name: str) -> "Tensor":
         """The inputs that a `LinearFactors` names, [token, d_in]."""

@@ -19,65 +19,46 @@ from mergekit_fim.merging.kron import InputMap, check_betas, weighted
 
 @dataclass(frozen=True)
 class Place:
-    """Where the factors of one matrix of all models are, the base's first.
+    """Where the factors of one matrix of all models are."""
 
-    Attributes:
-        files: of each model.
-        inputs: which tensor in it.
-        transposed: whether the checkpoints store the matrix as [input, output].
-        damping: a part of the mean diagonal.
-    """
-
-    files: tuple[str, ...]
-    inputs: tuple[str, ...]
-    transposed: bool
-    damping: float
+    inputs: tuple[tuple[str, str], ...]  # of each model, the base first: a file, and which tensor in it
+    transposed: bool  # whether the checkpoints store the matrix as [input, output]
+    damping: float  # a part of the mean diagonal
 
     def rows(self, device: torch.device) -> list[torch.Tensor]:
         """The inputs of each model, [token, input]."""
-        return [_opened(path).inputs(name).to(device) for path, name in zip(self.files, self.inputs, strict=True)]
+        return [_opened(path).inputs(name).to(device) for path, name in self.inputs]
 
 
 def source(base: tuple[str, str], model: tuple[str, str], damping: float) -> str:
-    """What the merge of a layer's tensors is told for one fine-tuned model.
-
-    Args:
-        base: the file of the base's factors, and what the names of the base layer's tensors begin with.
-        model: likewise of the fine-tuned model.
-        damping: see `Place`.
-    """
+    """What the merge of a layer's tensors is told for one fine-tuned model: of each of the two a file and a prefix."""
     return json.dumps([damping, base, model])
 
 
 def places(name: str, sources: Sequence[str]) -> list[Place | None]:
-    """Where the factors of a tensor are.
+    """Find the factors of a tensor by its name in the merged model, or in any other one.
 
     Args:
-        name: in the merged model, or in any other one.
+        name: the name.
         sources: of each fine-tuned model, see `source`; empty ones for a tensor outside the decoder layers.
 
     Returns:
-        One for a matrix, one for each expert's of a stack; None for one of which a model has no factors. Empty where
-        the tensor has none at all.
+        One for a matrix, one for each of a stack; None where a model has no factors of it. Empty where none has any.
     """
     if not all(sources):
         return []
     told = [json.loads(text) for text in sources]
     damping, base, (_, prefix) = told[0]
     stem = re.escape(re.sub(r"\d+\.$", "", prefix))
-    match = re.match(rf"{stem}\d+\.(?P<local>.*)", name)
-    if match is None:
-        return []
+    local = re.sub(rf"^{stem}\d+\.", "", name)
     ends = [base, *(model for _, _, model in told)]
-    found = [_opened(path).tensors.get(start + match["local"], ()) for path, start in ends]
-    if len({len(linears) for linears in found}) > 1:
-        return []
     made: list[Place | None] = []
-    for linears in zip(*found, strict=True):
-        its = [linear for linear in linears if linear is not None]
-        complete = len(its) == len(linears) and len({linear.transposed for linear in its}) == 1
-        files, inputs = tuple(path for path, _ in ends), tuple(linear.inputs for linear in its)
-        made.append(Place(files, inputs, its[0].transposed, damping) if complete else None)
+    for linears in zip(*(_opened(path).tensors.get(start + local, ()) for path, start in ends), strict=False):
+        known = [(path, linear) for (path, _), linear in zip(ends, linears, strict=True) if linear is not None]
+        turned = {linear.transposed for _, linear in known}
+        is_complete = len(known) == len(ends) and len(turned) == 1
+        inputs = tuple((path, linear.inputs) for path, linear in known)
+        made.append(Place(inputs, turned.pop(), damping) if is_complete else None)
     return made
 
 

@@ -3,7 +3,7 @@
 K-FAC (arXiv 1503.05671) has the Fisher information of a linear layer y = W x, W [output, input], as A ⊗ G: A the mean
 of x xᵀ over the inputs, and G, of gradients at the outputs, is left out here (docs/method.md). Of model k on n_k tokens
 
-    A_k = X_kᵀX_k / n_k + λ_k I,    by `damping_of`,
+    A_k = X_kᵀX_k / n_k + λ_k I,    λ_k the damping times the mean of the first term's diagonal,
 
 X_k [token, input]. The base is model 0, with w_0 = 1 − Σ_m β_m; a fine-tuned model m has w_m = β_m and the task vector
 δ_m. The merged task vector Δ is the least of
@@ -14,8 +14,10 @@ X_k [token, input]. The base is model 0, with w_0 = 1 − Σ_m β_m; a fine-tune
 within the span of the rows, and outside of it A_k is λ_k I.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -29,32 +31,13 @@ _TOKENS_OF_SPREAD = 128
 
 @dataclass(frozen=True)
 class Spread:
-    """The coefficients of one matrix' directions: by what a model's task vector is multiplied there; see `spreads`.
-
-    Attributes:
-        mean: of the coefficients α.
-        std: their standard deviation, the population's.
-        least: the smallest.
-        largest: the largest.
-        directions: how many directions the merge treats otherwise than by β: (Σ d²)² / Σ d⁴, the participation ratio
-            of d = α − β; 0 where there is none.
-    """
+    """The coefficients α of one matrix' directions: by what a model's task vector is multiplied there."""
 
     mean: float
-    std: float
+    std: float  # the population's
     least: float
     largest: float
-    directions: float
-
-
-def damping_of(rows: Tensor, damping: float) -> float:
-    """λ of a factor XᵀX / n: `damping` times the mean of its diagonal.
-
-    Args:
-        rows: X, [token, width].
-        damping: the part of the mean diagonal.
-    """
-    return damping * float(rows.double().square().sum()) / rows.numel()
+    directions: float  # how many aren't treated by β: (Σ d²)² / Σ d⁴, the participation ratio of d = α − β, or 0
 
 
 class InputMap:
@@ -76,51 +59,50 @@ class InputMap:
         Args:
             inputs: X_k, [token, input] each, the base's first; on the device of the task vectors.
             betas: β_m, not negative, their sum at most 1.
-            damping: see `damping_of`; above 0.
+            damping: a part of the mean diagonal, above 0.
             dtype: that of the task vectors, float32 or float64.
 
         Raises:
-            ValueError: coefficients out of range, or factors that are not finite.
+            ValueError: coefficients out of range, or factors that are singular or not finite.
         """
-        weights = check_betas(betas)
-        lambdas = [damping_of(x, damping) for x in inputs]
-        mean = sum(w * each for w, each in zip(weights, lambdas, strict=True))
-        self._plain = betas if mean == 0 or max(weights) == 1 else None
-        if self._plain is not None:
+        stacked = _stacked(inputs, betas, damping)
+        self._plain = betas if stacked is None else None
+        if stacked is None:
             return
+        rows, owners, lambdas, mean = stacked
         self._moving = [m for m, beta in enumerate(betas) if beta > 0]
-        rows, owners = _rows(inputs, weights)
         self._shares = [betas[m] * lambdas[m + 1] / mean for m in self._moving]
-        count, width = rows.shape
-        eye = torch.eye(min(count, width), dtype=rows.dtype, device=rows.device)
-        self._basis = None
-        if count >= width:
-            factor = _cholesky(_gram(rows.T) + mean * eye)
-            parts = [rows[owners[m + 1]] for m in self._moving]
-            made = [x.T @ x + betas[m] * lambdas[m + 1] * eye for m, x in zip(self._moving, parts, strict=True)]
-            self._maps = [torch.cholesky_solve(a, factor).T.to(dtype) for a in made]
-            return
-        factor = _cholesky(_gram(rows) + mean * eye)
-        self._basis = solve_triangular(factor, rows, upper=False).to(dtype)
+        is_whole = len(rows) >= rows.shape[1]
+        eye = torch.eye(min(rows.shape), dtype=rows.dtype, device=rows.device)
+        factor, info = torch.linalg.cholesky_ex(_gram(rows.T if is_whole else rows) + mean * eye)
+        if int(info):
+            raise ValueError("the factors are singular, damping included")
+        self._basis = None if is_whole else solve_triangular(factor, rows, upper=False).to(dtype)
         self._maps = []
         for m, share in zip(self._moving, self._shares, strict=True):
             own = owners[m + 1]
-            inverse = solve_triangular(factor, eye[:, own], upper=False)
-            self._maps.append(((inverse @ factor[own]).T - share * eye).to(dtype))
+            if is_whole:
+                made = torch.cholesky_solve(rows[own].T @ rows[own] + betas[m] * lambdas[m + 1] * eye, factor).T
+            else:
+                made = (solve_triangular(factor, eye[:, own], upper=False) @ factor[own]).T - share * eye
+            self._maps.append(made.to(dtype))
 
     def __call__(self, deltas: Sequence[Tensor]) -> Tensor:
         """The merged task vector Δ of task vectors δ_m, all [output, input]."""
         if self._plain is not None:
             return weighted(deltas, self._plain)
         moving = [deltas[m] for m in self._moving]
-        if self._basis is not None and self._is_better_whole(len(deltas[0])):
-            eye = torch.eye(self._basis.shape[1], dtype=self._basis.dtype, device=self._basis.device)
-            maps = zip(self._maps, self._shares, strict=True)
-            self._maps = [(self._basis.T @ (own @ self._basis)).add_(eye, alpha=share) for own, share in maps]
-            self._basis = None
+        if self._basis is not None:
+            outputs, (count, width) = len(deltas[0]), self._basis.shape
+            # C_m, [input, input], may take fewer operations for so many outputs, its making included.
+            if outputs * width + count * (count + width) < outputs * count * (2 + count / width):
+                eye = torch.eye(width, dtype=self._basis.dtype, device=self._basis.device)
+                maps = zip(self._maps, self._shares, strict=True)
+                self._maps = [(self._basis.T @ (own @ self._basis)).add_(eye, alpha=share) for own, share in maps]
+                self._basis = None
         if self._basis is None:
             return sum((d @ own for d, own in zip(moving, self._maps, strict=True)), torch.zeros_like(deltas[0]))
-        inside = torch.zeros(len(deltas[0]), len(self._basis), dtype=deltas[0].dtype, device=deltas[0].device)
+        inside = deltas[0].new_zeros(len(deltas[0]), len(self._basis))
         for delta, own in zip(moving, self._maps, strict=True):
             inside.addmm_(delta @ self._basis.T, own)
         merged = inside @ self._basis
@@ -128,34 +110,21 @@ class InputMap:
             merged.add_(delta, alpha=share)
         return merged
 
-    def _is_better_whole(self, outputs: int) -> bool:
-        """Whether C_m, [input, input], takes fewer operations for a matrix of so many outputs, its making included."""
-        assert self._basis is not None
-        count, width = self._basis.shape
-        return outputs * width + count * (count + width) < outputs * count * (2 + count / width)
-
 
 def spreads(inputs: Sequence[Tensor], betas: Sequence[float], damping: float) -> list[Spread]:
-    """Compute the coefficients of every fine-tuned model's directions.
+    """Compute the coefficients of every fine-tuned model's directions; see `InputMap` for the arguments.
 
     They are the eigenvalues of β_m A_m (Σ_k w_k A_k)⁻¹ within the span of the rows Z = √(w_k / n_k) X_k of all models.
     With ZZᵀ = Q D Qᵀ, the rows of Q √D are Z in an orthonormal basis of that span, in which Σ_k w_k A_k is D + λ̄ I.
 
-    Args:
-        inputs: X_k, [token, input] each, the base's first; of each some tokens are taken, evenly spaced.
-        betas: β_m, not negative, their sum at most 1.
-        damping: see `damping_of`; above 0.
-
     Raises:
-        ValueError: the factors are not finite.
+        ValueError: coefficients out of range, or factors that are not finite.
     """
-    weights, some = check_betas(betas), [x[:: -(-len(x) // _TOKENS_OF_SPREAD)] for x in inputs]
-    lambdas = [damping_of(x, damping) for x in some]
-    mean = sum(w * each for w, each in zip(weights, lambdas, strict=True))
-    if mean == 0 or max(weights) == 1:
+    stacked = _stacked([x[:: -(-len(x) // _TOKENS_OF_SPREAD)] for x in inputs], betas, damping)
+    if stacked is None:
         return [Spread(beta, 0.0, beta, beta, 0.0) for beta in betas]
-    rows, owners = _rows(some, weights)
-    values, vectors = torch.linalg.eigh(_finite(_gram(rows)))
+    rows, owners, lambdas, mean = stacked
+    values, vectors = torch.linalg.eigh(_gram(rows))
     # Directions of so little beside the damping change no coefficient, and are known to few digits.
     kept = values > max(1e-6 * mean, len(values) * torch.finfo(values.dtype).eps * float(values[-1]))
     values, vectors = values[kept], vectors[:, kept]
@@ -163,17 +132,14 @@ def spreads(inputs: Sequence[Tensor], betas: Sequence[float], damping: float) ->
     found = []
     for beta, own, each in zip(betas, owners[1:], lambdas[1:], strict=True):
         part = whitened[own].T @ whitened[own] + torch.diag(beta * each / (values + mean))
-        found.append(_spread(torch.linalg.eigvalsh(part).clamp(0, 1), beta))
+        alphas = torch.linalg.eigvalsh(part).clamp(0, 1)
+        apart = (alphas - beta).square()
+        apart = apart.where(apart > 1e-18, 0)
+        fourth = float(apart.square().sum())
+        directions = float(apart.sum()) ** 2 / fourth if fourth > 0 else 0.0
+        ends = float(alphas.min()), float(alphas.max())
+        found.append(Spread(float(alphas.mean()), float(alphas.std(correction=0)), *ends, directions))
     return found
-
-
-def _spread(alphas: Tensor, beta: float) -> Spread:
-    apart = (alphas - beta).square()
-    apart = apart.where(apart > 1e-18, 0)
-    fourth = float(apart.square().sum())
-    directions = float(apart.sum()) ** 2 / fourth if fourth > 0 else 0.0
-    deviation = float(alphas.std(correction=0))
-    return Spread(float(alphas.mean()), deviation, float(alphas.min()), float(alphas.max()), directions)
 
 
 def check_betas(betas: Sequence[float]) -> list[float]:
@@ -194,33 +160,28 @@ def weighted(deltas: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     return sum((d * c for d, c in zip(deltas, shares, strict=True) if c), torch.zeros_like(deltas[0]))
 
 
-def _rows(rows: Sequence[Tensor], weights: Sequence[float]) -> tuple[Tensor, list[slice]]:
-    """√(w_k / n_k) X_k of all models, [token, width] in float64, and which rows are whose."""
-    scaled = [(w / len(x)) ** 0.5 * x.double() for x, w in zip(rows, weights, strict=True) if w > 0]
-    owners, end = [], 0
-    for x, weight in zip(rows, weights, strict=True):
-        owners.append(slice(end, end := end + (len(x) if weight > 0 else 0)))
-    return torch.cat(scaled), owners
+def _stacked(
+    inputs: Sequence[Tensor], betas: Sequence[float], damping: float
+) -> tuple[Tensor, list[slice], list[float], float] | None:
+    """Z, [row, input] in float64, which rows are whose, every λ_k, and λ̄; None where the factors make no difference."""
+    weights = check_betas(betas)
+    lambdas = [damping * float(x.double().square().sum()) / x.numel() for x in inputs]
+    mean = sum(w * each for w, each in zip(weights, lambdas, strict=True))
+    if mean == 0 or max(weights) == 1:
+        return None
+    if not math.isfinite(mean):
+        raise ValueError("the factors are not finite")
+    scaled = [(w / len(x)) ** 0.5 * x.double() for x, w in zip(inputs, weights, strict=True) if w > 0]
+    counts = (len(x) if w > 0 else 0 for x, w in zip(inputs, weights, strict=True))
+    owners = [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))]
+    return torch.cat(scaled), owners, lambdas, mean
 
 
 def _gram(rows: Tensor) -> Tensor:
     """R Rᵀ of [row, column], in blocks of which the symmetric ones are made once."""
     made = torch.empty(len(rows), len(rows), dtype=rows.dtype, device=rows.device)
-    for part in torch.arange(len(rows), device="cpu").split(_BLOCK):
-        start, end = int(part[0]), int(part[-1]) + 1
+    for start in range(0, len(rows), _BLOCK):
+        end = start + _BLOCK
         made[start:, start:end] = block = rows[start:] @ rows[start:end].T
-        made[start:end, end:] = block[end - start :].T
+        made[start:end, end:] = block[_BLOCK:].T
     return made
-
-
-def _cholesky(matrix: Tensor) -> Tensor:
-    factor, info = torch.linalg.cholesky_ex(_finite(matrix))
-    if int(info):
-        raise ValueError("the factors are singular, damping included")
-    return factor
-
-
-def _finite(matrix: Tensor) -> Tensor:
-    if not torch.isfinite(matrix).all():
-        raise ValueError("the factors are not finite")
-    return matrix

@@ -67,13 +67,10 @@ class FimMerge(GroupMergeMethod):
 
     @torch.no_grad()
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
-        """Merge one tensor of all models.
+        """Merge one tensor of all models, which have it in one shape and dtype.
 
-        Arithmetic is in float32 (float64 for float64 inputs), the result in the inputs' dtype.
-
-        Args:
-            group: the base's tensor and those of the fine-tuned models, of one shape and dtype.
-            parameters: those of `spec`, per-model ones as mappings from the models' ids.
+        Arithmetic is in float32 (float64 for float64 inputs), the result in the inputs' dtype. The `parameters` are
+        those of `spec`, per-model ones as mappings from the models' ids.
 
         Raises:
             FimError: the result isn't finite.
@@ -166,9 +163,7 @@ class FimKron(FimMerge):
         base, entries, name = group.base.tensor, group.non_base, group.metadata.name or ""
         merges = parameters["other_modules"] == "merge" and bool(entries)
         told = [parameters[SOURCE][entry.id] for entry in entries]
-        places: list[directions.Place | None] = []
-        if merges and all(told) and base.ndim > 1:
-            places = directions.places(name, told)
+        places = directions.places(name, told) if merges and base.ndim > 1 else []
         if not any(places) and (parameters["density"] == 1 or not merges):
             return super().merge_group(group, **parameters)
         parts = shares([parameters["weight"][entry.id] for entry in entries], parameters["normalize"])
@@ -299,12 +294,8 @@ def _norm_factor(
     (1 − α)‖θ0‖ + α‖θ1‖. That a merged tensor off by more than 5 % is rescaled is the paper's (arXiv 2603.21705, as
     summarised). The target, and that it is per tensor, are this project's. A target that isn't positive is left alone.
 
-    Args:
-        norm: the squared norm of the merged tensor's spans.
-        inputs: θ0 and every θ_m, [entry].
-        spans: the entries that count.
-        moves: [model], c_m.
-        tolerance: a part of the target.
+    `norm` is the squared norm of the merged tensor's spans, `inputs` are θ0 and every θ_m, [entry], `moves` is [model],
+    c_m, and `tolerance` a part of the target.
     """
     root = float(norm) ** 0.5
     norm0, *tuned = (math.fsum(float(squared_norm(tensor[span])) for span in spans) ** 0.5 for tensor in inputs)

@@ -1,6 +1,6 @@
 """Make the merged model's config say what was merged; mergekit itself writes the base's config unchanged."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,12 +26,7 @@ class ConfigDifference:
 
 
 def adapt_output_config(
-    output: PretrainedConfig,
-    base: InputModel,
-    models: Sequence[InputModel],
-    base_layers: Sequence[int],
-    *,
-    truncated: bool,
+    output: PretrainedConfig, inputs: Sequence[InputModel], base_layers: Sequence[int], *, truncated: bool
 ) -> list[ConfigDifference]:
     """Correct the config that the merged model will be saved with, in place.
 
@@ -39,22 +34,15 @@ def adapt_output_config(
       isn't its embedding. (A tied base beside an untied fine-tuned model: its embedding is merged as its head.)
     - `max_position_embeddings` becomes the longest of the inputs', provided that all of them use the same rotary
       position parameters; otherwise the base's stays, as its rotary parameters do.
-    - `num_hidden_layers` and the lists with one entry per decoder layer (`layer_types` and others) follow the base's
-      layers that slices keep, drop or repeat.
-    - `vocab_size` becomes the number of rows that `--unsafe-truncate-embeddings` leaves.
-
-    Args:
-        output: mergekit's config for the merged model, made from the base's.
-        base: the base model.
-        models: the fine-tuned models.
-        base_layers: the base's decoder layers in the order of the output's.
-        truncated: whether embeddings are truncated to the smallest vocabulary.
+    - `num_hidden_layers` and the lists with one entry per decoder layer (`layer_types` and others) follow
+      `base_layers`, the base's layers that slices keep, drop or repeat, in the output's order.
+    - `vocab_size` becomes the number of rows that `--unsafe-truncate-embeddings` leaves, where embeddings are
+      `truncated`.
 
     Returns:
-        The keys in which the inputs differ.
+        The keys in which the inputs, the base first, differ.
     """
-    inputs = [base, *models]
-    text = output.get_text_config()
+    base, text = inputs[0], output.get_text_config()
     if any(_has_own_head(model) for model in inputs):
         output.tie_word_embeddings = text.tie_word_embeddings = False
     lengths: list[Any] = [getattr(model.text_config, "max_position_embeddings", None) for model in inputs]
@@ -69,7 +57,15 @@ def adapt_output_config(
         text.num_hidden_layers = len(base_layers)
     if truncated:
         text.vocab_size = min(_vocabulary_rows(model) for model in inputs)
-    return list(_differences(output, inputs))
+
+    configs, written = [_flat(model.config) for model in inputs], _flat(output)
+    differences = []
+    for key in sorted(set().union(*configs)):
+        values = [config.get(key) for config in configs]
+        if key.rpartition(".")[2] not in IMMATERIAL and any(value != values[0] for value in values):
+            named = tuple((str(model), value) for model, value in zip(inputs, values, strict=True))
+            differences.append(ConfigDifference(key, named, written.get(key)))
+    return differences
 
 
 def _vocabulary_rows(model: InputModel) -> int:
@@ -96,15 +92,6 @@ def _has_own_head(model: InputModel) -> bool:
         if embedding and not torch.equal(loader.get_tensor(own), loader.get_tensor(embedding)):
             return True
     return False
-
-
-def _differences(output: PretrainedConfig, inputs: Sequence[InputModel]) -> Iterator[ConfigDifference]:
-    configs, written = [_flat(model.config) for model in inputs], _flat(output)
-    for key in sorted(set().union(*configs)):
-        values = [config.get(key) for config in configs]
-        if key.rpartition(".")[2] not in IMMATERIAL and any(value != values[0] for value in values):
-            named = tuple((str(model), value) for model, value in zip(inputs, values, strict=True))
-            yield ConfigDifference(key, named, written.get(key))
 
 
 def _flat(config: PretrainedConfig) -> dict[str, Any]:

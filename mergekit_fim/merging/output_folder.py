@@ -66,16 +66,11 @@ def model_written_whole(path: str) -> Iterator[str]:
         except OSError as error:
             raise FimError(f"{path}: can't be written ({error.strerror or error}); write elsewhere") from error
     finally:
-        _remove(part)
-
-
-def _remove(folder: str) -> None:
-    """Remove a folder into which threads of a merge that failed (`--async-write`) may still be writing."""
-    for _ in range(100):
-        shutil.rmtree(folder, ignore_errors=True)
-        if not os.path.lexists(folder):
-            break
-        time.sleep(0.05)
+        for _ in range(100):  # threads of a merge that failed (`--async-write`) may still be writing into it
+            shutil.rmtree(part, ignore_errors=True)
+            if not os.path.lexists(part):
+                break
+            time.sleep(0.05)
 
 
 def _replace(made: str, target: str) -> None:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from accelerate import PartialState
 from mergekit.io.tasks import LoaderCache
@@ -32,14 +31,6 @@ def _temporary_folder() -> str:
     return folder.name
 
 
-@dataclass(frozen=True)
-class MeasuredFactors:
-    """Factors, and where they come from in words; empty where they were recorded just now."""
-
-    file: FactorsFile
-    origin: str = ""
-
-
 def settings_on(settings: FisherSettings, samples: Samples, dtype: str = "") -> FactorsSettings:
     """Make the settings of factors on these tokens."""
     tokens = hashlib.sha256(str(samples.input_ids.tolist()).encode()).hexdigest()[:16]
@@ -55,31 +46,26 @@ def measured_factors(
     vocab_size: int | None = None,
     cache: bool = True,
     state: PartialState | None = None,
-) -> MeasuredFactors:
-    """Find a model's factors, or record them: the main process does so while the others wait, and all open its file.
+) -> FactorsFile:
+    """Find a model's factors, or record them: the main process does so while the others wait.
+
+    See `measured` for the other arguments.
 
     Args:
-        open_model: opens the model; called once in each process, first in one of each machine.
-        settings: how many tokens, and which.
-        dtype: what its weights are read as, as a merge with this `dtype` does; None for the checkpoint's own.
-        options: mergekit's, for the device and for loading.
         vocab_size: how many tokens the random ones are drawn from, which all models of a merge must share; by default
             this model's.
         cache: use factors that were kept, and keep these; else they are in a temporary folder.
-        state: the processes that share the work.
 
     Raises:
         FimError: the model can't be opened or run; a `SharedError` where all the processes know of it.
     """
-    LoaderCache().setup(options)
 
-    def find() -> tuple[str, str] | None:
-        if state is not None and not state.is_local_main_process:
-            return None
-        model = open_model()
-        check_measurable(model, settings)
+    def find() -> FactorsFile | None:
         if state is not None and not state.is_main_process:
             return None
+        LoaderCache().setup(options)
+        model = open_model()
+        check_measurable(model, settings)
         known = model.text_config.vocab_size
         if vocab_size is not None and vocab_size > known:
             raise FimError(f"{model}: expected tokens of its vocabulary of {known}, found {vocab_size}; lower it")
@@ -87,17 +73,15 @@ def measured_factors(
         reading, running = dtypes(model, dtype, options)
         wanted = settings_on(settings, samples, str(running).removeprefix("torch."))
         entry = CacheEntry(identity(model), wanted, (str(reading), str(running)))
-        if cache and entry.kept(FactorsFile.open):
-            return entry.path, f"kept from an earlier recording: {entry.path}"
+        path = entry.path
+        if cache and (kept := entry.kept(FactorsFile.open)):
+            return kept.model_copy(update={"origin": f"kept from an earlier recording: {path}"})
         made, inputs = record_factors(model, entry.model, wanted, samples, dtype, options, running=running)
-        if cache and entry.write(lambda path: made.write(path, inputs)):
-            return entry.path, ""
-        elsewhere = os.path.join(_temporary_folder(), os.path.basename(entry.path))
-        made.write(elsewhere, inputs)
-        return elsewhere, ""
+        if not (cache and entry.write(lambda path: made.write(path, inputs))):
+            path = os.path.join(_temporary_folder(), os.path.basename(path))
+            made.write(path, inputs)
+        return made.model_copy(update={"path": path})
 
-    # What the main process found holds for all of them.
     found = in_all(state, find)[0]
     assert found is not None
-    path, origin = found
-    return MeasuredFactors(FactorsFile.open(path, check=False), origin)
+    return found

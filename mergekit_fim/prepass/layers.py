@@ -1,14 +1,12 @@
 """`fim_ties` and `fim_ta`: opened models -> measurements and task vectors -> a merge coefficient for each layer."""
 
-import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from statistics import fmean
 
-from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference
-from mergekit.config import InputModelDefinition, MergeConfiguration, evaluate_setting
-from mergekit.io.tasks import LoaderCache
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_fim.coefficients import importance_scores, merge_coefficients
@@ -16,7 +14,7 @@ from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.config.settings import Settings
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher.measure import check_measurable
-from mergekit_fim.models.inputs import InputModel, open_models
+from mergekit_fim.models.inputs import InputModel, open_model
 from mergekit_fim.prepass.measured import Measured, measured, once, saved_measurement
 from mergekit_fim.prepass.result import BaseCoefficients, ModelCoefficients, SourceSlice
 from mergekit_fim.prepass.slices import alphas_of, by_model, merged_tensors, population
@@ -39,7 +37,10 @@ def by_layer(
         The settings, with those of a saved measurement; the coefficients; what the user should know.
     """
     warnings: list[str] = []
-    automatic = [s for s in sources if not _is_set_by_hand(s, inputs, kept)]
+    # Those whose `alpha` the user's settings don't give for every tensor that is merged.
+    automatic = [
+        s for s in sources if any(s.value("alpha", name) is None for _, (name,) in merged_tensors([s], inputs, kept))
+    ]
     # All slices of a model that needs the pre-pass in one of them, so that the report can say what each layer gets.
     needed = {k: own for k, own in by_model(sources, inputs).items() if any(s in automatic for s in own)}
     bases = list(dict.fromkeys(base for base, _ in needed))
@@ -64,13 +65,6 @@ def by_layer(
     return settings, tuple(coefficients), warnings
 
 
-def _is_set_by_hand(source: SourceSlice, inputs: Mapping[ModelReference, InputModel], kept: Container[str]) -> bool:
-    """Whether the user's `alpha` settings cover every tensor of the slice, but for kept ones."""
-    by_hand = source.settings("alpha")
-    names = (name for _, (name,) in merged_tensors([source], inputs, kept))
-    return all(evaluate_setting(name, by_hand, validate=float) is not None for name in names)
-
-
 def _measure(
     base: InputModel,
     pairs: Mapping[InputModel, Sequence[LayerPair]],
@@ -91,27 +85,16 @@ def _measure(
             result = measured(
                 lambda: base, settings.fisher, dtype, own_options, cache=settings.cache, beside=sweep, state=state
             )
-        norms = sweep.norms(quiet=own_options.quiet)
-        LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
-        return result, {model.reference: its for model, its in norms.items()}
+        return result, sweep.norms(quiet=own_options.quiet)
 
     key = (base.reference, dtype, settings.fisher, settings.saved, *((m.reference, *p) for m, p in pairs.items()))
     return once(key, measure)
 
 
 def take_part(reference: ModelReference, dtype: str | None, settings: FisherSettings, options: MergeOptions) -> None:
-    """Do the part of a process that isn't the main one in the measurement of a base.
-
-    Raises:
-        SharedError: the base can't be opened or measured.
-    """
+    """Do the part of a process that isn't the main one in the measurement of a base."""
     own_options = launched.options_of_process(options)
-
-    def open_base() -> InputModel:
-        alone = MergeConfiguration(merge_method="linear", models=[InputModelDefinition(model=reference)])
-        architecture = get_architecture_info(alone, own_options)
-        return open_models([reference], architecture, own_options.trust_remote_code)[reference]
-
+    open_base = partial(open_model, str(reference), None, own_options)
     measured(open_base, settings, dtype, own_options, state=launched.sharing())
 
 
@@ -122,7 +105,7 @@ def _weigh(
     norms: TaskVectorNorms,
     settings: Settings,
 ) -> ModelCoefficients:
-    """Weigh a model's layers. `fisher`: [base layer], the Fisher information."""
+    """Weigh a model's layers; `fisher` is [base layer], the Fisher information."""
     scores = importance_scores([fisher[pair.base_layer] for pair in norms.layers], list(norms.layers.values()))
     alphas = merge_coefficients(scores, settings.mapping)
     computed = dict(zip(norms.layers, alphas, strict=True))
@@ -132,15 +115,14 @@ def _weigh(
     used = list(of_pairs.values())
     # A layer without a score isn't part of the mean: without a task vector its α means nothing.
     scored = [alpha for alpha, score in zip(used, scores, strict=True) if score > 0] or used
-    other = settings.alpha_other if settings.alpha_other is not None else math.fsum(scored) / len(scored)
+    other = fmean(scored) if settings.alpha_other is None else settings.alpha_other
     return ModelCoefficients(model, norms, tuple(scores), tuple(alphas), tuple(used), other)
 
 
 def _without_information(coefficients: Sequence[BaseCoefficients]) -> Iterator[str]:
     """Say which layers have no score."""
     for its in coefficients:
-        dead = [str(layer.index) for layer in its.fisher.layers if layer.fisher == 0]
-        if dead:
+        if dead := [str(layer.index) for layer in its.fisher.layers if layer.fisher == 0]:
             yield (
                 f"{its.base} has no Fisher information in decoder layer {', '.join(dead)}: no gradient reaches "
                 "its weights; it takes no part in the mapping, and gets alpha_max"

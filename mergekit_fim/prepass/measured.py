@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
@@ -20,7 +20,7 @@ from mergekit_fim.fisher.measure import check_measurable, dtypes, measure_checkp
 from mergekit_fim.fisher.weights import Beside
 from mergekit_fim.measurements.factors import FactorsSettings
 from mergekit_fim.measurements.file import write_measurement
-from mergekit_fim.measurements.record import Experts, FisherMeasurement, Measurement
+from mergekit_fim.measurements.record import Experts, Measurement
 from mergekit_fim.measurements.store import CacheEntry, read_measurement
 from mergekit_fim.models.identity import identity
 from mergekit_fim.models.inputs import InputModel
@@ -50,8 +50,7 @@ def once(key: Hashable, measure: Callable[[], T]) -> T:
         return measure()
     if key not in results:
         results[key] = measure()
-    result: T = results[key]
-    return result
+    return cast(T, results[key])
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,8 @@ class Measured:
 
     def of(self, base: InputModel) -> "Measured | None":
         """This measurement, if it is of this base; a copy of the base may lie elsewhere."""
-        own = identity(base)
-        is_other = self.measurement.model.difference(own)
-        return None if is_other else replace(self, measurement=replace(self.measurement, model=own))
+        own, its = identity(base), self.measurement
+        return None if its.model.difference(own) else replace(self, measurement=replace(its, model=own))
 
 
 def saved_measurement(settings: Settings, bases: Iterable[InputModel], options: MergeOptions) -> Measured | None:
@@ -122,7 +120,7 @@ def measured(
         dtype: what its weights are read as, like in a merge with this `dtype`; None for the checkpoint's own.
         options: mergekit's, for the device and for loading.
         cache: take a measurement that was kept, and keep one that is made.
-        beside: called with every tensor that is read whole, if the base is measured now; in several threads.
+        beside: see `load_to_run`; only called if the base is measured now.
         state: the processes that share the work.
 
     Raises:
@@ -134,41 +132,27 @@ def measured(
 
     def look() -> tuple[CacheEntry, torch.dtype, Measurement | None] | None:
         check_measurable(base, settings)
-        if not is_main:
+        if not is_main:  # the cache is on the main process's machine, and it chooses the dtype by timing
             return None
         reading, running = dtypes(base, dtype, options)
         entry = CacheEntry(identity(base), settings, (str(reading), str(running)))
         return entry, running, entry.read() if cache else None
 
-    # Only the main process looks: the cache is on its machine, and it chooses the dtype by timing.
     looked = in_all(state, look)[0]
     assert looked is not None
     entry, running, kept = looked
     if kept is not None:
         return Measured(kept, f"kept from an earlier measurement: {entry.path}")
 
-    def measure() -> FisherMeasurement:
-        return measure_checkpoint(
-            base,
-            settings,
-            dtype,
-            options,
-            engine=shared_engine(state),
-            reference=shared_engine(state, autograd_engine),
-            running=running,
-            beside=beside,
-        )
-
-    made = Measurement.of(_with_experts_of_all(in_all(state, measure)), entry.model)
-    if cache and is_main:
-        entry.write(partial(write_measurement, made))
-    return Measured(made)
-
-
-def _with_experts_of_all(parts: list[FisherMeasurement]) -> FisherMeasurement:
-    """One measurement of several processes: each has the norms of all, but only the experts that it reached itself."""
+    engine, reference = shared_engine(state), shared_engine(state, autograd_engine)
+    measure = partial(measure_checkpoint, engine=engine, reference=reference, running=running, beside=beside)
+    parts = in_all(state, lambda: measure(base, settings, dtype, options))
+    # Each has the norms of all, but only the experts that it reached itself.
     layers = (
         replace(layer, experts=Experts.together(its.layers[index].experts for its in parts))
         for index, layer in enumerate(parts[0].layers)
     )
-    return replace(parts[0], layers=tuple(layers))
+    made = Measurement.of(replace(parts[0], layers=tuple(layers)), entry.model)
+    if cache and is_main:
+        entry.write(partial(write_measurement, made))
+    return Measured(made)

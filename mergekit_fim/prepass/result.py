@@ -5,34 +5,33 @@ from dataclasses import dataclass
 from typing import Any
 
 from mergekit.common import ModelReference
-from mergekit.config import ConditionalParameter, ConfigReader, InputSliceDefinition, MergeConfiguration
+from mergekit.config import (
+    ConditionalParameter,
+    ConfigReader,
+    InputSliceDefinition,
+    MergeConfiguration,
+    evaluate_setting,
+)
 
+from mergekit_fim.config.parameters import PARAMETERS
 from mergekit_fim.config.settings import Settings, settings_of
+from mergekit_fim.measurements.factors import FactorsFile
 from mergekit_fim.measurements.record import FisherMeasurement, Measurement
 from mergekit_fim.merging.kron import Spread
 from mergekit_fim.merging.output_config import ConfigDifference
 from mergekit_fim.models.inputs import InputModel
-from mergekit_fim.prepass.factors import MeasuredFactors
 from mergekit_fim.prepass.task_vectors import LayerPair, TaskVectorNorms
 
 
 @dataclass(frozen=True)
 class SourceSlice:
-    """Consecutive layers of one fine-tuned model in the config, and the base's layers that they are merged into.
+    """Consecutive layers of one fine-tuned model in the config, and the base's layers that they are merged into."""
 
-    Attributes:
-        module: mergekit's name of the module.
-        base: the base model.
-        base_start: the first of the base's layers; None in modules other than the decoder layers' own.
-        source: the config's part, with the fine-tuned model and its layers.
-        reader: mergekit's reader of the slice's parameters; the sources of one slice share it.
-    """
-
-    module: str
+    module: str  # mergekit's name of it
     base: ModelReference
-    base_start: int | None
-    source: InputSliceDefinition
-    reader: ConfigReader
+    base_start: int | None  # the first of the base's layers; None in modules other than the decoder layers' own
+    source: InputSliceDefinition  # the config's part, with the fine-tuned model and its layers
+    reader: ConfigReader  # mergekit's, of the slice's parameters; the sources of one slice share it
 
     @property
     def ends(self) -> tuple[ModelReference, ModelReference]:
@@ -55,6 +54,11 @@ class SourceSlice:
         """The user's settings of a parameter as one list of filters, the highest precedence first."""
         return settings_of(self.reader, name, self.source.model)
 
+    def value(self, name: str, tensor: str, t: float = 0.0) -> Any:
+        """A parameter of one tensor, its layer at `t` on gradients; the method's default where it isn't set."""
+        found = evaluate_setting(tensor, self.settings(name), t, validate=PARAMETERS[name].type)
+        return PARAMETERS[name].default_for(self.reader.config.merge_method) if found is None else found
+
     def filters(self, model: InputModel, of_layers: dict[str, Any], outside: Any) -> list[ConditionalParameter]:
         """Write a parameter as mergekit's filters: a value for each prefix of layers, and one for all outside.
 
@@ -74,23 +78,14 @@ class SourceSlice:
 
 @dataclass(frozen=True)
 class ModelCoefficients:
-    """The merge coefficients of one fine-tuned model.
-
-    Attributes:
-        model: the fine-tuned model.
-        norms: its squared task-vector norms, by pair of layers.
-        scores: [pair], s = F · ‖δ‖².
-        alphas: [pair], the merge coefficients.
-        used_alphas: [pair], what the layer gets: α or, where the user set it by hand, the mean over its tensors.
-        alpha_other: the merge coefficient outside the decoder layers, unless the user set it by hand.
-    """
+    """The merge coefficients of one fine-tuned model."""
 
     model: InputModel
-    norms: TaskVectorNorms
-    scores: tuple[float, ...]
-    alphas: tuple[float, ...]
-    used_alphas: tuple[float, ...]
-    alpha_other: float
+    norms: TaskVectorNorms  # its squared task-vector norms, by pair of layers
+    scores: tuple[float, ...]  # [pair], s = F · ‖δ‖²
+    alphas: tuple[float, ...]  # [pair], the merge coefficients
+    used_alphas: tuple[float, ...]  # [pair], what the layer gets: α or, where it is set by hand, its tensors' mean
+    alpha_other: float  # outside the decoder layers, unless the user set it by hand
 
     @property
     def pairs(self) -> tuple[LayerPair, ...]:
@@ -100,14 +95,11 @@ class ModelCoefficients:
 
 @dataclass(frozen=True)
 class BaseCoefficients:
-    """The measurement of a base, and the coefficients of each model that is merged into it.
-
-    `origin` says in words where the measurement comes from; it is empty if it was made now.
-    """
+    """The measurement of a base, and the coefficients of each model that is merged into it."""
 
     base: InputModel
     measurement: Measurement
-    origin: str
+    origin: str  # of the measurement, in words; empty if it was made now
     models: tuple[ModelCoefficients, ...]
 
     @property
@@ -118,21 +110,14 @@ class BaseCoefficients:
 
 @dataclass(frozen=True)
 class KronLayer:
-    """What `fim_kron` does with a decoder layer of a fine-tuned model.
+    """What `fim_kron` does with a decoder layer of a fine-tuned model."""
 
-    Attributes:
-        pair: the layer, and the base's layer that it is merged into.
-        sq_norm: the squared norm of its task vector.
-        alpha: the mean of its tensors' α.
-        beta: the mean of α × the model's share of the weights, the coefficient of tensors without factors.
-        spreads: how the directions' coefficients spread over all matrices with factors, in the parts `attention`
-            (whatever mixes tokens) and `mlp` that have any.
-    """
-
-    pair: LayerPair
-    sq_norm: float
-    alpha: float
-    beta: float
+    pair: LayerPair  # the layer, and the base's layer that it is merged into
+    sq_norm: float  # of its task vector
+    alpha: float  # the mean of its tensors' α
+    beta: float  # the mean of α × the model's share of the weights, the coefficient of tensors without factors
+    # How the directions' coefficients spread over all matrices with factors, in the parts `attention` (whatever mixes
+    # tokens) and `mlp` that have any.
     spreads: Mapping[str, Spread]
 
 
@@ -148,64 +133,39 @@ class KronModel:
 
 @dataclass(frozen=True)
 class Kron:
-    """What the pre-pass of `fim_kron` found.
+    """What the pre-pass of `fim_kron` found: the factors of every model, and the fine-tuned models."""
 
-    Attributes:
-        factors: of every model.
-        models: the fine-tuned models.
-    """
-
-    factors: Mapping[InputModel, MeasuredFactors]
+    factors: Mapping[InputModel, FactorsFile]
     models: tuple[KronModel, ...]
 
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """A fine-tuned model's own parameters as the user set them, in the form of `config.settings.as_set`.
-
-    Attributes:
-        density: None but for fim_ties.
-        density_is_default: whether the size of the base decides it.
-        alpha: what is set by hand; None if the pre-pass finds all of it.
-    """
+    """A fine-tuned model's own parameters as the user set them, in the form of `config.settings.as_set`."""
 
     base: InputModel
     model: InputModel
     weight: Any
-    density: Any
-    density_is_default: bool
-    alpha: Any
+    density: Any  # None but for fim_ties
+    density_is_default: bool  # whether the size of the base decides it
+    alpha: Any  # what is set by hand; None if the pre-pass finds all of it
 
 
 @dataclass(frozen=True)
 class PrePass:
-    """All that is known about a merge before its first tensor.
-
-    Attributes:
-        settings: the pre-pass settings.
-        config: the normalised merge config, with the coefficients.
-        inputs: every model, by reference, the base first.
-        coefficients: per base; empty if every `alpha` was set by hand, and for fim_kron.
-        models: the fine-tuned models' own parameters.
-        shared: the parameters of whole tensors, as the user set them.
-        kept: the tensors outside the language model that aren't merged, and whose they stay: `base` or `tuned`.
-        default_density: the `density` of models whose config sets none; for fim_ties only, else None.
-        differences: the config keys in which the inputs differ.
-        warnings: what the user should know, a line each.
-        kron: for fim_kron only.
-    """
+    """All that is known about a merge before its first tensor."""
 
     settings: Settings
-    config: MergeConfiguration
-    inputs: Mapping[ModelReference, InputModel]
-    coefficients: tuple[BaseCoefficients, ...]
+    config: MergeConfiguration  # normalised, with the coefficients
+    inputs: Mapping[ModelReference, InputModel]  # every model, the base first
+    coefficients: tuple[BaseCoefficients, ...]  # per base; empty if every `alpha` was set by hand, and for fim_kron
     models: tuple[ModelSettings, ...]
-    shared: Mapping[str, Any]
-    kept: Mapping[str, str]
-    default_density: float | None
-    differences: tuple[ConfigDifference, ...]
-    warnings: tuple[str, ...]
-    kron: Kron | None = None
+    shared: Mapping[str, Any]  # the parameters of whole tensors, as the user set them
+    kept: Mapping[str, str]  # the tensors outside the language model that aren't merged, and whose: `base` or `tuned`
+    default_density: float | None  # the `density` of models whose config sets none; for fim_ties only
+    differences: tuple[ConfigDifference, ...]  # the config keys in which the inputs differ
+    warnings: tuple[str, ...]  # what the user should know, a line each
+    kron: Kron | None = None  # for fim_kron only
 
     @property
     def base(self) -> InputModel:

@@ -6,7 +6,6 @@ these up by the names of the source layers, so that slices may drop, repeat or s
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from mergekit.architecture import ModelArchitecture
 from mergekit.common import ModelReference
@@ -32,7 +31,7 @@ def check(config: MergeConfiguration, architecture: ModelArchitecture, options: 
 
     Raises:
         FimError: a bad config, a module or a device that doesn't exist, or a tokenizer that can't be loaded, which
-            mergekit needs to align the vocabularies, and would load only when the merge has begun.
+            mergekit would load only when the merge has begun.
     """
     settings = check_config(config)
     loading.placement(options)
@@ -54,12 +53,7 @@ def run(
 ) -> PrePass:
     """Run the pre-pass on a config that mergekit has normalised, and write its results into it.
 
-    Args:
-        config: changed in place: per-model `alpha`, and `density` where it isn't set.
-        settings: from `check`.
-        architecture: mergekit's definition of the models.
-        options: the merge's options.
-        output_config: the config that the merged model will get; corrected in place.
+    It also corrects `output_config`, the config that the merged model will get, in place.
 
     Raises:
         FimError: the models can't be merged, or a measurement isn't finite.
@@ -76,7 +70,12 @@ def run(
     # As the user set them, before anything is written into the config.
     density = default_density(base) if config.merge_method == "fim_ties" else None
     models = tuple(_model_settings(sources, inputs, density))
-    shared = _shared(config)
+    readers = [reader for _, _, reader in output_slices(config)]
+    shared = {
+        name: as_set(readers, name, parameter.default_for(config.merge_method))
+        for name, parameter in PARAMETERS.items()
+        if parameter.scope_in(config.merge_method) is Scope.TENSOR and config.merge_method in parameter.methods
+    }
 
     kron: Kron | None = None
     coefficients: tuple[BaseCoefficients, ...] = ()
@@ -110,11 +109,7 @@ def _check_inputs(
     config: MergeConfiguration,
     options: MergeOptions,
 ) -> Iterator[str]:
-    """Check that the models can be merged, and say what the user may not know of them and of the config, a line each.
-
-    Raises:
-        FimError: they can't.
-    """
+    """Check that the models can be merged, and say what the user may not know of them and of the config."""
     aligned = bool(config.tokenizer or config.tokenizer_source or options.unsafe_truncate_embeddings)
     for base, model in by_model(sources, inputs):
         yield from check_compatible(base, model, vocabulary_aligned=aligned)
@@ -129,16 +124,6 @@ def _check_inputs(
         yield "density has no effect in fim_ta, which keeps every entry of the task vectors"
     if len(slices[0].sources) == 1:
         yield "the first and the last slice have no fine-tuned model: embeddings and head stay the base's"
-
-
-def _shared(config: MergeConfiguration) -> dict[str, Any]:
-    """The parameters of whole tensors, as the user set them."""
-    readers = [reader for _, _, reader in output_slices(config)]
-    return {
-        name: as_set(readers, name, parameter.default_for(config.merge_method))
-        for name, parameter in PARAMETERS.items()
-        if parameter.scope_in(config.merge_method) is Scope.TENSOR and config.merge_method in parameter.methods
-    }
 
 
 def _model_settings(
@@ -172,9 +157,8 @@ def _adapt(
         if source.model == base_of(config, out_slice)
         for layer in range(*source.layer_range)
     ]
-    first, *others = inputs.values()
     by_tokenizer = bool(config.tokenizer or config.tokenizer_source)
     truncated = options.unsafe_truncate_embeddings and not by_tokenizer
-    differences = adapt_output_config(output_config, first, others, base_layers, truncated=truncated)
+    differences = adapt_output_config(output_config, list(inputs.values()), base_layers, truncated=truncated)
     # mergekit sets the vocabulary's size when it has built the tokenizer.
     return tuple(d for d in differences if not (by_tokenizer and d.key == "vocab_size"))

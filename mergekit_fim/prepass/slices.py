@@ -1,7 +1,8 @@
 """Normalised config -> which layers are merged into which, and which tensors stay as they are."""
 
-import math
+from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
+from statistics import fmean
 
 from mergekit.common import ModelReference
 from mergekit.config import ConfigReader, MergeConfiguration, OutputSliceDefinition, evaluate_setting
@@ -68,9 +69,9 @@ def by_model(
     sources: Sequence[SourceSlice], inputs: Mapping[ModelReference, InputModel]
 ) -> dict[tuple[InputModel, InputModel], list[SourceSlice]]:
     """The slices of each fine-tuned model, by (base, model)."""
-    slices: dict[tuple[InputModel, InputModel], list[SourceSlice]] = {}
+    slices = defaultdict(list)
     for source in sources:
-        slices.setdefault((inputs[source.base], inputs[source.source.model]), []).append(source)
+        slices[inputs[source.base], inputs[source.source.model]].append(source)
     return slices
 
 
@@ -110,11 +111,11 @@ def population(sources: Sequence[SourceSlice], num_layers: int) -> list[LayerPai
 
 def alphas_of(source: SourceSlice, model: InputModel, computed: Mapping[LayerPair, float]) -> dict[LayerPair, float]:
     """What a slice's layers get: α or, where the user set it by hand, the mean over the layer's tensors."""
-    by_hand, used = source.settings("alpha"), {}
+    used = {}
     for index, pair in enumerate(source.pairs()):
-        tensors = model.layout.layers[pair.source_layer].tensors
-        values = [evaluate_setting(t.name, by_hand, source.gradient(index), validate=float) for t in tensors]
-        used[pair] = math.fsum(computed[pair] if v is None else v for v in values) / len(values)
+        names = [tensor.name for tensor in model.layout.layers[pair.source_layer].tensors]
+        values = [source.value("alpha", name, source.gradient(index)) for name in names]
+        used[pair] = fmean(computed[pair] if value is None else value for value in values)
     return used
 
 
@@ -123,12 +124,7 @@ def merged_tensors(
 ) -> Iterator[tuple[int | None, tuple[str, ...]]]:
     """List the tensors that an output slice merges: which of its layers each is in, its name in each fine-tuned model.
 
-    Those outside the layers come first, with None for the layer.
-
-    Args:
-        group: the sources of the slice.
-        inputs: every model.
-        kept: the names of tensors that aren't merged.
+    Those outside the layers come first, with None for the layer. `kept` has the names of tensors that aren't merged.
     """
     models = [inputs[source.source.model] for source in group]
     for tensor in models[0].layout.modules[group[0].module]:

@@ -8,6 +8,7 @@ import torch
 import tqdm
 from mergekit.architecture import WeightInfo
 from mergekit.common import ModelReference
+from mergekit.io.tasks import LoaderCache
 
 from mergekit_fim.errors import FimError
 from mergekit_fim.models.inputs import InputModel
@@ -26,15 +27,10 @@ class LayerPair:
 
 @dataclass(frozen=True)
 class TaskVectorNorms:
-    """Squared Frobenius norms of a fine-tuned model's task vector δ = θ_model − θ_base.
+    """Squared Frobenius norms of a fine-tuned model's task vector δ = θ_model − θ_base."""
 
-    Attributes:
-        layers: by pair of layers, over all tensors of the layer.
-        other: over all tensors outside the decoder layers; None if the vocabularies differ in size.
-    """
-
-    layers: Mapping[LayerPair, float]
-    other: float | None
+    layers: Mapping[LayerPair, float]  # over all tensors of the layer
+    other: float | None  # over all tensors outside the decoder layers; None if the vocabularies differ in size
 
 
 class TaskVectorSweep:
@@ -64,16 +60,16 @@ class TaskVectorSweep:
         """
         self._base, self._dtype, self._devices = base, dtype, devices
         self._models = {model: tuple(pairs) for model, pairs in models.items()}
-        comparisons = list(_outside(base, list(models)))
+        # Those outside the layers, but no head that is tied in all the models: it is their embeddings.
+        comparisons = [
+            _Comparison(index, tensor, [(model, None, tensor) for model in models])
+            for index, tensor in enumerate(base.layout.other)
+            if any(model.stored_name(tensor, tied=False) is not None for model in (base, *models))
+        ]
         for layer in base.layout.layers:
             comparisons += _of_layer(base, layer, models)
         self._work = {its.tensor.name: its for its in comparisons if its.tuned}
         self._found: dict[str, list[float | None]] = {}  # [tensor name][fine-tuned tensor]
-
-    @property
-    def pairs(self) -> tuple[tuple[ModelReference, tuple[LayerPair, ...]], ...]:
-        """The fine-tuned models, and their pairs of layers."""
-        return tuple((model.reference, pairs) for model, pairs in self._models.items())
 
     def __call__(self, tensor: WeightInfo, values: torch.Tensor) -> None:
         """Measure the task vectors of a tensor of the base, on the device of its values.
@@ -87,12 +83,8 @@ class TaskVectorSweep:
         # All or none of them, so that a tensor is measured again if memory ran out.
         self._found[tensor.name] = [self._distance(values, *its) for its in work.tuned]
 
-    def norms(self, *, quiet: bool) -> dict[InputModel, TaskVectorNorms]:
-        """Measure what is left, with a progress bar unless `quiet`, and return each model's squared norms.
-
-        Raises:
-            FimError: a task vector isn't finite.
-        """
+    def norms(self, *, quiet: bool) -> dict[ModelReference, TaskVectorNorms]:
+        """Measure what is left, with a progress bar unless `quiet`, and return each model's squared norms."""
         left = [work for name, work in self._work.items() if name not in self._found]
         measuring = in_threads(readers(self._devices), self._read, left)
         bar = {"desc": "Measuring task vectors", "unit": "tensor", "total": len(left), "disable": quiet or not left}
@@ -107,7 +99,8 @@ class TaskVectorSweep:
                     sums[model][pair] += distance or 0.0
                 else:
                     other[model] = None if distance is None or so_far is None else so_far + distance
-        return {model: TaskVectorNorms(layers, other[model]) for model, layers in sums.items()}
+        LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
+        return {model.reference: TaskVectorNorms(layers, other[model]) for model, layers in sums.items()}
 
     def _read(self, work: "_Comparison") -> None:
         values = self._base.load(work.tensor, self._dtype)
@@ -142,34 +135,16 @@ class TaskVectorSweep:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """A tensor of the base, and the fine-tuned tensors that it is compared with.
+    """A tensor of the base, and the fine-tuned tensors that it is compared with."""
 
-    Attributes:
-        index: the number of its layer, or its own among the tensors outside; the devices take turns by it.
-        tensor: the base's.
-        tuned: model, pair of layers (None for a tensor outside) and tensor.
-    """
-
-    index: int
+    index: int  # the number of its layer, or its own among the tensors outside; the devices take turns by it
     tensor: WeightInfo
-    tuned: Sequence[tuple[InputModel, LayerPair | None, WeightInfo]]
-
-
-def _outside(base: InputModel, models: Sequence[InputModel]) -> Iterator[_Comparison]:
-    """The tensors outside the layers, but no head that is tied in all the models: it is their embeddings."""
-    for index, tensor in enumerate(base.layout.other):
-        if any(m.stored_name(tensor, tied=False) is not None for m in (base, *models)):
-            yield _Comparison(index, tensor, [(model, None, tensor) for model in models])
+    tuned: Sequence[tuple[InputModel, LayerPair | None, WeightInfo]]  # the pair is None for a tensor outside
 
 
 def _of_layer(
     base: InputModel, layer: DecoderLayer, models: Mapping[InputModel, Collection[LayerPair]]
 ) -> Iterator[_Comparison]:
-    """The tensors of one of the base's layers.
-
-    Raises:
-        FimError: a layer that is paired with it has other tensors.
-    """
     users = [(m, pair) for m, pairs in models.items() for pair in pairs if pair.base_layer == layer.index]
     for model, pair in users:
         source = model.layout.layers[pair.source_layer]
@@ -192,11 +167,7 @@ def _held(model: InputModel, layer: DecoderLayer) -> set[str]:
 def refuse(
     base: InputModel, reference: torch.Tensor, model: InputModel, tuned: torch.Tensor, tensor: WeightInfo, where: str
 ) -> NoReturn:
-    """Say why a task vector isn't finite.
-
-    Raises:
-        FimError: a model's tensor or their difference isn't finite.
-    """
+    """Say why a task vector isn't finite: a model's tensor isn't, or their difference."""
     _check_finite(base, reference, tensor, where)
     _check_finite(model, tuned, tensor, where)
     raise FimError(f"{model}: the task vector of {tensor.name} ({where}) overflows float32; the weights are not usable")

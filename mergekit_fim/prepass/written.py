@@ -39,11 +39,9 @@ def write_alpha(source: SourceSlice, model: InputModel, alphas: Mapping[LayerPai
 def write_kept(config: MergeConfiguration, base: InputModel, kept: Mapping[str, str]) -> None:
     """Set `other_modules` at the highest precedence, for exactly the tensors that are kept."""
     names = [tensor.name for tensor in base.layout.all_tensors() if any(part in tensor.name for part in kept)]
-    # A filter matches any part of a name, so that longer names come first.
-    values = [
-        *(ConditionalParameter(filter=name, value=kept.get(name, "merge")) for name in sorted(names, key=len)[::-1]),
-        ConditionalParameter(value="merge"),
-    ]
+    names.sort(key=len)  # a filter matches any part of a name, so that longer names come first
+    values = [ConditionalParameter(filter=name, value=kept.get(name, "merge")) for name in names[::-1]]
+    values.append(ConditionalParameter(value="merge"))
     for _, out_slice, _ in output_slices(config):
         out_slice.parameters = {**(out_slice.parameters or {}), "other_modules": values}
 
@@ -66,13 +64,10 @@ def leave_unknown_gates(config: MergeConfiguration, base: InputModel) -> None:
 
     These are fused tensors in which it isn't known where the gate is, and gates outside the language model.
     """
-    names = {
-        layer.local(tensor.name)
-        for layer in base.layout.layers
-        for tensor in layer.tensors
-        if is_fused(tensor.name) and not is_layout_known(tensor.name, base.text_config.model_type)
-    }
-    names |= {name for name in base.other_modules if is_gate_projection(name) or is_fused(name)}
+    names = {name for name in base.other_modules if is_gate_projection(name) or is_fused(name)}
+    for layer in base.layout.layers:
+        fused = (tensor.name for tensor in layer.tensors if is_fused(tensor.name))
+        names |= {layer.local(name) for name in fused if not is_layout_known(name, base.text_config.model_type)}
     if not names:
         return
     exceptions = [ConditionalParameter(filter=name, value=1.0) for name in sorted(names)]

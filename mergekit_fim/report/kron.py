@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from mergekit_fim.merging.kron import Spread
 from mergekit_fim.prepass.result import Kron, KronLayer
 from mergekit_fim.text import size, wrapped
 
@@ -13,14 +12,14 @@ PARTS = ("attention", "mlp")
 
 def table(kron: Kron) -> Iterator[str]:
     """Which factors were used, and one table per fine-tuned model."""
-    for model, found in kron.factors.items():
-        its = found.file.settings
+    for model, file in kron.factors.items():
+        its = file.settings
         yield from wrapped(
             f"Kronecker factors of {model} on {its.samples} × {its.seq_len} random tokens (seed {its.seed}, in "
-            f"{its.dtype}), {size(found.file.size)}"
+            f"{its.dtype}), {size(file.size)}"
         )
-        if found.origin:
-            yield from wrapped(f"({found.origin})")
+        if file.origin:
+            yield from wrapped(f"({file.origin})")
     for its_model in kron.models:
         yield ""
         if len(kron.models) > 1:
@@ -28,15 +27,15 @@ def table(kron: Kron) -> Iterator[str]:
         yield f"{'':>8}{'':>9}{'':>7}" + "".join(f"{f'{part}: coefficients of the directions':>38}" for part in PARTS)
         yield f"{'layer':>8}{'‖δ‖':>9}{'α':>7}" + f"{'mean':>9}{'±':>7}{'least':>7}{'most':>7}{'number':>8}" * 2
         for layer in its_model.layers:
-            cells = "".join(_cells(layer.spreads.get(part)) for part in PARTS)
-            yield f"{layer.pair.base_layer:>8}{math.sqrt(layer.sq_norm):>9.3g}{layer.alpha:>7.3f}{cells}"
+            line = f"{layer.pair.base_layer:>8}{math.sqrt(layer.sq_norm):>9.3g}{layer.alpha:>7.3f}"
+            for its_part in map(layer.spreads.get, PARTS):
+                line += (
+                    "{:>9.3f}{:>7.3f}{:>7.3f}{:>7.3f}{:>8.0f}".format(*vars(its_part).values())
+                    if its_part
+                    else " " * 38
+                )
+            yield line
         yield f"{'outside':>8}{'':>9}{its_model.alpha_other:>7.3f}"
-
-
-def _cells(spread: Spread | None) -> str:
-    if spread is None:
-        return " " * 38
-    return f"{spread.mean:>9.3f}{spread.std:>7.3f}{spread.least:>7.3f}{spread.largest:>7.3f}{spread.directions:>8.0f}"
 
 
 def notes(kron: Kron) -> Iterator[str]:
@@ -46,9 +45,9 @@ def notes(kron: Kron) -> Iterator[str]:
         "standard deviation, the least and the largest, and how many directions are told apart; all else in the "
         "layers, such as biases, norms and the other directions, gets α × the model's share of the weights"
     )
-    for model, found in kron.factors.items():
-        if without := found.file.without:
-            yield f"{model}: {len(without)} matrices such as {without[0]} have no factors"
+    for model, file in kron.factors.items():
+        if file.without:
+            yield f"{model}: {len(file.without)} matrices such as {file.without[0]} have no factors"
 
 
 def as_json(kron: Kron) -> dict[str, Any]:
@@ -57,13 +56,11 @@ def as_json(kron: Kron) -> dict[str, Any]:
         "factors": [
             {
                 "model": str(model),
-                "fingerprint": found.file.model.fingerprint,
-                "bytes": found.file.size,
-                "settings": dict(vars(found.file.settings)),
-                "not_reached": list(found.file.not_reached),
-                "without": list(found.file.without),
+                "fingerprint": file.model.fingerprint,
+                "bytes": file.size,
+                **file.model_dump(mode="json", include={"settings", "not_reached", "without"}),
             }
-            for model, found in kron.factors.items()
+            for model, file in kron.factors.items()
         ],
         "models": [
             {
@@ -78,12 +75,12 @@ def as_json(kron: Kron) -> dict[str, Any]:
 
 
 def _layer(layer: KronLayer) -> dict[str, Any]:
-    is_same = layer.pair.source_layer == layer.pair.base_layer
-    return {
+    found = {
         "index": layer.pair.source_layer,
         "task_vector_sq_norm": layer.sq_norm,
         "alpha": layer.alpha,
         "beta": layer.beta,
         "parts": {part: dict(vars(spread)) for part, spread in layer.spreads.items()},
-        **({} if is_same else {"base_index": layer.pair.base_layer}),
     }
+    shifted = layer.pair.source_layer != layer.pair.base_layer
+    return found | ({"base_index": layer.pair.base_layer} if shifted else {})

@@ -61,9 +61,9 @@ def _cost(plan: MergePlan, options: MergeOptions) -> Iterator[str]:
     if plan.pre_pass.kron is not None:  # a forward pass, and the task vectors
         factors = plan.pre_pass.kron.factors
         reads += 2 * sum(sizes[model.reference] for model in factors)
-        recorded = [its.file.size for its in factors.values() if not its.origin]
+        recorded = [its.size for its in factors.values() if not its.origin]
         memory = max([memory, *(PRE_PASS_MEMORY + count for count in recorded)])
-        on_disk = sum(its.file.size for its in factors.values())
+        on_disk = sum(its.size for its in factors.values())
         yield f"the factors of {len(factors)} models take {size(on_disk)} on disk"
     base = plan.pre_pass.base
     width = (dtype_from_name(plan.config.out_dtype or plan.config.dtype) or base.stored_dtype()).itemsize

@@ -76,7 +76,7 @@ def test_memory_that_runs_out_in_a_step_costs_no_part_of_it(pair, monkeypatch):
     """The measurement beside it halves its batch and goes on: the step is taken again, whole."""
     base, long = (open_model(str(path), None, MergeOptions()) for path in (pair.base, pair.long))
     pairs = {long: [LayerPair(i, i) for i in range(5)]}
-    expected = TaskVectorSweep(base, pairs, None).norms(quiet=True)[long].layers
+    expected = TaskVectorSweep(base, pairs, None).norms(quiet=True)[long.reference].layers
     sweep, original, calls = TaskVectorSweep(base, pairs, None), InputModel.load, []
 
     def load(self, *arguments):
@@ -88,7 +88,7 @@ def test_memory_that_runs_out_in_a_step_costs_no_part_of_it(pair, monkeypatch):
     monkeypatch.setattr(InputModel, "load", load)
     with pytest.raises(MemoryError):
         sweep.norms(quiet=True)
-    assert sweep.norms(quiet=True)[long].layers == expected
+    assert sweep.norms(quiet=True)[long.reference].layers == expected
 
 
 @pytest.mark.parametrize("count", [1, 2])  # of accelerators: threads as many times four

@@ -288,7 +288,7 @@ def counted(monkeypatch):
 
 
 def test_what_is_written_is_read(pair, tmp_path):
-    file, (found, inputs) = measured(pair.base).file, recorded(pair.base)
+    file, (found, inputs) = measured(pair.base), recorded(pair.base)
     assert file.model.id == str(pair.base)
     assert (file.settings.samples, file.settings.dtype) == (3, "float32")
     assert file.tensors == found.tensors
@@ -305,7 +305,7 @@ def test_what_is_written_is_read(pair, tmp_path):
 def test_stacks_are_written_and_read(tmp_path):
     path = tiny.save(tiny.build(tiny.config("mixtral")), tmp_path / "model")
     settings = FisherSettings(1, 2)
-    file, (found, inputs) = measured(path, settings).file, recorded(path, settings)
+    file, (found, inputs) = measured(path, settings), recorded(path, settings)
     name = "model.layers.0.mlp.experts.down_proj"
     assert file.tensors == found.tensors
     for linear in (one for one in file.tensors[name] if one is not None):
@@ -317,7 +317,7 @@ def test_what_was_kept_is_used_and_whatever_changes_it_is_recorded_anew(pair, ca
     first = measured(pair.base)
     assert first.origin == ""
     again = measured(pair.base)
-    assert again.origin == f"kept from an earlier recording: {first.file.path}"
+    assert again.origin == f"kept from an earlier recording: {first.path}"
     measured(pair.base, FisherSettings(3, 8, 2, "sampled"))  # nothing is predicted
     assert len(counted) == 1
     shutil.copytree(pair.base, tmp_path / "copy")
@@ -330,13 +330,13 @@ def test_what_was_kept_is_used_and_whatever_changes_it_is_recorded_anew(pair, ca
     assert len(list(cache_folder.iterdir())) == 4
     other = measured(pair.base, cache=False)
     assert len(counted) == 5
-    assert not other.file.path.startswith(str(cache_folder))
-    assert torch.equal(other.file.inputs("inputs.0"), first.file.inputs("inputs.0"))
+    assert not other.path.startswith(str(cache_folder))
+    assert torch.equal(other.inputs("inputs.0"), first.inputs("inputs.0"))
 
 
 @pytest.mark.parametrize("kind", ["truncated", "flipped", "of another model"])
 def test_what_was_kept_and_cannot_be_trusted_is_recorded_anew(kind, pair, counted, caplog):
-    path, other = (Path(measured(model).file.path) for model in (pair.base, pair.long))
+    path, other = (Path(measured(model).path) for model in (pair.base, pair.long))
     content = path.read_bytes()
     bad = {"truncated": content[:-5], "flipped": content[:-5] + bytes([content[-5] ^ 1]) + content[-4:]}
     bad["of another model"] = other.read_bytes()
@@ -350,7 +350,7 @@ def test_what_was_kept_and_cannot_be_trusted_is_recorded_anew(kind, pair, counte
 def test_a_cache_that_cannot_be_written_costs_no_factors(pair, cache_folder, caplog):
     cache_folder.rmdir()
     cache_folder.write_text("")
-    assert measured(pair.base).file.tensors
+    assert measured(pair.base).tensors
     assert "not kept for the next merge" in caplog.text
 
 
@@ -369,7 +369,7 @@ def changed(path, target, change=lambda content: None, tensors=None):
 
 
 def test_damaged_files_are_refused_in_one_line(pair, tmp_path):
-    path = measured(pair.base).file.path
+    path = measured(pair.base).path
     content, target = Path(path).read_bytes(), tmp_path / "f.safetensors"
     tensors = load_file(path)
     (tmp_path / "text").write_text("{}")
@@ -380,7 +380,6 @@ def test_damaged_files_are_refused_in_one_line(pair, tmp_path):
     (tmp_path / "edited").write_bytes(edited)
     name = next(iter(tensors))
     flat = tensors | {name: tensors[name].flatten()}
-    nan = tensors | {name: torch.full_like(tensors[name], torch.nan)}
     fewer = {key: tensor for key, tensor in tensors.items() if key != name}
     cases = {
         "nothing": (tmp_path / "nothing", "No such file"),
@@ -396,8 +395,6 @@ def test_damaged_files_are_refused_in_one_line(pair, tmp_path):
         "odd tensors": (lambda m: m.update(tensors="{"), "tensors Input should be"),
         "a tensor less": (fewer, "expected a file of factors"),
         "one axis": (flat, "expected inputs of two axes, token and feature"),
-        "few": (lambda m: m["settings"].update(samples=0), "`samples` must be"),
-        "not finite": (nan, "expected finite numbers, found others in"),
     }
     for case, (what, words) in cases.items():
         if callable(what) and not isinstance(what, type(tmp_path)):
@@ -553,4 +550,4 @@ def test_of_several_processes_the_main_one_records(pair, warm, tmp_path):
     assert first.stdout.startswith("recorded\n")
     assert "Recording factors of" in first.stderr
     assert (other.stdout, other.stderr) == ("", "")
-    assert FactorsFile.open(tmp_path / "f.safetensors").tensors == measured(pair.base).file.tensors
+    assert FactorsFile.open(tmp_path / "f.safetensors").tensors == measured(pair.base).tensors

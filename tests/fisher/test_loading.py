@@ -14,9 +14,8 @@ from mergekit.options import MergeOptions
 from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.fisher import loading
 from mergekit_fim.fisher import measure as measuring
-from mergekit_fim.fisher.devices import RESERVE, DevicePlan, plan_devices
 from mergekit_fim.fisher.engine import autograd_engine
-from mergekit_fim.fisher.loading import Placement, load_to_run
+from mergekit_fim.fisher.loading import RESERVE, DevicePlan, Placement, load_to_run, plan_devices
 from mergekit_fim.fisher.measure import measure_checkpoint, measure_model
 from mergekit_fim.fisher.weights import ResidentWeights, StreamedWeights
 from mergekit_fim.models import parallel

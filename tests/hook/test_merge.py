@@ -388,7 +388,7 @@ def opened(path):
 def test_task_vectors_are_of_the_weights_as_the_merge_reads_them(dtype, pair):
     base, long = opened(pair.base), opened(pair.long)
     pairs = [LayerPair(i, i) for i in range(5)]
-    found = TaskVectorSweep(base, {long: pairs}, dtype).norms(quiet=True)[long]
+    found = TaskVectorSweep(base, {long: pairs}, dtype).norms(quiet=True)[long.reference]
     theta0, theta1 = (load_file(path / "model.safetensors") for path in (pair.base, pair.long))
     norms = dict.fromkeys([*range(5), None], 0.0)
     for name in theta0:

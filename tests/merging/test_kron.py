@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_fim.merging.kron import InputMap, damping_of, spreads
+from mergekit_fim.merging.kron import InputMap, spreads
 
 DAMPING = 1e-3
 
@@ -137,11 +137,6 @@ def test_factors_that_are_not_finite_are_refused():
         merged(deltas, inputs, [0.5])
     with pytest.raises(ValueError, match="not finite"):
         spreads([torch.tensor(x) for x in inputs], [0.5], DAMPING)
-
-
-def test_damping_is_a_part_of_the_mean_diagonal():
-    rows = torch.tensor([[1.0, 2.0, 0.0], [3.0, 0.0, 2.0]])
-    assert damping_of(rows, 0.1) == pytest.approx(0.1 * np.trace((rows.T @ rows / 2).numpy()) / 3)
 
 
 @pytest.mark.parametrize("tokens", [2, 20, 300])
