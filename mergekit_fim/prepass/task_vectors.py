@@ -1,5 +1,7 @@
 """Checkpoints -> squared norms of task vectors, tensor by tensor."""
 
+import math
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -90,17 +92,19 @@ class TaskVectorSweep:
         bar = {"desc": "Measuring task vectors", "unit": "tensor", "total": len(left), "disable": quiet or not left}
         for _ in tqdm.tqdm(measuring, **bar):
             pass
-        sums = {model: dict.fromkeys(pairs, 0.0) for model, pairs in self._models.items()}
-        other: dict[InputModel, float | None] = dict.fromkeys(self._models, 0.0)
+        found: dict[tuple[InputModel, LayerPair | None], list[float | None]] = defaultdict(list)
         for name, work in self._work.items():
             for (model, pair, _), distance in zip(work.tuned, self._found[name], strict=True):
-                so_far = other[model]
-                if pair is not None:
-                    sums[model][pair] += distance or 0.0
-                else:
-                    other[model] = None if distance is None or so_far is None else so_far + distance
+                found[model, pair].append(distance)
         LoaderCache().flush_all()  # a pickled checkpoint is in memory as long as its loader is
-        return {model.reference: TaskVectorNorms(layers, other[model]) for model, layers in sums.items()}
+        norms = {}
+        for model, pairs in self._models.items():
+            # `fsum` gives the same digits in any order: mergekit lists the tensors of some models in that of a set.
+            layers = {pair: math.fsum(distance or 0.0 for distance in found[model, pair]) for pair in pairs}
+            outside = [distance for distance in found[model, None] if distance is not None]
+            is_known = len(outside) == len(found[model, None])
+            norms[model.reference] = TaskVectorNorms(layers, math.fsum(outside) if is_known else None)
+        return norms
 
     def _read(self, work: "_Comparison") -> None:
         values = self._base.load(work.tensor, self._dtype)

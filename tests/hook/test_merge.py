@@ -2,6 +2,7 @@
 
 import functools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -396,6 +397,22 @@ def test_task_vectors_are_of_the_weights_as_the_merge_reads_them(dtype, pair):
         norms[reference.layer_of(name)] += float((b - a).square().sum())
     assert found.layers == pytest.approx({p: norms[p.base_layer] for p in pairs}, rel=1e-6)
     assert found.other == pytest.approx(norms[None], rel=1e-6)
+
+
+def test_the_sums_do_not_hang_on_the_order_of_tensors(pair):
+    """To the last digit: mergekit lists the tensors of some architectures in the order of a set of texts."""
+
+    def turned(model: InputModel, by: int) -> InputModel:
+        layers = [replace(its, tensors=(*its.tensors[by:], *its.tensors[:by])) for its in model.layout.layers]
+        other = {name: (*its[by:], *its[:by]) for name, its in model.layout.modules.items()}
+        return replace(model, layout=replace(model.layout, layers=tuple(layers), modules=other))
+
+    models, pairs = (opened(pair.base), opened(pair.long)), [LayerPair(i, i) for i in range(5)]
+    found = []
+    for by in range(9):
+        base, long = (turned(model, by) for model in models)
+        found.append(TaskVectorSweep(base, {long: pairs}, None).norms(quiet=True)[long.reference])
+    assert found == found[:1] * 9
 
 
 def test_task_vectors_are_read_once_in_the_order_of_the_layers(pair, monkeypatch):
