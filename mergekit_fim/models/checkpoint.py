@@ -57,6 +57,8 @@ def explained(what: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:  # transformers, huggingface_hub, peft, safetensors, torch and pydantic have their own
         check_own_code(error)
+        if "No space left" in str(error):
+            remedy = "free some space, or write elsewhere"
         raise FimError(f"{what} ({reason(error)}); {remedy}") from error
 
 

@@ -236,7 +236,7 @@ POINTS = [
     "transformers.models.llama.modeling_llama.LlamaMLP.forward",
     "mergekit_fim.fisher.batched._Run._tail",
     "mergekit_fim.fisher.rules.Recorder._on_gradient",
-    "mergekit_fim.fisher.batched._Layer._collect",
+    "mergekit_fim.fisher.batched._Layer._sequence",
     "mergekit_fim.fisher.batched.squared_norm",
     "mergekit_fim.fisher.engine.squared_norm",
     "mergekit_fim.fisher.engine.sequence_loss",
@@ -248,7 +248,7 @@ POINTS = [
 def test_a_model_is_given_back_as_it_was_when_it_goes_wrong(point, error, used, monkeypatch):
     """Wherever it does: at the `nth` call of something that the engine runs, once only for the embedding."""
     engine = autograd_engine if ".engine." in point else fisher.batched_engine
-    if point.endswith("_collect"):  # only without rules
+    if point.endswith("_sequence"):  # only without rules
         monkeypatch.setattr("mergekit_fim.fisher.batched.rule_for", lambda _module: None)
     before, process = fingerprints(used), state()
     for nth in (1,) if "Embedding" in point else (1, 2):
