@@ -5,6 +5,7 @@ A layer y = W x has the inputs X [token, d_in]. Its factor A = XᵀX / token (K-
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 
+from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.errors import FimError, reason
 from mergekit_fim.files import written_whole
 from mergekit_fim.measurements.record import ModelIdentity
@@ -91,6 +93,10 @@ class FactorsFile(BaseModel, frozen=True):
                 used = {linear.inputs for its in found.tensors.values() for linear in its if linear}
                 if any(len(file.get_slice(name).get_shape()) != 2 for name in used):
                     raise FimError(f"expected inputs of two axes, token and feature, found others; {_AGAIN}")
+                FisherSettings(found.settings.samples, found.settings.seq_len, found.settings.seed)
+                for name in sorted(used) if check else ():
+                    if not all(math.isfinite(end) for end in file.get_tensor(name).aminmax()):
+                        raise FimError(f"expected finite numbers, found others in {name}; {_AGAIN}")
         except FimError as error:
             raise FimError(f"{where}: {error}") from None
         except Exception as error:  # safetensors, pydantic and torch have their own

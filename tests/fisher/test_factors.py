@@ -380,6 +380,7 @@ def test_damaged_files_are_refused_in_one_line(pair, tmp_path):
     (tmp_path / "edited").write_bytes(edited)
     name = next(iter(tensors))
     flat = tensors | {name: tensors[name].flatten()}
+    nan = tensors | {name: torch.full_like(tensors[name], torch.nan)}
     fewer = {key: tensor for key, tensor in tensors.items() if key != name}
     cases = {
         "nothing": (tmp_path / "nothing", "No such file"),
@@ -395,6 +396,8 @@ def test_damaged_files_are_refused_in_one_line(pair, tmp_path):
         "odd tensors": (lambda m: m.update(tensors="{"), "tensors Input should be"),
         "a tensor less": (fewer, "expected a file of factors"),
         "one axis": (flat, "expected inputs of two axes, token and feature"),
+        "few": (lambda m: m["settings"].update(samples=0), "`samples` must be"),
+        "not finite": (nan, "expected finite numbers, found others in"),
     }
     for case, (what, words) in cases.items():
         if callable(what) and not isinstance(what, type(tmp_path)):

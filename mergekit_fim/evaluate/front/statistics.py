@@ -114,8 +114,15 @@ def summarize(outcomes: Sequence[Outcomes], base: str, long: str, *, seed: int =
     Every interval but Wilson's and Tango's is of one bootstrap over problems, in which all runs are resampled together:
     the percentile interval, but for an area that turned round its value (the basic interval). A resample is biased as
     the sweep is, so an area's percentile interval is biased twice.
+
+    Raises:
+        ValueError: the runs don't share problems and samples, two have one name, or `base` or `long` isn't among them.
     """
     names = [o.run for o in outcomes]
+    if len(set(names)) < len(names) or len({o.correct.shape for o in outcomes}) > 1:
+        raise ValueError(f"expected runs of different names and the same problems and samples, found {names}")
+    if base == long or not {base, long} <= set(names):
+        raise ValueError(f"expected {base} and {long} to be two of the runs {names}")
     draws = draw(outcomes, seed, resamples)
     accuracy, tokens = draws.accuracy, draws.tokens
     b, e = names.index(base), names.index(long)

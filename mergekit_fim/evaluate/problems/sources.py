@@ -21,7 +21,7 @@ FORMS = "a JSONL file, reasoning-gym:TASK[:JSON], hf:DATASET[:CONFIG][:SPLIT] or
 
 # Files that `datasets` reads, by how their names end.
 _BUILDERS = {"jsonl": "json", "json": "json", "parquet": "parquet", "csv": "csv"}
-_LONGEST_LINE = 1 << 24  # bytes; a file without line ends would fill the memory
+_LONGEST_LINE = 1 << 20  # bytes; a file without line ends would fill the memory
 _OBJECT = TypeAdapter(dict[str, Any])
 
 
@@ -130,7 +130,12 @@ def _of_file(path: str, names: tuple[str, str], system: str | None) -> tuple[lis
     problems: list[Problem] = []
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE + 1), b""), 1):
+                if len(line) > _LONGEST_LINE:
+                    raise FimError(
+                        f"{path}, line {number}: expected a problem of at most {_LONGEST_LINE >> 20} MB, found a "
+                        "longer line; write one object a line"
+                    )
                 checksum.update(line)
                 where, text = f"{path}, line {number}", line.removeprefix(b"\xef\xbb\xbf").strip()
                 if text:

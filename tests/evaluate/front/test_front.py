@@ -531,8 +531,17 @@ def test_no_outcomes_are_refused(correct, tokens):
 
 
 def test_what_does_not_belong_together_is_refused():
+    base, long = SMALL[:2]
     with pytest.raises(ValueError, match="one shape"):
-        dataclasses.replace(SMALL[0], tokens=SMALL[0].tokens[:2])
+        dataclasses.replace(base, tokens=base.tokens[:2])
+    for made, ends in (
+        ([base, base, long], ENDS),
+        ([base, long, outcomes("ours x=1", [1], [1])], ENDS),
+        ([base, long], ("base", "longer")),
+        ([base, long], ("base", "base")),
+    ):
+        with pytest.raises(ValueError, match="expected"):
+            summarize(made, *ends)
 
 
 def test_without_scipy(monkeypatch):

@@ -160,7 +160,7 @@ def test_a_line_without_end_is_not_read_to_its_end(tmp_path):
     path = tmp_path / "a.jsonl"
     with path.open("wb") as file:
         file.truncate(100 << 30)  # more than memory: a hole, which takes no room
-    refused(str(path), "line 1", "write one object a line")
+    refused(str(path), "line 1", "a longer line")
 
 
 @pytest.mark.parametrize("source", ["", "missing.jsonl", "reasoning_gym:chain_sum", "gsm8k", "HF:gsm8k", "a\nb"])
