@@ -84,12 +84,17 @@ def _draw_points(panel: "Axes", runs: Sequence[Run], **style: Any) -> None:
 
 
 def _lines(runs: Sequence[Run]) -> list[list[Run]]:
-    """Put a method's runs, which are in order of strength, in lines: one for each choice of the other settings."""
+    """Put a method's runs in lines by strength, a line for each choice of the other settings."""
 
     def others(run: Run) -> str:
         return str({**run["settings"], ordered_by(run["settings"]): None})
 
-    return [list(line) for _, line in groupby(sorted(runs, key=others), key=others)]
+    def strength(run: Run) -> tuple[bool, float, str]:
+        value = run["settings"].get(ordered_by(run["settings"]))
+        number = isinstance(value, (int, float))
+        return not number, float(value) if number else 0.0, str(value)
+
+    return [sorted(line, key=strength) for _, line in groupby(sorted(runs, key=others), key=others)]
 
 
 def _values(runs: Sequence[Run]) -> list[str]:

@@ -276,7 +276,7 @@ def _split(source: str, splits: list[str], parts: list[str]) -> str:
     if split not in splits:
         raise FimError(
             f"{source}: expected a configuration or one of the splits {', '.join(splits)}, found "
-            f"{shown(named) if named else 'no split `test`'}; name one of them"
+            f"{shown(named) if named else 'no split `test`'}; name one, as in {source}:{splits[0]}"
         )
     return split
 

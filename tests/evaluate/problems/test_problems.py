@@ -393,7 +393,7 @@ def test_bad_parts(name, parts, words, saved):
 def test_a_dataset_without_test_or_a_single_split(tmp_path):
     jsonl(tmp_path / "train.jsonl", ROWS)
     jsonl(tmp_path / "validation.jsonl", ROWS)
-    refused(f"hf:{tmp_path}", "no split `test`", "train, validation", "name one")
+    refused(f"hf:{tmp_path}", "no split `test`", "train, validation", f"hf:{tmp_path}:train")
 
 
 @pytest.mark.parametrize("name", ["user/no-such-dataset", "./no-such-folder", ""])
