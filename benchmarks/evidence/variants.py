@@ -190,7 +190,8 @@ VARIANTS: dict[str, Variant] = {
     # This package's
     "fim_kron": ours("fim_kron"),
     "fim_kron both factors": Variant(_gone),
-    "fim_kron damping 0.1": ours("fim_kron", damping=0.1),  # not of the list: tried on SmolLM2 once it was seen there
+    "fim_kron damping 0.001, sharpness 1": ours("fim_kron", damping=0.001, sharpness=1.0),
+    "fim_kron damping 0.1, sharpness 1": ours("fim_kron", damping=0.1, sharpness=1.0),
     "fim_ta": ours("fim_ta"),
     "fim_ta sharpness -1": ours("fim_ta", sharpness=-1.0),
     "fim_ta sharpness 0": ours("fim_ta", sharpness=0.0),

@@ -103,10 +103,11 @@ def _parameters() -> dict[str, Parameter]:
         Parameter("fisher_labels", str, "`inputs` or `sampled`", lambda v: v in LABELS, merge, "inputs", "ours",
                   "what is predicted: the next random token (empirical Fisher), or a token drawn from the model's "
                   "own distribution (a one-sample estimate of the true Fisher)", methods=BY_LAYER),
-        Parameter("damping", float, "a number in (0, 1]", lambda v: 0 < v <= 1, merge, 1e-3, "ours",
+        Parameter("damping", float, "a number in (0, 1]", lambda v: 0 < v <= 1, merge, 0.1, "ours",
                   "fim_kron: what is added to the diagonal of every factor, as a part of its mean", methods=kron),
         Parameter("sharpness", *finite, merge, 1.0, "ours", "slope of the sigmoid; 0 is the uniform merge, a negative "
-                  "one turns the mapping round", methods=BY_LAYER),
+                  "one turns the mapping round; in fim_kron the power of a direction's ratio between the models",
+                  {"fim_kron": 4.0}),
         Parameter("mapping", str, "`centred` or `anchored`", lambda v: v in MAPPINGS, merge, "centred", "ours",
                   "where the sigmoid has its middle: at the mean log-score, or at the largest, which leaves that layer "
                   "half-way and the others above (with `alpha_mean` both are the same)", methods=BY_LAYER),

@@ -24,15 +24,16 @@ class Place:
     inputs: tuple[tuple[str, str], ...]  # of each model, the base first: a file, and which tensor in it
     transposed: bool  # whether the checkpoints store the matrix as [input, output]
     damping: float  # a part of the mean diagonal
+    sharpness: float
 
     def rows(self, device: torch.device) -> list[torch.Tensor]:
         """The inputs of each model, [token, input]."""
         return [_opened(path).inputs(name).to(device) for path, name in self.inputs]
 
 
-def source(base: tuple[str, str], model: tuple[str, str], damping: float) -> str:
+def source(base: tuple[str, str], model: tuple[str, str], damping: float, sharpness: float) -> str:
     """What the merge of a layer's tensors is told for one fine-tuned model: of each of the two a file and a prefix."""
-    return json.dumps([damping, base, model])
+    return json.dumps([base, model, damping, sharpness])
 
 
 def places(name: str, sources: Sequence[str]) -> list[Place | None]:
@@ -48,17 +49,17 @@ def places(name: str, sources: Sequence[str]) -> list[Place | None]:
     if not all(sources):
         return []
     told = [json.loads(text) for text in sources]
-    damping, base, (_, prefix) = told[0]
+    base, (_, prefix), damping, sharpness = told[0]
     stem = re.escape(re.sub(r"\d+\.$", "", prefix))
     local = re.sub(rf"^{stem}\d+\.", "", name)
-    ends = [base, *(model for _, _, model in told)]
+    ends = [base, *(model for _, model, *_ in told)]
     made: list[Place | None] = []
     for linears in zip(*(_opened(path).tensors.get(start + local, ()) for path, start in ends), strict=False):
         known = [(path, linear) for (path, _), linear in zip(ends, linears, strict=True) if linear is not None]
         turned = {linear.transposed for _, linear in known}
         is_complete = len(known) == len(ends) and len(turned) == 1
         inputs = tuple((path, linear.inputs) for path, linear in known)
-        made.append(Place(inputs, turned.pop(), damping) if is_complete else None)
+        made.append(Place(inputs, turned.pop(), damping, sharpness) if is_complete else None)
     return made
 
 
@@ -88,7 +89,7 @@ def _opened(path: str) -> FactorsFile:
 # Query, key and value projection have the same inputs, and so have gate and up projection.
 @functools.lru_cache(maxsize=2)
 def _input_map(place: Place, betas: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> InputMap:
-    return InputMap(place.rows(device), betas, place.damping, dtype)
+    return InputMap(place.rows(device), betas, place.damping, place.sharpness, dtype)
 
 
 def forget() -> None:

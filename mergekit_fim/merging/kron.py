@@ -6,18 +6,24 @@ of x xᵀ over the inputs, and G, of gradients at the outputs, is left out here 
     A_k = X_kᵀX_k / n_k + λ_k I,    λ_k the damping times the mean of the first term's diagonal,
 
 X_k [token, input]. The base is model 0, with w_0 = 1 − Σ_m β_m; a fine-tuned model m has w_m = β_m and the task vector
-δ_m. The merged task vector Δ is the least of
+δ_m. The sharpness s tells the models' inputs further apart. With Ā = Σ_k w_k A_k,
 
-    w_0 tr(Δ A_0 Δᵀ) + Σ_m β_m tr((Δ − δ_m) A_m (Δ − δ_m)ᵀ),    so that  Δ = (Σ_m β_m δ_m A_m) (Σ_k w_k A_k)⁻¹
+    M_k = Ā^½ (Ā^-½ A_k Ā^-½)ˢ Ā^½,    so that M_k = A_k with s = 1.
 
-(RegMean, arXiv 2212.09849, with weights). Every n_k is far below the width of a large model's layers: all is done
-within the span of the rows, and outside of it A_k is λ_k I.
+The merged task vector Δ is the least of
+
+    w_0 tr(Δ M_0 Δᵀ) + Σ_m β_m tr((Δ − δ_m) M_m (Δ − δ_m)ᵀ),    so that  Δ = (Σ_m β_m δ_m M_m) (Σ_k w_k M_k)⁻¹.
+
+With s = 1 this is RegMean (arXiv 2212.09849) with weights. With one fine-tuned model δ is multiplied by
+α = βrˢ / ((1 − β) + βrˢ) along each generalised eigenvector of A_1 and A_0, r its eigenvalue.
+
+Every n_k is far below the width of a large model's layers: all is done within the span of the rows of all X_k, in an
+orthonormal basis. Outside of it A_k is λ_k I.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -41,50 +47,40 @@ class Spread:
 
 
 class InputMap:
-    """Δ = (Σ_m β_m δ_m A_m) (Σ_k w_k A_k)⁻¹, ready for all tensors that have the same inputs.
+    """What turns task vectors into the merged one, ready for all tensors that have the same inputs.
 
-    With the rows Z = √(w_k / n_k) X_k of all models and λ̄ = Σ_k w_k λ_k, Σ_k w_k A_k is ZᵀZ + λ̄ I. By Woodbury and
-    ZZᵀ + λ̄ I = LLᵀ, V = L⁻¹Z, with E_m the selector of model m's rows and c_m = β_m λ_m / λ̄,
-
-        Δ = Σ_m c_m δ_m + (Σ_m (δ_m Vᵀ) T_m) V,    T_m = Lᵀ E_m L⁻ᵀ − c_m I.
-
-    V's rows are no longer than 1, whatever the size of the inputs, so that the products with task vectors lose no
-    digits in float32; L, V and T_m are made in float64. Where there are more rows than inputs, Δ = Σ_m δ_m C_m with
-    C_m = β_m A_m (ZᵀZ + λ̄ I)⁻¹ itself.
+    With U [direction, input] of orthonormal rows, Δ = Σ_m c_m δ_m + (Σ_m (δ_m Uᵀ) T_m) U, or Σ_m δ_m C_m. U and T_m
+    are made in float64.
     """
 
-    def __init__(self, inputs: Sequence[Tensor], betas: Sequence[float], damping: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, inputs: Sequence[Tensor], betas: Sequence[float], damping: float, sharpness: float, dtype: torch.dtype
+    ) -> None:
         """Prepare the map.
 
         Args:
             inputs: X_k, [token, input] each, the base's first; on the device of the task vectors.
             betas: β_m, not negative, their sum at most 1.
             damping: a part of the mean diagonal, above 0.
+            sharpness: s.
             dtype: that of the task vectors, float32 or float64.
 
         Raises:
             ValueError: coefficients out of range, or factors that are singular or not finite.
         """
-        stacked = _stacked(inputs, betas, damping)
-        self._plain = betas if stacked is None else None
-        if stacked is None:
+        its = _sharpened(inputs, betas, damping, sharpness)
+        self._plain = betas if its is None else None
+        if its is None:
             return
-        rows, owners, lambdas, mean = stacked
         self._moving = [m for m, beta in enumerate(betas) if beta > 0]
-        self._shares = [betas[m] * lambdas[m + 1] / mean for m in self._moving]
-        is_whole = len(rows) >= rows.shape[1]
-        eye = torch.eye(min(rows.shape), dtype=rows.dtype, device=rows.device)
-        factor, info = torch.linalg.cholesky_ex(_gram(rows.T if is_whole else rows) + mean * eye)
-        if int(info):
-            raise ValueError("the factors are singular, damping included")
-        self._basis = None if is_whole else solve_triangular(factor, rows, upper=False).to(dtype)
+        self._shares = [its.outside[m] for m in self._moving]
+        self._basis: Tensor | None = its.basis.to(dtype)
+        right = its.scale[:, None] * its.root
+        left = solve_triangular(its.root, (1 / its.scale).diag(), upper=False)
         self._maps = []
         for m, share in zip(self._moving, self._shares, strict=True):
-            own = owners[m + 1]
-            if is_whole:
-                made = torch.cholesky_solve(rows[own].T @ rows[own] + betas[m] * lambdas[m + 1] * eye, factor).T
-            else:
-                made = (solve_triangular(factor, eye[:, own], upper=False) @ factor[own]).T - share * eye
+            made = right @ its.alphas[m] @ left
+            made.diagonal().sub_(share)
             self._maps.append(made.to(dtype))
 
     def __call__(self, deltas: Sequence[Tensor]) -> Tensor:
@@ -111,28 +107,20 @@ class InputMap:
         return merged
 
 
-def spreads(inputs: Sequence[Tensor], betas: Sequence[float], damping: float) -> list[Spread]:
+def spreads(inputs: Sequence[Tensor], betas: Sequence[float], damping: float, sharpness: float) -> list[Spread]:
     """Compute the coefficients of every fine-tuned model's directions; see `InputMap` for the arguments.
 
-    They are the eigenvalues of β_m A_m (Σ_k w_k A_k)⁻¹ within the span of the rows Z = √(w_k / n_k) X_k of all models.
-    With ZZᵀ = Q D Qᵀ, the rows of Q √D are Z in an orthonormal basis of that span, in which Σ_k w_k A_k is D + λ̄ I.
+    They are the eigenvalues of β_m M_m (Σ_k w_k M_k)⁻¹ within the span of the rows of all X_k.
 
     Raises:
-        ValueError: coefficients out of range, or factors that are not finite.
+        ValueError: coefficients out of range, or factors that are singular or not finite.
     """
-    stacked = _stacked([x[:: -(-len(x) // _TOKENS_OF_SPREAD)] for x in inputs], betas, damping)
-    if stacked is None:
+    its = _sharpened([x[:: -(-len(x) // _TOKENS_OF_SPREAD)] for x in inputs], betas, damping, sharpness)
+    if its is None:
         return [Spread(beta, 0.0, beta, beta, 0.0) for beta in betas]
-    rows, owners, lambdas, mean = stacked
-    values, vectors = torch.linalg.eigh(_gram(rows))
-    # Directions of so little beside the damping change no coefficient, and are known to few digits.
-    kept = values > max(1e-6 * mean, len(values) * torch.finfo(values.dtype).eps * float(values[-1]))
-    values, vectors = values[kept], vectors[:, kept]
-    whitened = vectors * (values / (values + mean)).sqrt()  # [row, direction]
     found = []
-    for beta, own, each in zip(betas, owners[1:], lambdas[1:], strict=True):
-        part = whitened[own].T @ whitened[own] + torch.diag(beta * each / (values + mean))
-        alphas = torch.linalg.eigvalsh(part).clamp(0, 1)
+    for beta, own in zip(betas, its.alphas, strict=True):
+        alphas = torch.linalg.eigvalsh(own).clamp(0, 1)
         apart = (alphas - beta).square()
         apart = apart.where(apart > 1e-18, 0)
         fourth = float(apart.square().sum())
@@ -160,10 +148,24 @@ def weighted(deltas: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     return sum((d * c for d, c in zip(deltas, shares, strict=True) if c), torch.zeros_like(deltas[0]))
 
 
-def _stacked(
-    inputs: Sequence[Tensor], betas: Sequence[float], damping: float
-) -> tuple[Tensor, list[slice], list[float], float] | None:
-    """Z, [row, input] in float64, which rows are whose, every λ_k, and λ̄; None where the factors make no difference."""
+@dataclass(frozen=True)
+class _Sharpened:
+    """All moments M_k within the span of the rows, where Ā is Uᵀ diag(scale²) U, and outside of it."""
+
+    basis: Tensor  # U, [direction, input], of orthonormal rows
+    scale: Tensor  # [direction]
+    # L, [direction, direction], the lower triangle whose LLᵀ is Σ_k w_k M_k by `scale`. With it β_m M_m (Σ_k w_k M_k)⁻¹
+    # is similar to a symmetric matrix, `alphas`.
+    root: Tensor
+    alphas: list[Tensor]  # [direction, direction] of each fine-tuned model
+    outside: list[float]  # c_m: a multiple of I there
+
+
+def _sharpened(inputs: Sequence[Tensor], betas: Sequence[float], damping: float, sharpness: float) -> _Sharpened | None:
+    """Prepare the moments; None where they make no difference. All is float64.
+
+    With the rows Z = √(w_k / n_k) X_k of all models and λ̄ = Σ_k w_k λ_k, Ā is ZᵀZ + λ̄ I.
+    """
     weights = check_betas(betas)
     lambdas = [damping * float(x.double().square().sum()) / x.numel() for x in inputs]
     mean = sum(w * each for w, each in zip(weights, lambdas, strict=True))
@@ -171,10 +173,33 @@ def _stacked(
         return None
     if not math.isfinite(mean):
         raise ValueError("the factors are not finite")
-    scaled = [(w / len(x)) ** 0.5 * x.double() for x, w in zip(inputs, weights, strict=True) if w > 0]
-    counts = (len(x) if w > 0 else 0 for x, w in zip(inputs, weights, strict=True))
-    owners = [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))]
-    return torch.cat(scaled), owners, lambdas, mean
+    rows = torch.cat([(w / len(x)) ** 0.5 * x.double() for x, w in zip(inputs, weights, strict=True)])
+    is_whole = len(rows) >= rows.shape[1]
+    values, vectors = torch.linalg.eigh(_gram(rows.T if is_whole else rows))
+    # Directions of so little beside the damping change no coefficient, and are known to few digits.
+    kept = values > max(1e-6 * mean, len(values) * torch.finfo(values.dtype).eps * float(values[-1]))
+    values, vectors = values[kept], vectors[:, kept]
+    basis = vectors.T if is_whole else (vectors / values.sqrt()).T @ rows
+    scale = (values + mean).sqrt()
+    whitened = rows @ basis.T / scale if is_whole else vectors * (values.sqrt() / scale)  # [row, direction]
+    moments, start = [], 0
+    for x, w, each in zip(inputs, weights, lambdas, strict=True):
+        own, start = whitened[start : start + len(x)], start + len(x)
+        moments.append(_raised(own.T @ own + torch.diag(w * each / scale.square()), w, sharpness))
+    outside = torch.tensor(weights).double() * (torch.tensor(lambdas).double() / mean) ** sharpness
+    root, info = torch.linalg.cholesky_ex(torch.stack(moments).sum(0))
+    if int(info) or not (root.isfinite().all() and 0 < float(outside.sum()) < math.inf):
+        raise ValueError("the factors are singular, damping included")
+    alphas = [solve_triangular(root, solve_triangular(root, m, upper=False).T, upper=False) for m in moments[1:]]
+    return _Sharpened(basis, scale, root, alphas, (outside / outside.sum())[1:].tolist())
+
+
+def _raised(moment: Tensor, weight: float, sharpness: float) -> Tensor:
+    """w Bˢ of w B, symmetric and not negative."""
+    if sharpness == 1 or not weight:
+        return moment
+    values, vectors = torch.linalg.eigh(moment)
+    return weight * (vectors * (values.clamp(min=0) / weight) ** sharpness) @ vectors.T
 
 
 def _gram(rows: Tensor) -> Tensor:

@@ -177,7 +177,9 @@ class FimKron(FimMerge):
             else:
                 delta = directions.merged(places[0] if places else None, deltas, betas).reshape(-1)
         except ValueError as error:
-            raise FimError(f"{name}: {error}; measure again, raise `damping`, or change `alpha`") from error
+            raise FimError(
+                f"{name}: {error}; measure again, raise `damping`, lower `sharpness`, or change `alpha`"
+            ) from error
         threshold = find_threshold(lambda run: delta[run].clone(), len(delta), parameters["density"], base.device)
         start = theta0.reshape(-1)  # a pickled checkpoint may hold a matrix that lies transposed
         merged = torch.empty_like(start, dtype=base.dtype)

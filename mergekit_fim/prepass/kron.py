@@ -199,7 +199,7 @@ def _write_sources(
             layers = base.layout.layers[pair.base_layer], model.layout.layers[pair.source_layer]
             for of_base, of_model in zip(*(layer.prefixes for layer in layers), strict=False):
                 ends = (factors[base].path, of_base), (factors[model].path, of_model)
-                told[of_model] = directions.source(*ends, settings.damping)
+                told[of_model] = directions.source(*ends, settings.damping, settings.mapping.sharpness)
         source.write(SOURCE, source.filters(model, told, ""))
 
 
@@ -213,9 +213,9 @@ def _spreads(group: Sequence[SourceSlice], tensors: Sequence[_Tensor], device: t
         for place in at[:: -(-len(at) // _EXPERTS_OF_SPREAD) or 1]:
             key = place, betas
             try:
-                known[key] = known.get(key) or spreads(place.rows(device), betas, place.damping)
+                known[key] = known.get(key) or spreads(place.rows(device), betas, place.damping, place.sharpness)
             except ValueError as error:
-                raise FimError(f"{names[0]}: {error}; measure again, or raise `damping`") from error
+                raise FimError(f"{names[0]}: {error}; measure again, raise `damping`, or lower `sharpness`") from error
             local = local_name(names[0], group[0].pairs()[index or 0].source_layer)
             parts.setdefault("attention" if _ATTENTION.search(local) else "mlp", []).append(known[key])
     return [

@@ -159,16 +159,23 @@ def linear_rows(path: Path, samples=2, seq_len=64, seed=0, vocab=None, dtype=tor
     return {name: np.concatenate(rows) for name, rows in found.items()}
 
 
-def kron(deltas, rows, betas, damping=1e-3):
+def kron(deltas, rows, betas, damping=0.1, sharpness=4.0):
     """A merged task vector [output, input] by inputs alone: the whole system, solved. `rows`: the base's first."""
+
+    def power(matrix, exponent):
+        values, vectors = np.linalg.eigh(matrix)
+        return vectors * values**exponent @ vectors.T
 
     def factor(x):
         made = x.T @ x / len(x)
         return made + damping * np.trace(made) / len(made) * np.eye(len(made))
 
-    a = [factor(x) for x in rows]
+    a, weights = [factor(x) for x in rows], [1 - sum(betas), *betas]
+    mean = sum(w * x for w, x in zip(weights, a, strict=True))
+    root, inverse = power(mean, 0.5), power(mean, -0.5)
+    a = [root @ power(inverse @ x @ inverse, sharpness) @ root for x in a]
     right = sum(b * d @ x for b, d, x in zip(betas, deltas, a[1:], strict=True))
-    return np.linalg.solve(sum(w * x for w, x in zip([1 - sum(betas), *betas], a, strict=True)), right.T).T
+    return np.linalg.solve(sum(w * x for w, x in zip(weights, a, strict=True)), right.T).T
 
 
 def report(path: Path) -> dict:

@@ -17,10 +17,26 @@ def damped(rows: np.ndarray, damping: float) -> np.ndarray:
     return factor + damping * np.trace(factor) / len(factor) * np.eye(len(factor))
 
 
-def dense(deltas, inputs, betas, damping=DAMPING) -> np.ndarray:
-    """Σ_k w_k (I ⊗ A_k) vec Δ = Σ_m β_m (I ⊗ A_m) vec δ_m, row by row, as one linear system."""
+def power(matrix: np.ndarray, exponent: float) -> np.ndarray:
+    """A power of a symmetric matrix whose eigenvalues are above 0."""
+    values, vectors = np.linalg.eigh(matrix)
+    return vectors * values**exponent @ vectors.T
+
+
+def moments(inputs, betas, damping=DAMPING, sharpness=1.0) -> list[np.ndarray]:
+    """M_k = Ā^½ (Ā^-½ A_k Ā^-½)^s Ā^½ of the base and of every fine-tuned model."""
+    factors = [damped(x, damping) for x in inputs]
+    if sharpness == 1:
+        return factors
+    mean = sum(w * f for w, f in zip([1 - sum(betas), *betas], factors, strict=True))
+    root, inverse = power(mean, 0.5), power(mean, -0.5)
+    return [root @ power(inverse @ f @ inverse, sharpness) @ root for f in factors]
+
+
+def dense(deltas, inputs, betas, damping=DAMPING, sharpness=1.0) -> np.ndarray:
+    """Σ_k w_k (I ⊗ M_k) vec Δ = Σ_m β_m (I ⊗ M_m) vec δ_m, row by row, as one linear system."""
     weights = [1 - sum(betas), *betas]
-    kron = [np.kron(np.eye(len(deltas[0])), damped(x, damping)) for x in inputs]
+    kron = [np.kron(np.eye(len(deltas[0])), moment) for moment in moments(inputs, betas, damping, sharpness)]
     system = sum(w * k for w, k in zip(weights, kron, strict=True))
     right = sum(b * k @ d.reshape(-1) for b, k, d in zip(betas, kron[1:], deltas, strict=True))
     return np.linalg.solve(system, right).reshape(deltas[0].shape)
@@ -37,9 +53,9 @@ def case(seed=0, models=1, outputs=5, inputs=7, tokens=6, scale=0.0, repeated=Fa
     return deltas, [np.concatenate([x, x[: tokens // 2]]) if repeated else x for x in rows]
 
 
-def merged(deltas, inputs, betas, damping=DAMPING, dtype=torch.float64) -> np.ndarray:
+def merged(deltas, inputs, betas, damping=DAMPING, sharpness=1.0, dtype=torch.float64) -> np.ndarray:
     its = [torch.tensor(d, dtype=dtype) for d in deltas]
-    found = InputMap([torch.tensor(x) for x in inputs], betas, damping, dtype)(its)
+    found = InputMap([torch.tensor(x) for x in inputs], betas, damping, sharpness, dtype)(its)
     assert found.dtype is dtype
     return found.double().numpy()
 
@@ -55,6 +71,28 @@ def test_as_the_kronecker_system(models, tokens, repeated):
     deltas, inputs = case(models=models, tokens=tokens, repeated=repeated)
     betas = [0.5, 0.2, 0.15][:models]
     close(merged(deltas, inputs, betas), dense(deltas, inputs, betas), 1e-6)
+
+
+@pytest.mark.parametrize("models", [1, 2, 3])
+@pytest.mark.parametrize("tokens", [2, 6, 20])
+@pytest.mark.parametrize("sharpness", [-1.0, 0.0, 0.5, 2.0, 4.0])
+def test_sharpened(models, tokens, sharpness):
+    deltas, inputs = case(models=models, tokens=tokens)
+    betas = [0.5, 0.2, 0.15][:models]
+    expected = dense(deltas, inputs, betas, 0.1, sharpness)
+    close(merged(deltas, inputs, betas, 0.1, sharpness), expected, 1e-6)
+    close(merged(deltas, inputs, betas, 0.1, sharpness, torch.float32), expected, 1e-4)
+
+
+def test_the_sharpness_is_a_power_of_the_ratios():
+    """Of one model: along a generalised eigenvector of A_1 and A_0, in the place of its eigenvalue r."""
+    deltas, inputs = case(5)
+    base, long = (damped(x, 0.1) for x in inputs)
+    inverse = np.linalg.inv(np.linalg.cholesky(base))
+    ratios, vectors = np.linalg.eigh(inverse @ long @ inverse.T)
+    right = np.linalg.solve(inverse, vectors)
+    alphas = 0.3 * ratios**4 / (0.7 + 0.3 * ratios**4)
+    close(merged(deltas, inputs, [0.3], 0.1, 4.0), deltas[0] @ right * alphas @ vectors.T @ inverse, 1e-6)
 
 
 @given(st.integers(0, 2**32), st.integers(1, 9), st.integers(1, 9), st.integers(1, 12), st.floats(0.01, 0.99))
@@ -84,7 +122,7 @@ def test_many_outputs_take_the_map_itself(models):
     """The first call makes it of the thin matrices, and others use it."""
     deltas, inputs = case(2, models, outputs=60, inputs=14, tokens=4)
     betas, its = [0.4, 0.3][:models], [torch.tensor(d) for d in deltas]
-    made = InputMap([torch.tensor(x) for x in inputs], betas, DAMPING, torch.float64)
+    made = InputMap([torch.tensor(x) for x in inputs], betas, DAMPING, 1.0, torch.float64)
     few = made([d[:2] for d in its]).numpy()
     expected = dense(deltas, inputs, betas)
     close(few, expected[:2])
@@ -117,7 +155,7 @@ def test_no_inputs_at_all_leave_the_coefficients():
     deltas, inputs = case(models=1)
     zero = [np.zeros_like(x) for x in inputs]
     close(merged(deltas, zero, [0.3]), 0.3 * deltas[0])
-    assert spreads([torch.tensor(x) for x in zero], [0.3], DAMPING)[0].largest == 0.3
+    assert spreads([torch.tensor(x) for x in zero], [0.3], DAMPING, 1.0)[0].largest == 0.3
     # Of one model alone: outside what the other has of them the task vector comes whole.
     zero[1] = inputs[1]
     close(merged(deltas, zero, [0.3]), dense(deltas, zero, [0.3]))
@@ -136,23 +174,24 @@ def test_factors_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="not finite"):
         merged(deltas, inputs, [0.5])
     with pytest.raises(ValueError, match="not finite"):
-        spreads([torch.tensor(x) for x in inputs], [0.5], DAMPING)
+        spreads([torch.tensor(x) for x in inputs], [0.5], DAMPING, 1.0)
 
 
 @pytest.mark.parametrize("tokens", [2, 20, 300])
 @pytest.mark.parametrize("repeated", [False, True])
-def test_spreads_are_of_the_eigenvalues(tokens, repeated):
+@pytest.mark.parametrize("sharpness", [1.0, 3.0])
+def test_spreads_are_of_the_eigenvalues(tokens, repeated, sharpness):
     """Of the map from a task vector to its part of the merged one, restricted to the span; of at most 128 tokens."""
     _, inputs = case(4, 2, outputs=11, inputs=13, tokens=tokens, repeated=repeated)
     betas, weights = [0.5, 0.2], [0.3, 0.5, 0.2]
     some = [x[:: -(-len(x) // 128)] for x in inputs]
     assert len(some[0]) <= 128
-    factors = [damped(x, DAMPING) for x in some]
+    factors = moments(some, betas, 0.1, sharpness)
     _, sizes, basis = np.linalg.svd(np.concatenate(some), full_matrices=False)
     basis = basis[sizes > 1e-9 * sizes[0]]
     factors = [basis @ f @ basis.T for f in factors]
     whole = sum(w * f for w, f in zip(weights, factors, strict=True))
-    found = spreads([torch.tensor(x) for x in inputs], betas, DAMPING)
+    found = spreads([torch.tensor(x) for x in inputs], betas, 0.1, sharpness)
     assert len(found) == 2
     for its, beta, factor in zip(found, betas, factors[1:], strict=True):
         alphas = np.linalg.eigvals(np.linalg.solve(whole, beta * factor)).real
@@ -164,7 +203,7 @@ def test_spreads_are_of_the_eigenvalues(tokens, repeated):
 def test_spreads_where_nothing_is_told_apart():
     _, inputs = case()
     its = [torch.tensor(inputs[0])] * 2
-    (found,) = spreads(its, [0.3], DAMPING)
+    (found,) = spreads(its, [0.3], DAMPING, 1.0)
     assert (found.mean, found.least, found.largest) == pytest.approx((0.3, 0.3, 0.3))
     assert found.directions == 0
-    assert spreads(its, [0.0], DAMPING)[0].largest == 0
+    assert spreads(its, [0.0], DAMPING, 1.0)[0].largest == 0

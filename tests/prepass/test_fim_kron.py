@@ -26,10 +26,10 @@ def rows_of(path, **options):
     return reference.linear_rows(path, **options)
 
 
-def expected(paths, betas, *, transposed=False, other=None, plan=None, layers=range(LAYERS), **options):
+def expected(paths, betas, *, transposed=False, other=None, plan=None, layers=range(LAYERS), factors=None, **options):
     """The merged model: `betas` of the fine-tuned models, `other` outside the layers.
 
-    `plan`: (base layer, model layer) of every layer of the output.
+    `plan`: (base layer, model layer) of every layer of the output. `factors`: damping and sharpness.
     """
     theta, rows = [reference.load(p) for p in paths], [rows_of(p, **options) for p in paths]
     plan = plan or [(i, i) for i in range(LAYERS)]
@@ -48,7 +48,7 @@ def expected(paths, betas, *, transposed=False, other=None, plan=None, layers=ra
             if name in rows[0]:
                 its = [r[n] for r, n in zip(rows, names, strict=True)]
                 turned = [d.T if transposed else d for d in deltas]
-                delta = reference.kron(turned, its, betas)
+                delta = reference.kron(turned, its, betas, **(factors or {}))
                 delta = delta.T if transposed else delta
             else:
                 delta = sum(b * d for b, d in zip(betas, deltas, strict=True))
@@ -77,6 +77,13 @@ def test_as_dense_solutions_of_what_plain_hooks_see(pair, merge):
     again, _ = merge.ok(kron(pair), out="again")
     for name in ("model.safetensors", "fim_report.json"):
         assert (out / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_damping_and_sharpness(pair, merge):
+    parameters = {"damping": 0.01, "sharpness": 1.0}
+    out, _ = merge.ok(kron(pair, parameters=parameters))
+    assert_same(out, expected([pair.base, pair.long], [0.5], factors=parameters))
+    assert parameters.items() <= reference.report(out)["settings"].items()
 
 
 def test_two_fine_tuned_models_with_weights(pair, merge):
@@ -197,7 +204,10 @@ def test_factors_are_kept_and_shared(pair, merge, monkeypatch):
 
 
 BAD = {
-    "sharpness": ({"sharpness": 1}, "`sharpness` has no meaning in fim_kron"),
+    "sharpness": (
+        {"sharpness": 1e6},
+        "singular, damping included; measure again, raise `damping`, or lower `sharpness`",
+    ),
     "mapping": ({"mapping": "anchored"}, "`mapping` has no meaning in fim_kron"),
     "alpha_min": ({"alpha_min": 0.1}, "`alpha_min` has no meaning in fim_kron"),
     "labels": ({"fisher_labels": "sampled"}, "`fisher_labels` has no meaning in fim_kron"),
