@@ -2,9 +2,9 @@
 
 A linear layer's inputs have second moments A0 at the base and A1 at the long model, on the same tokens. Their
 generalised eigenvalues are the ratios r of A1 to A0. They say how much more of each direction the long model has.
-Merging by inputs alone (RegMean, arXiv 2212.09849, with weights; `fim_kron`) multiplies δ by α = βr / ((1 − β) + βr) in
-each direction. Here all of it is dense and in float64, for models whose layers are a few hundred wide. What isn't
-nn.Linear or Conv1D moves uniformly.
+Merging by inputs alone (RegMean, arXiv 2212.09849, with weights) multiplies δ by α = βr / ((1 − β) + βr) in each
+direction; `fim_kron` has r⁴ in place of r. Here all of it is dense and in float64, for models whose layers are a few
+hundred wide. What isn't nn.Linear or Conv1D moves uniformly.
 """
 
 import functools
@@ -61,16 +61,20 @@ class Directions:
     Attributes:
         inputs: the tokens. Their labels play no part.
         moved: the coefficients.
-        damping: added to each model's second moments, in parts of their own mean diagonal.
+        damping: added to the diagonal of each model's second moments, in parts of what `by` says.
+        by: "mean" is the mean of the model's own diagonal; "input" is each input's mean square, the mean of both
+            models; "drift" is the mean square of what the long model's inputs differ by.
         rows: changes the inputs of both models before their second moments are taken.
-        basis: "ratios" has the generalised eigenvectors; "inputs" has single inputs, with the ratios of their mean
-            squares; "random" has an orthonormal basis that has nothing to do with either, with the ratios of "ratios".
+        basis: "ratios" has the generalised eigenvectors; "sum" has the eigenvectors of A0 + A1; "inputs" has single
+            inputs, with the ratios of their mean squares; "random" has an orthonormal basis that has nothing to do with
+            either, with the ratios of "ratios".
         part: a pattern of the names of weights that are merged so. The others move uniformly.
     """
 
     inputs: Inputs = Inputs()  # noqa: RUF009 (it is frozen)
     moved: Moved = power(1)  # noqa: RUF009
     damping: float = 1e-3
+    by: str = "mean"
     rows: Callable[[Rows, Rows], tuple[Rows, Rows]] = lambda low, high: (low, high)
     basis: str = "ratios"
     part: str = ""
@@ -101,7 +105,12 @@ def _bases(pair: Path, how: Directions) -> dict[str, tuple[Tensor, Tensor, Tenso
             continue
         delta = deltas[name].double()
         delta = delta.T if _is_transposed(pair, name) else delta
-        (a0, a1), eye = (_moments(rows[name], how.damping) for rows in (low, high)), torch.eye(delta.shape[1])
+        a0, a1 = _moments(low[name], high[name], how.damping, how.by)
+        eye = torch.eye(delta.shape[1])
+        if how.basis == "sum":
+            right = torch.linalg.eigh(a0 + a1).eigenvectors
+            found[name] = delta @ right, right.T, (right * (a1 @ right)).sum(0) / (right * (a0 @ right)).sum(0)
+            continue
         if how.basis == "inputs":
             found[name] = delta, eye.double(), a1.diagonal() / a0.diagonal()
             continue
@@ -117,9 +126,17 @@ def _bases(pair: Path, how: Directions) -> dict[str, tuple[Tensor, Tensor, Tenso
     return found
 
 
-def _moments(rows: Tensor, damping: float) -> Tensor:
-    found = rows.T @ rows / len(rows)
-    return found + damping * found.diagonal().mean() * torch.eye(len(found), dtype=found.dtype)
+def _moments(low: Tensor, high: Tensor, damping: float, by: str) -> list[Tensor]:
+    """Return the damped second moments of both models' inputs."""
+    found = [rows.T @ rows / len(rows) for rows in (low, high)]
+    squares = [its.diagonal() for its in found]
+    if by == "mean":
+        added = [its.mean().expand(len(its)) for its in squares]
+    else:
+        added = [
+            (squares[0] + squares[1]) / 2 if by == "input" else (high - low).square().mean().expand(low.shape[1])
+        ] * 2
+    return [its + damping * more.diag() for its, more in zip(found, added, strict=True)]
 
 
 @functools.lru_cache(maxsize=4)

@@ -413,18 +413,35 @@ def test_fisher_merging_goes_from_base_to_long(folder):
         assert found[name].numpy() == pytest.approx((alpha * delta).numpy(), abs=1e-5)
 
 
-def test_merging_by_inputs_is_regmean_with_weights(folder):
+@pytest.mark.parametrize("by", ["mean", "input", "drift"])
+def test_merging_by_inputs_is_regmean_with_weights(by, folder):
     _, deltas = entries.weights(folder)
     low, high = directions.recorded(folder, FEW)
-    found = task_vector_of(Directions(FEW)(folder, 0.3), folder)
+    found = task_vector_of(Directions(FEW, damping=0.01, by=by)(folder, 0.3), folder)
     for name, delta in deltas.items():
         expected = 0.3 * delta.double().numpy()
         if name in low:
-            a0, a1 = (x.T @ x / len(x) for x in (low[name].numpy(), high[name].numpy()))
-            a0, a1 = (a + 1e-3 * a.diagonal().mean() * np.eye(len(a)) for a in (a0, a1))
+            ends = low[name].numpy(), high[name].numpy()
+            a0, a1 = (x.T @ x / len(x) for x in ends)
+            same = (a0 + a1).diagonal() / 2 if by == "input" else np.mean((ends[1] - ends[0]) ** 2) * np.ones(len(a0))
+            added = [np.full(len(a), a.diagonal().mean()) if by == "mean" else same for a in (a0, a1)]
+            a0, a1 = (a + 0.01 * np.diag(more) for a, more in zip((a0, a1), added, strict=True))
             expected = delta.double().numpy() @ (0.3 * a1) @ np.linalg.inv(0.7 * a0 + 0.3 * a1)
         assert found[name].numpy() == pytest.approx(expected, abs=1e-5)
     assert len(low) == 3 * 7
+
+
+def test_in_an_orthonormal_basis_no_direction_grows(folder):
+    _, deltas = entries.weights(folder)
+    low, high = directions.recorded(folder, FEW)
+    found = task_vector_of(Directions(FEW, basis="sum")(folder, 0.3), folder)
+    for name in low:
+        a0, a1 = (x.T @ x / len(x) for x in (low[name].numpy(), high[name].numpy()))
+        a0, a1 = (a + 1e-3 * a.diagonal().mean() * np.eye(len(a)) for a in (a0, a1))
+        basis = np.linalg.eigh(a0 + a1)[1]
+        alphas = [0.3 * u @ a1 @ u / (0.7 * u @ a0 @ u + 0.3 * u @ a1 @ u) for u in basis.T]
+        expected = deltas[name].double().numpy() @ basis * alphas @ basis.T
+        assert found[name].numpy() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", EXPLORED)
