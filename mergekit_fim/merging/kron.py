@@ -185,7 +185,9 @@ def _sharpened(inputs: Sequence[Tensor], betas: Sequence[float], damping: float,
     moments, start = [], 0
     for x, w, each in zip(inputs, weights, lambdas, strict=True):
         own, start = whitened[start : start + len(x)], start + len(x)
-        moments.append(_raised(own.T @ own + torch.diag(w * each / scale.square()), w, sharpness))
+        moments.append(own.T @ own + torch.diag(w * each / scale.square()))
+    if sharpness != 1:
+        moments = _raised(moments, weights, sharpness)
     outside = torch.tensor(weights).double() * (torch.tensor(lambdas).double() / mean) ** sharpness
     root, info = torch.linalg.cholesky_ex(torch.stack(moments).sum(0))
     if int(info) or not (root.isfinite().all() and 0 < float(outside.sum()) < math.inf):
@@ -194,12 +196,17 @@ def _sharpened(inputs: Sequence[Tensor], betas: Sequence[float], damping: float,
     return _Sharpened(basis, scale, root, alphas, (outside / outside.sum())[1:].tolist())
 
 
-def _raised(moment: Tensor, weight: float, sharpness: float) -> Tensor:
-    """w Bˢ of w B, symmetric and not negative."""
-    if sharpness == 1 or not weight:
-        return moment
-    values, vectors = torch.linalg.eigh(moment)
-    return weight * (vectors * (values.clamp(min=0) / weight) ** sharpness) @ vectors.T
+def _raised(moments: Sequence[Tensor], weights: Sequence[float], sharpness: float) -> list[Tensor]:
+    """w_k B_kˢ of all w_k B_k, the base's first: symmetric, not negative, and together I."""
+    parts = [torch.linalg.eigh(moment) for moment in moments[1:]]
+    if len(parts) == 1:
+        parts.insert(0, (1 - parts[0][0], parts[0][1]))  # the base's has the same eigenvectors
+    else:
+        parts.insert(0, torch.linalg.eigh(moments[0]))
+    return [
+        w * (vectors * (values.clamp(min=0) / w) ** sharpness) @ vectors.T if w else torch.zeros_like(vectors)
+        for (values, vectors), w in zip(parts, weights, strict=True)
+    ]
 
 
 def _gram(rows: Tensor) -> Tensor:
