@@ -27,7 +27,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.linalg import solve_triangular
 
 _BLOCK = 256  # rows of a symmetric product that are made at a time
 
@@ -75,11 +74,9 @@ class InputMap:
         self._moving = [m for m, beta in enumerate(betas) if beta > 0]
         self._shares = [its.outside[m] for m in self._moving]
         self._basis: Tensor | None = its.basis.to(dtype)
-        right = its.scale[:, None] * its.root
-        left = solve_triangular(its.root, (1 / its.scale).diag(), upper=False)
         self._maps = []
         for m, share in zip(self._moving, self._shares, strict=True):
-            made = right @ its.alphas[m] @ left
+            made = its.scale[:, None] * its.maps[m] / its.scale
             made.diagonal().sub_(share)
             self._maps.append(made.to(dtype))
 
@@ -119,8 +116,9 @@ def spreads(inputs: Sequence[Tensor], betas: Sequence[float], damping: float, sh
     if its is None:
         return [Spread(beta, 0.0, beta, beta, 0.0) for beta in betas]
     found = []
-    for beta, own in zip(betas, its.alphas, strict=True):
-        alphas = torch.linalg.eigvalsh(own).clamp(0, 1)
+    for beta, own in zip(betas, its.maps, strict=True):
+        values = torch.linalg.eigvalsh(own) if len(betas) == 1 else torch.linalg.eigvals(own).real
+        alphas = values.clamp(0, 1)
         apart = (alphas - beta).square()
         apart = apart.where(apart > 1e-18, 0)
         fourth = float(apart.square().sum())
@@ -150,14 +148,13 @@ def weighted(deltas: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 @dataclass(frozen=True)
 class _Sharpened:
-    """All moments M_k within the span of the rows, where Ā is Uᵀ diag(scale²) U, and outside of it."""
+    """What moments do to task vectors, within the span of the rows, where Ā is Uᵀ diag(scale²) U, and outside of it."""
 
     basis: Tensor  # U, [direction, input], of orthonormal rows
     scale: Tensor  # [direction]
-    # L, [direction, direction], the lower triangle whose LLᵀ is Σ_k w_k M_k by `scale`. With it β_m M_m (Σ_k w_k M_k)⁻¹
-    # is similar to a symmetric matrix, `alphas`.
-    root: Tensor
-    alphas: list[Tensor]  # [direction, direction] of each fine-tuned model
+    # β_m M_m (Σ_k w_k M_k)⁻¹ in U, its rows divided by `scale` and its columns multiplied: of each fine-tuned model
+    # [direction, direction]. Of a single one it is symmetric.
+    maps: list[Tensor]
     outside: list[float]  # c_m: a multiple of I there
 
 
@@ -182,31 +179,30 @@ def _sharpened(inputs: Sequence[Tensor], betas: Sequence[float], damping: float,
     basis = vectors.T if is_whole else (vectors / values.sqrt()).T @ rows
     scale = (values + mean).sqrt()
     whitened = rows @ basis.T / scale if is_whole else vectors * (values.sqrt() / scale)  # [row, direction]
-    moments, start = [], 0
-    for x, w, each in zip(inputs, weights, lambdas, strict=True):
-        own, start = whitened[start : start + len(x)], start + len(x)
-        moments.append(own.T @ own + torch.diag(w * each / scale.square()))
-    if sharpness != 1:
-        moments = _raised(moments, weights, sharpness)
+    parts = zip(whitened.split([len(x) for x in inputs]), weights, lambdas, strict=True)
+    # w_k B_k with B_k = Ā^-½ A_k Ā^-½: symmetric, not negative, and together I
+    moments = [_gram(own.T) + torch.diag(w * each / scale.square()) for own, w, each in list(parts)[1:]]
     outside = torch.tensor(weights).double() * (torch.tensor(lambdas).double() / mean) ** sharpness
-    root, info = torch.linalg.cholesky_ex(torch.stack(moments).sum(0))
-    if int(info) or not (root.isfinite().all() and 0 < float(outside.sum()) < math.inf):
+    maps = _maps(moments, weights, sharpness)
+    if not (all(own.isfinite().all() for own in maps) and 0 < float(outside.sum()) < math.inf):
         raise ValueError("the factors are singular, damping included")
-    alphas = [solve_triangular(root, solve_triangular(root, m, upper=False).T, upper=False) for m in moments[1:]]
-    return _Sharpened(basis, scale, root, alphas, (outside / outside.sum())[1:].tolist())
+    return _Sharpened(basis, scale, maps, (outside / outside.sum())[1:].tolist())
 
 
-def _raised(moments: Sequence[Tensor], weights: Sequence[float], sharpness: float) -> list[Tensor]:
-    """w_k B_kˢ of all w_k B_k, the base's first: symmetric, not negative, and together I."""
-    parts = [torch.linalg.eigh(moment) for moment in moments[1:]]
-    if len(parts) == 1:
-        parts.insert(0, (1 - parts[0][0], parts[0][1]))  # the base's has the same eigenvectors
-    else:
-        parts.insert(0, torch.linalg.eigh(moments[0]))
-    return [
-        w * (vectors * (values.clamp(min=0) / w) ** sharpness) @ vectors.T if w else torch.zeros_like(vectors)
-        for (values, vectors), w in zip(parts, weights, strict=True)
-    ]
+def _maps(moments: Sequence[Tensor], weights: Sequence[float], sharpness: float) -> list[Tensor]:
+    """w_m B_mˢ (Σ_k w_k B_kˢ)⁻¹ of every fine-tuned model's w_m B_m."""
+    if sharpness == 1:
+        return list(moments)
+    if len(moments) == 1:  # the base's has the same eigenvectors
+        values, vectors = torch.linalg.eigh(moments[0])
+        base, own = ((v.clamp(0, 1) / w) ** sharpness * w for v, w in zip((1 - values, values), weights, strict=True))
+        return [vectors * (own / (base + own)) @ vectors.T]
+    raised = []
+    for moment, w in zip((torch.eye(len(moments[0])).to(moments[0]) - sum(moments), *moments), weights, strict=True):
+        values, vectors = torch.linalg.eigh(moment)
+        raised.append(vectors * (values.clamp(min=0) / w) ** sharpness * w @ vectors.T if w else 0 * moment)
+    inverse = torch.linalg.inv_ex(sum(raised)).inverse
+    return [own @ inverse for own in raised[1:]]
 
 
 def _gram(rows: Tensor) -> Tensor:
