@@ -14,7 +14,7 @@ CONSTRAINTS ?= -c constraints.txt
 DEVICE ?= cuda
 SHAPES ?= 1.5b 7b
 
-.PHONY: demo test pytest test-vllm gpu lint architectures clean
+.PHONY: demo test pytest test-slow test-vllm gpu lint architectures clean
 
 # Two commands share the sweep, and the second one shows it: each takes half of the cores, which is faster than all for one.
 SWEEP = $(CURDIR)/$(BIN)/mergekit-fim sweep $(CURDIR)/example_configs/demo.yml sweep --problems problems.jsonl --n 0 \
@@ -33,8 +33,14 @@ test: $(VENV)/test.installed
 	$(MAKE) -j2 lint pytest
 
 # The tests for accelerators run on the CPU here, to see that they run.
+PYTEST = HF_HUB_OFFLINE=1 MERGEKIT_FIM_TEST_DEVICE=cpu $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+
 pytest: $(VENV)/test.installed
-	HF_HUB_OFFLINE=1 MERGEKIT_FIM_TEST_DEVICE=cpu $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(PYTEST) -m 'not slow'
+
+# What starts several processes, installs, or stops a command at many moments. CI runs it, too.
+test-slow: $(VENV)/test.installed
+	$(PYTEST) -m slow
 
 # vLLM pins other versions than constraints.txt, so it has an environment of its own: 3.4 GB, some minutes. PyPI's torchvision
 # breaks its import.

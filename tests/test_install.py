@@ -23,6 +23,8 @@ from packaging.requirements import Requirement
 
 import mergekit_fim
 
+pytestmark = pytest.mark.slow
+
 REGISTERED = "from mergekit import merge_methods as m; print([x.spec.name for x in m.registered_methods()][-3:])"
 
 

@@ -136,6 +136,7 @@ def test_the_demo_packs_answers_without_changing_their_loss(demo):
 NOTEBOOK = ROOT / "example_configs" / "long-to-short.ipynb"
 
 
+@pytest.mark.slow
 def test_the_notebook(tmp_path, monkeypatch):
     """From top to bottom, install included, with tiny models in the place of the paper's pair."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)

@@ -17,6 +17,8 @@ from environments import ROOT, blocks
 from mergekit_fim.cli import main
 from mergekit_fim.evaluate.problems.sources import open_problems
 
+pytestmark = pytest.mark.slow
+
 PAIRS = {
     "1.5b": ("Qwen/Qwen2.5-Math-1.5B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B", "Qwen/Qwen2.5-Math-1.5B-Instruct"),
     "7b": ("Qwen/Qwen2.5-Math-7B", "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B", "Qwen/Qwen2.5-Math-7B-Instruct"),

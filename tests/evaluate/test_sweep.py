@@ -249,6 +249,7 @@ def test_a_finished_sweep_runs_nothing_again(whole, monkeypatch):
     assert {p: p.read_bytes() for p in (whole.out / "answers").iterdir()} == before
 
 
+@pytest.mark.slow
 def test_measured_once(sweep, monkeypatch):
     counts = dict.fromkeys(("TaskVectorSweep", "measured"), 0)
 
@@ -269,6 +270,7 @@ def test_measured_once(sweep, monkeypatch):
     assert counts == {"TaskVectorSweep": 3, "measured": 3}
 
 
+@pytest.mark.slow
 def test_factors_are_recorded_once(talkers, sweep, monkeypatch):
     recorded, read = [], []
     original, norms = measured_factors.record_factors, TaskVectorSweep.norms
@@ -279,12 +281,14 @@ def test_factors_are_recorded_once(talkers, sweep, monkeypatch):
     assert [len(set(map(str, recorded))), len(recorded), len(read)] == [2, 2, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--batch", "1"], ["--batch", "5"], ["--num-threads", "1"]])
 def test_answers_do_not_depend_on_the_batch(options, whole, sweep):
     sweep.ok("--compare", "task_arithmetic", *options)
     assert sweep.answers() == whole.answers()
 
 
+@pytest.mark.slow
 def test_gone_on_with(whole, sweep):
     """Lines that are lost are answered again, half a line is cut off, and other values are added."""
     shutil.copytree(whole.out, sweep.out)
@@ -321,6 +325,7 @@ def test_another_margin_changes_the_conclusion_alone(whole, sweep):
     assert after["findings"]["summary"] == before["findings"]["summary"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", ["none", "front", "all"])
 def test_which_merges_are_kept(keep, whole, sweep):
     if keep == "front":  # also of a sweep that kept none
@@ -426,6 +431,7 @@ def test_several_sources_and_ungradable_answers(sweep):
     assert [(row["prompt"], row["correct"] is None) for row in rows[-2:]] == [("a?", True), ("s b?", False)]
 
 
+@pytest.mark.slow
 def test_samples(sweep):
     options = ("--temperature", "0.8", "--samples", "3", "--n", "4")
     sweep.ok(*options, "--batch", "2")
@@ -452,6 +458,7 @@ def test_a_template_and_a_system_prompt(sweep):
     assert {run["template"]["kind"] for run in record["runs"]} == {"file"}
 
 
+@pytest.mark.slow
 def test_further_models_and_several_fine_tuned(sweep):
     config = sweep.talkers.config()
     third = sweep.folder / "third"
@@ -645,6 +652,7 @@ def test_servers(sweep, stub):
     assert all(body["max_tokens"] == TOKENS and not body["stream"] for _, body, _ in started.seen)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_and_comes_back(sweep, stub):
     def dying(handler, path, body):
         if len(started.seen) > 3:
@@ -890,6 +898,7 @@ def test_names_of_files():
     assert file_name("fim_ties alpha_mean=0.35") == "fim_ties_alpha_mean=0.35"
 
 
+@pytest.mark.slow
 def test_the_disk_is_full(sweep, monkeypatch):
     def full(file, answer):
         nonlocal left
@@ -947,6 +956,7 @@ def test_an_engine_that_doesn_t_fit(code, words, sweep, monkeypatch, tmp_path, c
     assert {run["engine"]["name"] for run in sweep.record()["runs"]} == {"transformers"}
 
 
+@pytest.mark.slow
 def test_engines_are_mixed_only_if_told(sweep):
     sweep.ok("--set", "alpha_mean=0.3")
     record = sweep.record()
@@ -986,6 +996,7 @@ grader.grade = lambda do, expected, answer: Grade(expected in answer, expected)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(warm: Warm, talkers, tmp_path):
     """20 moments, spread over all calls, those that touch files, and, every other one, those that keep answers."""
     problems = tmp_path / "three.jsonl"
@@ -1131,6 +1142,7 @@ def every_answer(sweep: Sweep) -> list[str]:
     return sorted(f"{run}.jsonl {row['index']}" for run, rows in sweep.answers().items() for row in rows)
 
 
+@pytest.mark.slow
 def test_several_processes_share_the_runs(whole, sweep, warm):
     """A launcher's: each answers some of the runs, the first alone logs, and the one that concludes prints."""
     code = SHOWN.format(loads="pass", answers="time.sleep(0.05)")
@@ -1155,6 +1167,7 @@ def without_speed(own: Sweep, other: Sweep) -> list[dict]:
     return [run | {"tokens_per_second": speeds[run["run"]]} for run in runs]
 
 
+@pytest.mark.slow
 def test_three_commands_one_of_them_killed(whole, sweep, warm):
     """The run of the one that is killed goes on where it was, and no answer is given twice."""
     arguments = ["mergekit-fim", *sweep.arguments("--compare", "task_arithmetic")]
@@ -1172,6 +1185,7 @@ def test_three_commands_one_of_them_killed(whole, sweep, warm):
     assert not (sweep.out / "models").exists()
 
 
+@pytest.mark.slow
 def test_one_of_several_processes_failing(whole, sweep, warm):
     """It ends in one line, and the others take over what it leaves."""
     loads = "if os.environ['RANK'] == '1': raise FimError('no such luck')\n    time.sleep(1)"

@@ -545,6 +545,7 @@ measuring.record_factors = record
 """
 
 
+@pytest.mark.slow
 def test_of_several_processes_the_main_one_records(pair, warm, tmp_path):
     options = ("--factors", "--no-cache", "--samples", "3", "--seq-len", "8", "--dtype", "float32")
     arguments = ["fisher", str(pair.base), "-o", str(tmp_path / "f.safetensors"), *options]

@@ -31,6 +31,8 @@ from mergekit_fim.files import PART
 from mergekit_fim.fisher import batched
 from mergekit_fim.measurements.store import read_measurement
 
+pytestmark = pytest.mark.slow
+
 PLAIN = ("--no-copy-tokenizer", "--no-write-model-card", "--quiet")
 SMALL = {"fisher_samples": 2, "fisher_seq_len": 8}
 

@@ -24,9 +24,10 @@ from merges import config_for, ends_in_one_line
 
 PATCHES = sorted((ROOT / "docs" / "upstream").glob("*.patch"))
 NO_HOOK = {"MERGEKIT_FIM_DISABLE": "1"}
-pytestmark = pytest.mark.skipif(
-    importlib.metadata.version("mergekit") != "0.1.5", reason="the patches are for mergekit 0.1.5"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.metadata.version("mergekit") != "0.1.5", reason="the patches are for mergekit 0.1.5"),
+]
 
 
 def copy_of_mergekit(folder: Path) -> Path:

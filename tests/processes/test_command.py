@@ -17,6 +17,8 @@ from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.fisher.engine import autograd_engine
 from mergekit_fim.fisher.measure import measure_model
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:

@@ -12,6 +12,8 @@ from launching import FAILING, MAIN, launch, together
 from merges import config_for
 from warm import Outcome
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = "model.safetensors"
 
 

@@ -110,6 +110,7 @@ def test_rows_that_do_not_belong_together(results, words):
         assert word in str(error.value)
 
 
+@pytest.mark.slow
 def test_more_answers_are_due_than_can_be_numbered():
     """Each row has a run, a problem and a sample of its own."""
     count = 1 << 21
