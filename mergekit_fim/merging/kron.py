@@ -28,6 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_SINGULAR = "the factors are singular, damping included"
+
 _BLOCK = 256  # rows of a symmetric product that are made at a time
 
 # A spread is of at most so many tokens of each model, evenly spaced: an eigenproblem takes their number's third power.
@@ -185,23 +187,30 @@ def _sharpened(inputs: Sequence[Tensor], betas: Sequence[float], damping: float,
     outside = torch.tensor(weights).double() * (torch.tensor(lambdas).double() / mean) ** sharpness
     maps = _maps(moments, weights, sharpness)
     if not (all(own.isfinite().all() for own in maps) and 0 < float(outside.sum()) < math.inf):
-        raise ValueError("the factors are singular, damping included")
+        raise ValueError(_SINGULAR)
     return _Sharpened(basis, scale, maps, (outside / outside.sum())[1:].tolist())
 
 
 def _maps(moments: Sequence[Tensor], weights: Sequence[float], sharpness: float) -> list[Tensor]:
-    """w_m B_mˢ (Σ_k w_k B_kˢ)⁻¹ of every fine-tuned model's w_m B_m."""
+    """w_m B_mˢ (Σ_k w_k B_kˢ)⁻¹ of every fine-tuned model's w_m B_m.
+
+    Raises:
+        ValueError: the sum is singular.
+    """
     if sharpness == 1:
         return list(moments)
     if len(moments) == 1:  # the base's has the same eigenvectors
         values, vectors = torch.linalg.eigh(moments[0])
         base, own = ((v.clamp(0, 1) / w) ** sharpness * w for v, w in zip((1 - values, values), weights, strict=True))
         return [vectors * (own / (base + own)) @ vectors.T]
-    raised = []
-    for moment, w in zip((torch.eye(len(moments[0])).to(moments[0]) - sum(moments), *moments), weights, strict=True):
+    raised, eye = [], torch.eye(len(moments[0])).to(moments[0])
+    for moment, w in zip((eye - sum(moments), *moments), weights, strict=True):
         values, vectors = torch.linalg.eigh(moment)
         raised.append(vectors * (values.clamp(min=0) / w) ** sharpness * w @ vectors.T if w else 0 * moment)
-    inverse = torch.linalg.inv_ex(sum(raised)).inverse
+    total = sum(raised, torch.zeros_like(eye))
+    inverse = torch.linalg.inv_ex(total).inverse
+    if not (total @ inverse - eye).abs().max() < 1e-6:
+        raise ValueError(_SINGULAR)
     return [own @ inverse for own in raised[1:]]
 
 
