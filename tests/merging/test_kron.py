@@ -168,6 +168,13 @@ def test_coefficients_beyond_their_range_are_refused(betas):
         merged(deltas, inputs, betas)
 
 
+@pytest.mark.parametrize(("models", "sharpness"), [(1, 1e6), (2, 50.0)])
+def test_more_sharpness_than_numbers_can_hold_is_refused(models, sharpness):
+    deltas, inputs = case(models=models)
+    with pytest.raises(ValueError, match="singular"):
+        merged(deltas, inputs, [0.5, 0.2][:models], 0.1, sharpness)
+
+
 def test_factors_that_are_not_finite_are_refused():
     deltas, inputs = case()
     inputs[1][0, 0] = np.inf
