@@ -48,7 +48,7 @@ def texts(out: Path) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pair", type=Path, help="a folder with base, long and problems.jsonl, as `make demo` makes it")
-    parser.add_argument("--n", type=int, default=60, help="problems (60)")
+    parser.add_argument("--n", type=int, default=50, help="problems (50)")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--python", default=sys.executable, help="the Python that sweeps (this one)")
     args = parser.parse_args()
