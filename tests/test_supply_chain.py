@@ -47,7 +47,6 @@ def written(folder: Path, config: dict) -> str:
     return str(folder / "config.yml")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["merge", "our merge", "plan", "export", "fisher", "saved", "plot", "compare"])
 def test_local_folders_need_no_network(command, warm, config, pair, tmp_path):
     """With the Hub's offline switch off, any attempt to connect or to look up a name ends the process."""

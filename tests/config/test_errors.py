@@ -177,7 +177,6 @@ def test_mergekit_pytorch_is_refused(pair, tmp_path):
     ends_in_one_line(result, "mergekit-yaml", files[1], absent=tmp_path / "out")
 
 
-@pytest.mark.slow
 def test_in_a_process_of_its_own(loaded, pair, tmp_path):
     config = tmp_path / "config.yml"
     config.write_text(yaml.safe_dump(config_for(pair, parameters={"sharpnes": 1})))

@@ -25,8 +25,6 @@ from mergekit_fim.config.parameters import FisherSettings
 from mergekit_fim.fisher import measure as fisher
 from mergekit_fim.fisher.engine import autograd_engine
 
-pytestmark = pytest.mark.slow
-
 # Every registered method but ours, on models and parameters that it takes by its own contract.
 STOCK = """
 import sys

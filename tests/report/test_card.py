@@ -103,7 +103,6 @@ def test_every_way_to_merge_writes_the_same(way, pair, merged, config, tmp_path)
     assert section(out) == section(merged)
 
 
-@pytest.mark.slow
 def test_run_merge_is_replaced_before_anyone_has_it(loaded):
     """Whichever is imported first; once only, and looking as mergekit's own does."""
     check = (
