@@ -336,6 +336,7 @@ def test_merge_is_mergekit_yaml(pair, merge, config, tmp_path):
     assert (tmp_path / "linear" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_merge_where_python_reads_no_start_up_files(pair, config, tmp_path):
     """`python -S`: neither site-packages' .pth files nor site-packages; the packages are found by PYTHONPATH."""
     import sysconfig
@@ -376,6 +377,7 @@ def test_a_model_card_is_mergekits(pair, merge, config, tmp_path):
         assert (expected / name).read_text() == (tmp_path / "merged" / name).read_text()
 
 
+@pytest.mark.slow
 def test_our_commands_work_where_the_hook_is_off(unhooked, pair, config):
     unhooked.run("-m", "mergekit_fim", "plan", str(config(config_for(pair))), "--quiet")
 

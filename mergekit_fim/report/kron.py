@@ -43,7 +43,7 @@ def notes(kron: Kron) -> Iterator[str]:
     yield (
         "of the directions that the tokens take (here at most 128 tokens of each model): the mean coefficient, its "
         "standard deviation, the least and the largest, and how many directions are told apart; all else in the "
-        "layers, such as biases and norms, gets α × the model's share of the weights, and the other directions get that "
+        "layers, such as biases and norms, gets α × the model's share of the weights, and so do the other directions "
         "where both models' inputs are equally large"
     )
     for model, file in kron.factors.items():

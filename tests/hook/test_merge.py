@@ -59,6 +59,7 @@ def assert_same(path: Path, expected: dict[str, np.ndarray], atol=2e-5):
         np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fim_ties", "fim_ta"])
 def test_the_installed_wheel_merges_as_the_method_says(method, installed, loaded, pair, tmp_path):
     """The main job: wheel, stock `mergekit-yaml` in a process of its own, every tensor, the table and the report."""
@@ -315,6 +316,7 @@ def test_from_python(pair, tmp_path):
     assert settings(tmp_path / "one")[1] != [0.5] * 5
 
 
+@pytest.mark.slow
 def test_mergekit_multi_with_a_later_stage_on_ours(loaded, pair, tmp_path):
     stages = [
         config_for(pair) | {"name": "first"},
@@ -476,6 +478,7 @@ def test_layer_prefixes():
     assert layer_prefix("model.layers.12.mlp", 2) is None
 
 
+@pytest.mark.slow
 def test_importing_mergekit_in_any_order_registers_once(loaded):
     """Where no more has been imported than what mergekit itself imports."""
     code = """

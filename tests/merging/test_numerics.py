@@ -54,6 +54,7 @@ def merged_by_a_process(python: Environment | Loaded, paths, folder: Path) -> Pa
     return folder / "out"
 
 
+@pytest.mark.slow
 def test_repeated_merges_are_the_same_and_the_number_of_threads_hardly_matters(
     installed, loaded, large_pair, merge, tmp_path
 ):

@@ -158,6 +158,7 @@ def test_an_answer_that_takes_for_ever_is_wrong(answer, monkeypatch):
     assert math("5", "5") == Grade(True, "5")
 
 
+@pytest.mark.slow
 def test_threads_grade_too(monkeypatch):
     """math-verify's own time limit works in no thread but the main one."""
     answers = {"5": True, "6": False, "9^9^9^9^9": False, "5.0": True}
