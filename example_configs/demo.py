@@ -30,7 +30,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SEED = 0
-FROZEN = 14  # so many of the 30 decoder layers stay as they are, and so do the embeddings: that halves the cost
+FROZEN = 14  # so many of the 30 decoder layers stay as they are, and so do the embeddings: it costs less
 PARENT = {"steps": 130, "batch": 5, "rate": 4e-4}
 BASE = {"steps": 16, "batch": 8, "rate": 3e-5}
 LONG = {"steps": 30, "batch": 8, "rate": 1e-4}

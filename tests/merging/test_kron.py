@@ -138,6 +138,9 @@ def test_the_ends_are_the_models_themselves():
     assert np.array_equal(merged(deltas, inputs, [0.0, 1.0]), deltas[1])
     # A model without a coefficient has no part in it.
     close(merged(deltas, inputs, [0.4, 0.0]), dense(deltas[:1], inputs[:2], [0.4]))
+    close(merged(deltas, inputs, [0.4, 0.0], 0.1, 4.0), dense(deltas[:1], inputs[:2], [0.4], 0.1, 4.0))
+    # Nor has the base where the others take all.
+    close(merged(deltas, inputs, [0.4, 0.6], 0.1, 4.0), dense(deltas, inputs, [0.4, 0.6], 0.1, 4.0), 1e-6)
 
 
 @pytest.mark.parametrize("models", [1, 2])
